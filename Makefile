@@ -1,0 +1,77 @@
+# Needs make and python3 (3.11 or newer) alone; everything else goes into .venv*.
+#   make demo      merge and evaluate the built-in checkpoints
+#   make test      the tests
+#   make interop   the tests against transformers' own classes: Flax ones (4.57) and torch ones (5)
+#   make check     formatter, linter, type checker
+#   make clean     remove the environments and caches
+
+PYTHON ?= python3
+VENV ?= .venv
+FLAX_VENV ?= .venv-flax
+TORCH_VENV ?= .venv-torch
+JOBS ?= 2
+
+VENVS := $(VENV) $(FLAX_VENV) $(TORCH_VENV)
+PINS := pyproject.toml constraints.txt
+FLAX_PINS := tests/interop/constraints-flax.txt
+# A comma cannot be written in the arguments of call.
+comma := ,
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: demo test interop interop-flax interop-torch check clean
+
+demo: $(VENV)/.demo
+	$(VENV)/bin/python -m nufilt_jax.merge --model tiny
+
+test: $(VENV)/.dev
+	$(VENV)/bin/python -m pytest --numprocesses $(JOBS) --dist loadfile --quiet
+
+interop: interop-flax interop-torch
+
+interop-flax: $(FLAX_VENV)/.done
+	$(FLAX_VENV)/bin/python -m pytest --quiet tests/interop/test_flax_classes.py
+
+interop-torch: $(TORCH_VENV)/.done
+	$(TORCH_VENV)/bin/python -m pytest --quiet tests/interop/test_torch_classes.py
+
+check: $(VENV)/.dev
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+clean:
+	rm -rf .venv .venv-* .pytest_cache .ruff_cache .hypothesis dist build
+	find nufilt_jax tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# $(call require,COMMAND): fails with one line unless it is a Python that this package runs on.
+require = $(1) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	echo "make: $(1) is $$($(1) --version 2>/dev/null || echo not a Python that runs), but Python 3.11 or newer" \
+	"is needed: name another with make PYTHON=COMMAND; an old environment goes with make clean" >&2; exit 1; }
+
+# $(call install,CONSTRAINTS,WHAT...): pip into the environment of the stamp that is the target.
+define install
+@$(call require,$(@D)/bin/python)
+@echo "Installing into $(@D); the first time takes a minute or more."
+@$(@D)/bin/python -m pip install --quiet --constraint $(1) $(2)
+@touch $@
+endef
+
+$(VENVS:=/bin/python): %/bin/python:
+	@$(call require,$(PYTHON))
+	@$(PYTHON) -m venv $* || { rm -rf $*; exit 1; }
+
+$(VENV)/.demo: $(PINS) | $(VENV)/bin/python
+	$(call install,constraints.txt,--editable '.[eval$(comma)plots]')
+
+$(VENV)/.dev: $(PINS) | $(VENV)/bin/python
+	$(call install,constraints.txt,--editable '.[dev]')
+	@touch $(VENV)/.demo
+
+$(FLAX_VENV)/constraints.txt: constraints.txt $(FLAX_PINS) | $(FLAX_VENV)/bin/python
+	@awk -F '==' 'NR == FNR { pinned[$$1]; print; next } !($$1 in pinned)' $(FLAX_PINS) constraints.txt > $@
+
+$(FLAX_VENV)/.done: $(FLAX_VENV)/constraints.txt $(PINS)
+	$(call install,$(FLAX_VENV)/constraints.txt,--editable '.[test]' transformers)
+
+$(TORCH_VENV)/.done: $(PINS) | $(TORCH_VENV)/bin/python
+	$(call install,constraints.txt,--editable '.[test$(comma)torch]')

@@ -1,0 +1,13 @@
+"""Model folders read and written: the only code that touches weights, on disk or on the Hub."""
+
+from nufilt_jax.checkpoints.finite import nonfinite_tensors as nonfinite_tensors
+from nufilt_jax.checkpoints.flax_trees import from_flax as from_flax
+from nufilt_jax.checkpoints.flax_trees import to_flax as to_flax
+from nufilt_jax.checkpoints.hub import parse_source as parse_source
+from nufilt_jax.checkpoints.partners import partner_problems as partner_problems
+from nufilt_jax.checkpoints.reader import Checkpoint as Checkpoint
+from nufilt_jax.checkpoints.reader import open_checkpoint as open_checkpoint
+from nufilt_jax.checkpoints.saving import load as load
+from nufilt_jax.checkpoints.saving import save as save
+from nufilt_jax.checkpoints.tensors import TensorInfo as TensorInfo
+from nufilt_jax.checkpoints.writer import write_checkpoint as write_checkpoint

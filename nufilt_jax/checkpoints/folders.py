@@ -1,0 +1,131 @@
+"""A model folder, local or on the Hub, and which of its files are the weights."""
+
+import dataclasses
+import os
+import re
+from collections.abc import Collection, Iterator
+from io import BufferedReader
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from nufilt_jax.errors import Problem
+
+SAFETENSORS = "safetensors"
+FLAX = "flax"
+
+_SINGLE = {SAFETENSORS: "model.safetensors", FLAX: "flax_model.msgpack"}
+_INDEX = {SAFETENSORS: "model.safetensors.index.json", FLAX: "flax_model.msgpack.index.json"}
+
+_WEIGHTS = re.compile(
+    r"\.(safetensors|msgpack|bin|pt|pth|ckpt|h5|ot|onnx|onnx_data|gguf|ggml|pkl|pickle|npz|tflite|pb|mlmodel)"
+    r"(\.index\.json|\.index|\.meta|\.data-.*)?$",
+    re.IGNORECASE,
+)
+_PICKLE = re.compile(r"\.(bin|pt|pth|ckpt|pkl|pickle)$", re.IGNORECASE)
+_SMALL = re.compile(r"(\.(json|txt|model|jinja|md|yaml|yml)|^LICENSE.*|^NOTICE.*)$", re.IGNORECASE)
+_OWN_FILES = frozenset({"nufilt.json", "forecast.json"})  # an earlier merge's: true of it, not of its copy
+_OWN_FOLDERS = frozenset({".git", ".cache", "state"})
+
+CONVERT = (
+    "convert it where you trust it: load it with transformers and call save_pretrained(folder, safe_serialization=True)"
+)
+
+
+@runtime_checkable
+class Folder(Protocol):
+    """What reading a checkpoint needs of a folder, wherever it is."""
+
+    def files(self) -> list[str]:
+        """Names of the files, relative to the folder."""
+        ...
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a file, in a subfolder perhaps."""
+        ...
+
+    def open(self, name: str) -> BufferedReader:
+        """Opens a file for reading."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalFolder:
+    """A folder on disk; links, as the Hub cache makes them, are followed."""
+
+    path: Path
+
+    def files(self) -> list[str]:
+        """Names of the files directly in the folder; broken links are none."""
+        return sorted(entry.name for entry in os.scandir(self.path) if entry.is_file())
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a file, in a subfolder perhaps."""
+        return (self.path / name).is_file()
+
+    def open(self, name: str) -> BufferedReader:
+        """Opens a file for reading."""
+        return (self.path / name).open("rb")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The weights of a folder: their format, and one file or an index naming the shards."""
+
+    format: str
+    file: str
+    is_index: bool
+
+
+def find_weights(names: Collection[str]) -> Layout | None:
+    """The weights to read: safetensors before Flax, one file before shards; None if there are none."""
+    for kind in (SAFETENSORS, FLAX):
+        if _SINGLE[kind] in names:
+            return Layout(kind, _SINGLE[kind], is_index=False)
+        if _INDEX[kind] in names:
+            return Layout(kind, _INDEX[kind], is_index=True)
+    return None
+
+
+def single_file(kind: str) -> str:
+    """Name of the weight file of an unsharded model."""
+    return _SINGLE[kind]
+
+
+def no_weights_problem(where: str, names: Collection[str]) -> Problem:
+    """Says why nothing in a folder can be read as weights."""
+    if "adapter_config.json" in names:
+        return Problem(
+            where,
+            "is a PEFT adapter, and adapters cannot be merged yet",
+            "load it with peft, call merge_and_unload() and save the whole model",
+        )
+    if pickles := sorted(name for name in names if _PICKLE.search(name)):
+        what = "is a pickle, which can run any code when loaded, and the folder has no other weights"
+        return Problem(f"{where}/{pickles[0]}", what, CONVERT)
+    if others := sorted(name for name in names if _WEIGHTS.search(name)):
+        expected = f"neither {_SINGLE[SAFETENSORS]} nor {_INDEX[SAFETENSORS]} nor their Flax forms"
+        return Problem(where, f"holds {others[0]}, but {expected}", "save it with transformers' save_pretrained")
+    return Problem(where, "holds no weights", f"expected {_SINGLE[SAFETENSORS]} or {_SINGLE[FLAX]}")
+
+
+def is_weight_file(name: str) -> bool:
+    """Whether a file holds weights or their index, in any format ever seen in a model folder."""
+    return bool(_WEIGHTS.search(name))
+
+
+def is_wanted_beside(name: str) -> bool:
+    """Whether a Hub repository's file is worth fetching with the weights: config, tokenizer and the like."""
+    return "/" not in name and bool(_SMALL.search(name)) and not is_weight_file(name)
+
+
+def files_to_copy(root: Path) -> Iterator[Path]:
+    """Files beside the weights, relative to `root`: config, tokenizer, subfolders without weights."""
+    for folder, subfolders, names in os.walk(root):
+        here = Path(folder)
+        subfolders[:] = sorted(sub for sub in subfolders if sub not in _OWN_FOLDERS)
+        if here != root and any(is_weight_file(name) for name in names):
+            subfolders.clear()
+            continue
+        for name in sorted(names):
+            if not is_weight_file(name) and name not in _OWN_FILES and (here / name).is_file():
+                yield (here / name).relative_to(root)

@@ -1,0 +1,268 @@
+"""Where a checkpoint is: a local folder, the Hub's local cache, or the Hub.
+
+huggingface_hub is imported only when a source is no local folder: it is slow to start.
+"""
+
+import contextlib
+import dataclasses
+import os
+import re
+from collections.abc import Iterator, Mapping
+from io import BufferedReader, RawIOBase
+from pathlib import Path
+from typing import Any, cast
+
+from nufilt_jax.checkpoints.folders import (
+    Folder,
+    Layout,
+    LocalFolder,
+    find_weights,
+    is_wanted_beside,
+    no_weights_problem,
+)
+from nufilt_jax.checkpoints.index import parse_index
+from nufilt_jax.errors import CheckpointError, Problem
+
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$", re.ASCII)
+_COMMIT = re.compile(r"^[0-9a-f]{40}$")
+_TIMEOUT = 10.0  # seconds for the first answer of the Hub
+_BLOCK = 1 << 18  # bytes per request when only headers are fetched
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A folder that was found: how to read it, its path, and its commit if it came from the Hub."""
+
+    folder: Folder
+    path: Path
+    revision: str | None
+    is_local: bool = True
+
+
+def parse_source(text: str) -> tuple[str, str | None]:
+    """Splits `PATH_OR_HUB[@REV]`; an existing path that contains `@` is taken whole.
+
+    >>> parse_source("google/flan-t5-base@refs/pr/4")
+    ('google/flan-t5-base', 'refs/pr/4')
+    """
+    name, at, revision = text.rpartition("@")
+    if not at or not name or not revision or os.path.exists(os.path.expanduser(text)):
+        return text, None
+    return name, revision
+
+
+def locate(source: str, *, revision: str | None, offline: bool, headers_only: bool) -> Place:
+    """Finds a checkpoint, downloading it if it must.
+
+    Raises:
+      CheckpointError: there is no such folder, and the Hub cannot or may not give it.
+    """
+    path = Path(os.path.expanduser(source))  # pathlib's raises where there is no such user
+    if os.path.isdir(path) and source:
+        if revision is not None:
+            what = f"is a local folder, which has no revision {revision!r}"
+            raise CheckpointError(Problem(source, what, "leave out the part after @"))
+        return Place(LocalFolder(path), path, None)
+    if os.path.exists(path) and source:
+        raise CheckpointError(Problem(source, "is a file", f"give its folder: {path.parent}"))
+    if not _HUB_ID.match(source) or ".." in source or "--" in source:
+        raise CheckpointError(Problem(source, "there is no such folder", "check the path"))
+    return _locate_on_hub(source, revision, offline=offline, headers_only=headers_only)
+
+
+def _locate_on_hub(source: str, revision: str | None, *, offline: bool, headers_only: bool) -> Place:
+    from huggingface_hub import constants
+
+    cached = _cached(source, revision or constants.DEFAULT_REVISION)
+    if offline or constants.HF_HUB_OFFLINE:
+        if cached is None:
+            at = f" at revision {revision!r}" if revision else ""
+            what = f"there is no such folder, and the local Hub cache does not hold it{at}"
+            raise CheckpointError(Problem(source, what, "check the path, or run once without --offline"))
+        return cached
+    is_fixed = headers_only or _COMMIT.match(revision or "")
+    if cached is not None and is_fixed and _is_complete(cached.folder):
+        return cached
+    try:
+        with _translated(source, revision), _quiet():
+            return _fetch(source, revision, headers_only=headers_only)
+    except _UnreachableError:
+        if cached is not None and _is_complete(cached.folder):
+            return cached
+        raise
+
+
+def _cached(source: str, revision: str) -> Place | None:
+    """The cache's snapshot of a revision: `refs/REVISION` holds a commit, `snapshots/COMMIT` the files."""
+    from huggingface_hub import constants
+
+    root = Path(constants.HF_HUB_CACHE) / f"models--{source.replace('/', '--')}"
+    ref = root / "refs" / revision
+    commit = ref.read_text().strip() if ref.is_file() else revision
+    snapshot = root / "snapshots" / commit
+    if not _COMMIT.match(commit) or not snapshot.is_dir():
+        return None
+    return Place(LocalFolder(snapshot), snapshot, commit)
+
+
+def _is_complete(folder: Folder) -> bool:
+    """Whether all weights that the folder speaks of are in it."""
+    layout = find_weights(folder.files())
+    return layout is not None and all(folder.has(name) for name in _weight_names(folder, layout))
+
+
+def _weight_names(folder: Folder, layout: Layout) -> list[str]:
+    if not layout.is_index:
+        return [layout.file]
+    with folder.open(layout.file) as file:
+        return [layout.file, *parse_index(file.read(), layout.file).shards]
+
+
+def _fetch(source: str, revision: str | None, *, headers_only: bool) -> Place:
+    from huggingface_hub import HfApi, snapshot_download
+
+    info = HfApi().model_info(source, revision=revision, timeout=_TIMEOUT, files_metadata=True)
+    sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
+    layout = find_weights(sizes)
+    if layout is None:  # said before anything is downloaded
+        raise CheckpointError(no_weights_problem(source, sizes))
+    remote = HubFolder(source, info.sha or "main", sizes)
+    if headers_only:
+        return Place(remote, Path(source), info.sha, is_local=False)
+    wanted = [*_weight_names(remote, layout), *filter(is_wanted_beside, sizes)]
+    path = Path(snapshot_download(source, revision=info.sha, allow_patterns=wanted))
+    _remember(path, revision, info.sha)
+    return Place(LocalFolder(path), path, info.sha)
+
+
+def _remember(snapshot: Path, revision: str | None, commit: str | None) -> None:
+    """Notes which commit a branch meant, as the Hub library does, so that `--offline` finds it by name."""
+    from huggingface_hub import constants
+
+    name = revision or constants.DEFAULT_REVISION
+    if commit is not None and not _COMMIT.match(name):
+        ref = snapshot.parent.parent / "refs" / name
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        ref.write_text(commit)
+
+
+@dataclasses.dataclass(frozen=True)
+class HubFolder:
+    """A Hub repository at one commit, read in ranges and never written to disk.
+
+    Attributes:
+      source: the Hub id.
+      commit: its hash.
+      sizes: bytes of every file.
+    """
+
+    source: str
+    commit: str
+    sizes: Mapping[str, int]
+
+    def files(self) -> list[str]:
+        """Names of the repository's files."""
+        return sorted(self.sizes)
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a file."""
+        return name in self.sizes
+
+    def open(self, name: str) -> BufferedReader:
+        """Opens a file; its bytes are fetched where they are read."""
+        return BufferedReader(_HubFile(self, name), buffer_size=_BLOCK)
+
+    def fetch(self, name: str, start: int, stop: int) -> bytes:
+        """Bytes `start` to `stop` of a file."""
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+        url = hf_hub_url(self.source, name, revision=self.commit)
+        headers = build_hf_headers() | {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+        with _translated(self.source, self.commit), _quiet():
+            response = get_session().get(url, headers=headers, timeout=_TIMEOUT)
+            hf_raise_for_status(response)
+            whole = response.status_code == 200  # a server may ignore the range
+            return response.content[start:stop] if whole else response.content
+
+
+class _HubFile(RawIOBase):
+    """A seekable remote file."""
+
+    def __init__(self, folder: HubFolder, name: str) -> None:
+        super().__init__()
+        self._folder, self._name, self._at = folder, name, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        self._at = offset + (0, self._at, self._folder.sizes[self._name])[whence]
+        return self._at
+
+    def readinto(self, buffer: Any, /) -> int:
+        stop = min(self._at + len(buffer), self._folder.sizes[self._name])
+        if stop <= self._at:
+            return 0
+        data = self._folder.fetch(self._name, self._at, stop)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+class _UnreachableError(CheckpointError):
+    """The Hub did not answer: what the cache holds may serve instead."""
+
+
+@contextlib.contextmanager
+def _translated(source: str, revision: str | None) -> Iterator[None]:
+    """Turns every failure of the Hub library into one line."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except errors.GatedRepoError:
+        fix = f"accept its terms at https://huggingface.co/{source} and log in with: hf auth login"
+        raise CheckpointError(Problem(source, "is gated on the Hub", fix)) from None
+    except errors.RepositoryNotFoundError:
+        what = "there is no such folder, and the Hub has no such model, or it is private"
+        raise CheckpointError(Problem(source, what, "check the name, or log in with: hf auth login")) from None
+    except errors.RevisionNotFoundError:
+        what = f"the Hub's model has no revision {revision!r}"
+        raise CheckpointError(Problem(source, what, "check the part after @")) from None
+    except _failures() as error:
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        what = f"there is no such folder, and the Hub could not be asked: {reason}"
+        fix = "check the path and the network, or use --offline with a filled cache"
+        raise _UnreachableError(Problem(source, what, fix)) from None
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What the Hub library lets through: errors of HTTP, OSError, and ValueError of a strange answer."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # Named by its subclass: it is httpx's in one release and httpx2's in another.
+    return (*cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__), OSError, ValueError)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the Hub library's progress bars and hints off the terminal; the command line has its own."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils import logging as hub_logging
+
+    level, bars_off = hub_logging.get_verbosity(), are_progress_bars_disabled()
+    hub_logging.set_verbosity_error()
+    if not bars_off:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        hub_logging.set_verbosity(level)
+        if not bars_off:
+            enable_progress_bars()

@@ -1,0 +1,132 @@
+"""Canonical names: those of the Hugging Face PyTorch classes of the 4.x series.
+
+Other spellings that this module reads:
+
+* `transformers` 5 drops `vision_model.` / `text_model.` from CLIPVisionModel / CLIPTextModel,
+  and `vision_model.` from the vision tower of LLaVA;
+* LLaVA of 4.52 and later may write `model.language_model.X` for `language_model.model.X`;
+* Flax writes paths joined by `/`, with `kernel`, `scale` and `embedding` for `weight`.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+_VISION_PARTS = r"(embeddings|encoder|pre_layrnorm|post_layernorm)\."
+_TEXT_PARTS = r"(embeddings|encoder|final_layer_norm)\."
+
+# (pattern, replacement), tried in this order; every one that matches is applied.
+_LLAVA_RULES = (
+    (r"^model\.(language_model|vision_tower|multi_modal_projector|image_newline)\b", r"\1"),
+    (r"^lm_head\.", "language_model.lm_head."),
+    (r"^language_model\.(layers|embed_tokens|norm)\.", r"language_model.model.\1."),
+    (rf"^vision_tower\.{_VISION_PARTS}", r"vision_tower.vision_model.\1."),
+)
+_VISION_RULES = ((rf"^{_VISION_PARTS}", r"vision_model.\1."),)
+_TEXT_RULES = ((rf"^{_TEXT_PARTS}", r"text_model.\1."),)
+
+_FLAX_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
+_T5_EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+
+
+def canonical_names(stored_names: Collection[str]) -> dict[str, str]:
+    """Canonical name of each stored name (torch spelling, either series).
+
+    A model is recognised by its names, not by its config: a task's config may be missing.
+
+    >>> canonical_names(["model.multi_modal_projector.linear_1.bias", "lm_head.weight"])["lm_head.weight"]
+    'language_model.lm_head.weight'
+    """
+    rules = _rules_for(stored_names)
+    return {name: _apply(rules, name) for name in stored_names}
+
+
+def _rules_for(names: Collection[str]) -> tuple[tuple[str, str], ...]:
+    if any(re.match(r"(model\.)?multi_modal_projector\.", name) for name in names):
+        return _LLAVA_RULES
+    if "embeddings.patch_embedding.weight" in names and any(n.startswith("encoder.layers.") for n in names):
+        return _VISION_RULES
+    if "embeddings.token_embedding.weight" in names and "final_layer_norm.weight" in names:
+        return _TEXT_RULES
+    return ()
+
+
+def _apply(rules: tuple[tuple[str, str], ...], name: str) -> str:
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def from_flax_name(path: str) -> str:
+    """Torch spelling of a Flax path.
+
+    >>> from_flax_name("encoder/layers/0/layer_norm1/scale")
+    'encoder.layers.0.layer_norm1.weight'
+    """
+    *modules, leaf = path.split("/")
+    return ".".join([*modules, _FLAX_LEAVES.get(leaf, leaf)])
+
+
+def flax_axes(path: str, n_axes: int) -> tuple[int, ...]:
+    """Permutation from a Flax array to the torch orientation: kernels are `[..., in, out]` there.
+
+    >>> flax_axes("patch_embedding/kernel", 4)
+    (3, 2, 0, 1)
+    """
+    if path.rsplit("/", 1)[-1] != "kernel" or n_axes < 2:
+        return tuple(range(n_axes))
+    return (n_axes - 1, n_axes - 2, *range(n_axes - 2))
+
+
+def has_flax_form(config: Mapping[str, Any]) -> bool:
+    """Whether HF Flax has classes for this model, and this module knows their names."""
+    return _family(config) is not None
+
+
+def to_flax_name(name: str, n_axes: int, config: Mapping[str, Any]) -> str:
+    """Flax path of a canonical name, for the models of `has_flax_form`.
+
+    >>> to_flax_name("shared.weight", 2, {"model_type": "t5"})
+    'shared/embedding'
+    """
+    *modules, leaf = name.split(".")
+    if leaf == "weight":
+        leaf = _flax_leaf(modules[-1] if modules else "", n_axes, _family(config))
+    return "/".join([*modules, leaf])
+
+
+def _flax_leaf(module: str, n_axes: int, family: str | None) -> str:
+    if n_axes < 2:
+        return "weight" if family == "t5" else "scale"  # FlaxT5LayerNorm keeps torch's name
+    lookups = {"shared", "embed_tokens", "relative_attention_bias", "token_embedding", "position_embedding"}
+    return "embedding" if module in lookups else "kernel"
+
+
+def _family(config: Mapping[str, Any]) -> str | None:
+    model_type = str(config.get("model_type", ""))
+    if model_type in ("clip", "clip_vision_model", "clip_text_model"):
+        return "clip"
+    return "t5" if model_type in ("t5", "mt5") else None
+
+
+def alias_groups(names: Collection[str], config: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Canonical names that mean one tensor, the one to keep first; only groups of which a member exists.
+
+    T5's three embeddings are one module. Its `lm_head`, and that of a Llama or LLaVA, belongs to the group
+    only if the config ties it. Whether stored copies really are equal is for the reader to check.
+    """
+    if any(name in names for name in _T5_EMBEDDINGS):
+        return [(*_T5_EMBEDDINGS, "lm_head.weight") if _ties_t5_head(config) else _T5_EMBEDDINGS]
+    prefix = "language_model." if any(name.startswith("language_model.") for name in names) else ""
+    embedding, head = f"{prefix}model.embed_tokens.weight", f"{prefix}lm_head.weight"
+    text_config = config.get("text_config")
+    tied = config.get("tie_word_embeddings") is True or (
+        isinstance(text_config, dict) and text_config.get("tie_word_embeddings") is True
+    )
+    return [(embedding, head)] if tied and (embedding in names or head in names) else []
+
+
+def _ties_t5_head(config: Mapping[str, Any]) -> bool:
+    # transformers 5 writes `tie_word_embeddings: true` into every T5 config and keeps the
+    # meaning of 4.x's flag in `scale_decoder_outputs`.
+    return config.get("tie_word_embeddings", True) is True and config.get("scale_decoder_outputs", True) is True

@@ -1,0 +1,126 @@
+"""What each weight file of an output will hold, and the bytes of it."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from nufilt_jax.checkpoints.dtypes import (
+    FLOATS,
+    INTEGERS,
+    AnyArray,
+    Array,
+    bits,
+    cast,
+    is_exact,
+    numpy_dtype,
+    overflows,
+)
+from nufilt_jax.checkpoints.folders import FLAX, single_file
+from nufilt_jax.checkpoints.names import flax_axes, to_flax_name
+from nufilt_jax.checkpoints.reader import Checkpoint
+from nufilt_jax.checkpoints.tensors import TensorInfo, map_tensors, stream_bytes
+from nufilt_jax.errors import CheckpointError, Problem
+
+_CHUNK = 1 << 22  # elements cast and checked at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A tensor to write.
+
+    Attributes:
+      info: the base's tensor, copied if there is no new value.
+      main: canonical name under which a new value is found; of an alias, that of the tensor it is tied to.
+      name: the name to write.
+      dtype: the element type to write.
+      axes: permutation from the written to the canonical orientation.
+    """
+
+    info: TensorInfo
+    main: str
+    name: str
+    dtype: str
+    axes: tuple[int, ...]
+
+    @property
+    def to_stored(self) -> tuple[int, ...]:
+        """Permutation from the canonical to the written orientation."""
+        return tuple(int(axis) for axis in np.argsort(self.axes))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape as written."""
+        return tuple(self.info.shape[axis] for axis in self.to_stored)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as written."""
+        return math.prod(self.shape) * bits(self.dtype) // 8
+
+
+def plan_shards(like: Checkpoint, kind: str, dtype: str | None) -> dict[str, list[Target]]:
+    """Tensors of each weight file: as in `like`, or all in one file if the format changes.
+
+    Args:
+      like: the base.
+      kind: format to write.
+      dtype: element type of all floating tensors; None keeps each tensor's own.
+    """
+    copies = [(info.name, copy) for info in like.tensors.values() for copy in info.copies]
+    if kind != like.format:
+        return {single_file(kind): _converted(like, kind, dtype)}
+    shards: dict[str, list[Target]] = {path.relative_to(like.path).as_posix(): [] for path in like.weight_files}
+    for main, info in sorted(copies, key=lambda row: row[1].spans):
+        target = Target(info, main, info.stored_name, _new_dtype(info, dtype), info.axes)
+        shards[info.file.relative_to(like.path).as_posix()].append(target)
+    return shards
+
+
+def _new_dtype(info: TensorInfo, dtype: str | None) -> str:
+    return dtype if dtype is not None and info.dtype in FLOATS else info.dtype
+
+
+def _converted(like: Checkpoint, kind: str, dtype: str | None) -> list[Target]:
+    """Targets in the other format; Flax models have neither integer buffers nor copies of tied tensors."""
+    targets = []
+    for name, info in sorted(like.tensors.items()):
+        rank = len(info.shape)
+        if kind != FLAX:
+            targets.append(Target(info, name, name, _new_dtype(info, dtype), tuple(range(rank))))
+        elif info.dtype in FLOATS:
+            path = to_flax_name(name, rank, like.config)
+            targets.append(Target(info, name, path, _new_dtype(info, dtype), flax_axes(path, rank)))
+        elif info.dtype not in INTEGERS:
+            what = f"holds {info.dtype}, which Flax files cannot"
+            raise CheckpointError(Problem(str(info.file), what, "use --format safetensors", info.stored_name))
+    return targets
+
+
+def stored_bytes(target: Target, value: AnyArray | None, lost: list[Problem]) -> Iterator[bytes | memoryview]:
+    """The bytes to write, in pieces: the base's own where nothing changes.
+
+    Args:
+      target: what to write.
+      value: new value in canonical orientation, or None.
+      lost: gets a problem if a number is out of the range of the written type.
+    """
+    info = target.info
+    if value is None and (target.dtype, target.axes) == (info.dtype, info.axes):
+        yield from stream_bytes(info)
+        return
+    canonical = map_tensors([info])[info.name] if value is None else np.asarray(value)
+    flat = np.ascontiguousarray(canonical.transpose(target.to_stored)).reshape(-1)
+    dtype = numpy_dtype(target.dtype)
+    if dtype is None:
+        raise TypeError(f"{target.name}: nothing can be cast to {target.dtype}")
+    is_lost = False
+    for start in range(0, flat.size, _CHUNK):
+        piece: Array = flat[start : start + _CHUNK]
+        rounded = cast(piece, dtype)
+        is_lost |= overflows(piece, rounded) if target.dtype in FLOATS else not is_exact(piece, rounded)
+        yield rounded.view(np.uint8).data
+    if is_lost:
+        what = f"has numbers out of the range of {dtype.name}"
+        lost.append(Problem(str(info.file), what, "write a wider --dtype", target.name))

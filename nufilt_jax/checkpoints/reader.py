@@ -1,0 +1,221 @@
+"""Opening a checkpoint: all headers read, all faults of the folder found, no weight touched."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from nufilt_jax.checkpoints import flax_files, safetensors_files
+from nufilt_jax.checkpoints.dtypes import Array, numpy_dtype
+from nufilt_jax.checkpoints.folders import FLAX, Folder, Layout, find_weights, no_weights_problem
+from nufilt_jax.checkpoints.hub import Place, locate
+from nufilt_jax.checkpoints.index import Index, disagreements, missing_shards, parse_index
+from nufilt_jax.checkpoints.names import canonical_names, flax_axes, from_flax_name
+from nufilt_jax.checkpoints.safetensors_files import Entry, Header
+from nufilt_jax.checkpoints.tensors import TensorInfo, map_tensors
+from nufilt_jax.checkpoints.ties import tie
+from nufilt_jax.errors import CheckpointError, Problem, raise_all
+
+Role = Literal["base", "task"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A model folder whose headers have been read and found sound.
+
+    Attributes:
+      source: as the user wrote it, without `@REV`.
+      revision: commit hash of a Hub model; None for a local folder.
+      path: the folder on disk.
+      format: `safetensors` or `flax`.
+      config: content of `config.json`; may be empty for a task.
+      tensors: by canonical name; of tied tensors only one is listed.
+      weight_files: in the order of the index.
+      metadata: of each safetensors file's header, by file name; writing keeps it.
+      index_file: name of the index if the model is sharded.
+      index_metadata: what the index says beside the weight map.
+      is_local: False if only headers were fetched from the Hub, so that no weight can be read.
+    """
+
+    source: str
+    revision: str | None
+    path: Path
+    format: str
+    config: dict[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    weight_files: tuple[Path, ...]
+    metadata: Mapping[str, Mapping[str, str]]
+    index_file: str | None = None
+    index_metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    is_local: bool = True
+
+    def read(self, names: Iterable[str] | None = None) -> dict[str, Array]:
+        """Weights by canonical name, in canonical orientation and in the file's own type.
+
+        Args:
+          names: canonical names; None for all.
+
+        Returns:
+          Read-only views of memory-mapped files; they are unmapped when dropped.
+
+        Raises:
+          CheckpointError: a name is unknown, numpy cannot hold its type, or the file is not on this machine.
+        """
+        wanted = list(self.tensors) if names is None else list(dict.fromkeys(names))
+        raise_all(CheckpointError, self._unreadable(wanted))
+        return map_tensors(self.tensors[name] for name in wanted)
+
+    def _unreadable(self, names: Collection[str]) -> Iterable[Problem]:
+        if not self.is_local:
+            yield Problem(self.source, "only its headers were fetched", "open it without headers_only")
+        for name in names:
+            info = self.tensors.get(name)
+            if info is None:
+                yield Problem(self.source, "is not in this checkpoint", tensor=name)
+            elif numpy_dtype(info.dtype) is None:
+                what = f"has the packed element type {info.dtype}, which cannot be computed with"
+                yield Problem(str(info.file), what, tensor=info.stored_name)
+
+    def sha256(self) -> dict[str, str]:
+        """Hex digest of every weight file, by file name."""
+        digests = {}
+        for path in self.weight_files:
+            with path.open("rb") as file:
+                digests[path.relative_to(self.path).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+        return digests
+
+
+def open_checkpoint(
+    source: str,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    role: Role = "task",
+    headers_only: bool = False,
+) -> Checkpoint:
+    """Opens a local folder or a Hub model; reads headers, index and config only.
+
+    Args:
+      source: a folder, or a Hub id as in `openai/clip-vit-large-patch14`.
+      revision: branch, tag or commit of a Hub model; None for its default branch.
+      offline: use the local Hub cache alone.
+      role: a base needs a valid `config.json`; a task's is ignored if missing or broken.
+      headers_only: write nothing; of a Hub model that is not cached only the headers are fetched.
+
+    Raises:
+      CheckpointError: with everything that is wrong with this folder.
+    """
+    place = locate(source, revision=revision, offline=offline, headers_only=headers_only)
+    try:
+        return _open_at(place, source, role)
+    except OSError as error:
+        where = str(error.filename or source)
+        what = f"cannot be read: {error.strerror or error}"
+        raise CheckpointError(Problem(where, what, "check the folder and its permissions")) from error
+
+
+def _open_at(place: Place, source: str, role: Role) -> Checkpoint:
+    present = place.folder.files()
+    config, config_problems = _read_config(place.folder, present, source, role)
+    layout = find_weights(present)
+    if layout is None:
+        raise CheckpointError(no_weights_problem(source, present), *config_problems)
+    index, headers, problems = _read_headers(place.folder, layout, source)
+    infos, name_problems = _infos(headers, layout.format, place.path, source)
+    raise_all(CheckpointError, [*config_problems, *problems, *name_problems])
+    return Checkpoint(
+        source=source,
+        revision=place.revision,
+        path=place.path,
+        format=layout.format,
+        config=config,
+        tensors=tie(infos, config, compare_bytes=place.is_local),
+        weight_files=tuple(place.path / name for name in headers),
+        metadata={name: header.metadata for name, header in headers.items()},
+        index_file=layout.file if layout.is_index else None,
+        index_metadata=index.metadata,
+        is_local=place.is_local,
+    )
+
+
+def _read_config(
+    folder: Folder, present: Collection[str], where: str, role: Role
+) -> tuple[dict[str, Any], list[Problem]]:
+    """Content of `config.json`; a fault counts for a base only."""
+    path = f"{where}/config.json"
+    fault = Problem(where, "has no config.json", "a base must be a whole model folder")
+    if "config.json" in present:
+        fault = Problem(path, "is not a JSON object", "download or save the model again")
+        try:
+            with folder.open("config.json") as file:
+                config = json.load(file)
+        except ValueError:
+            config = None
+        if isinstance(config, dict):
+            return config, []
+    return {}, [fault] if role == "base" else []
+
+
+def _read_headers(folder: Folder, layout: Layout, where: str) -> tuple[Index, dict[str, Header], list[Problem]]:
+    """The index (empty if there is one file), the header of every weight file, and all faults."""
+    index = Index({layout.file: frozenset()}, {}, ())
+    if layout.is_index:
+        with folder.open(layout.file) as file:
+            index = parse_index(file.read(), f"{where}/{layout.file}")
+    lost = missing_shards(index, {name for name in index.shards if folder.has(name)}, where)
+    headers = {name: _read_header(folder, name, layout.format, where) for name in index.shards if folder.has(name)}
+    broken = [problem for header in headers.values() for problem in header.problems]
+    problems = [*index.problems, *lost, *broken, *_flax_in_safetensors(headers, where)]
+    if layout.is_index and not index.problems:
+        stored = {name: [e.name for e in h.entries] for name, h in headers.items() if not h.problems}
+        problems += disagreements(index, stored, layout.file, where)
+    if not problems and not any(header.entries for header in headers.values()):
+        problems.append(Problem(f"{where}/{layout.file}", "holds no tensors", "save the model again"))
+    return index, headers, problems
+
+
+def _flax_in_safetensors(headers: Mapping[str, Header], where: str) -> list[Problem]:
+    what = "holds a Flax model in a safetensors file, with names and orientations of its own"
+    fix = "save the model with safe_serialization=False, or with its torch class"
+    return [Problem(f"{where}/{n}", what, fix) for n, h in headers.items() if h.metadata.get("format") == "flax"]
+
+
+def _read_header(folder: Folder, name: str, kind: str, where: str) -> Header:
+    read = flax_files.read_header if kind == FLAX else safetensors_files.read_header
+    with folder.open(name) as file:
+        return read(file, f"{where}/{name}")
+
+
+def _infos(
+    headers: Mapping[str, Header], kind: str, root: Path, where: str
+) -> tuple[dict[str, TensorInfo], list[Problem]]:
+    """Tensors by canonical name; two stored names with one meaning are a fault."""
+    rows = [(name, entry) for name, header in headers.items() for entry in header.entries]
+    torch_names = [from_flax_name(e.name) if kind == FLAX else e.name for _, e in rows]
+    canonical = canonical_names(set(torch_names))
+    infos: dict[str, TensorInfo] = {}
+    problems = []
+    for (file, entry), torch_name in zip(rows, torch_names, strict=True):
+        info = _info(canonical[torch_name], entry, root / file, kind)
+        if info.name in infos and entry.name != infos[info.name].stored_name:
+            what = f"means the same tensor as {infos[info.name].stored_name}"
+            problems.append(Problem(f"{where}/{file}", what, "keep one of the two", entry.name))
+        infos.setdefault(info.name, info)
+    return infos, problems
+
+
+def _info(name: str, entry: Entry, file: Path, kind: str) -> TensorInfo:
+    rank = len(entry.shape)
+    axes = flax_axes(entry.name, rank) if kind == FLAX else tuple(range(rank))
+    return TensorInfo(
+        name=name,
+        stored_name=entry.name,
+        file=file,
+        shape=tuple(entry.shape[axis] for axis in axes),
+        dtype=entry.dtype,
+        stored_shape=entry.shape,
+        axes=axes,
+        spans=entry.spans,
+    )

@@ -1,0 +1,71 @@
+"""Loading and saving in one call."""
+
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from nufilt_jax.checkpoints.dtypes import AnyArray, Array
+from nufilt_jax.checkpoints.hub import parse_source
+from nufilt_jax.checkpoints.reader import Checkpoint, open_checkpoint
+from nufilt_jax.checkpoints.writer import output_error, sync, write_checkpoint
+from nufilt_jax.errors import OutputError, Problem
+
+
+def load(source: str, *, offline: bool = False) -> dict[str, Array]:
+    """Weights of a model by canonical name, every linear weight `[d_out, d_in]`.
+
+    Args:
+      source: `PATH_OR_HUB[@REV]`.
+      offline: use the local Hub cache alone.
+
+    Raises:
+      CheckpointError: with everything that is wrong with the folder.
+    """
+    name, revision = parse_source(source)
+    return open_checkpoint(name, revision=revision, offline=offline).read()
+
+
+def save(
+    params: Mapping[str, AnyArray],
+    out: str | Path,
+    *,
+    like: str | Checkpoint,
+    format: str | None = None,
+    dtype: str | None = None,
+    offline: bool = False,
+) -> None:
+    """Writes a model folder, whole or not at all: beside its place, then renamed.
+
+    Args:
+      params: values by canonical name; tensors that are not given are copied from `like`.
+      out: a folder that does not exist or is empty.
+      like: the model whose names, sharding, types and other files to take, as a source or opened.
+      format: `safetensors` or `flax`; None for that of `like`.
+      dtype: `float32`, `bfloat16` or `float16`; None for the types of `like`.
+      offline: look for `like` in the local Hub cache alone.
+
+    Raises:
+      CheckpointError: `params` does not fit `like`, or `like` cannot be read.
+      OutputError: `out` is in use, or cannot be written.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputError(Problem(str(out), "exists and is not an empty folder", "choose another, or remove it"))
+    model = _opened(like, offline) if isinstance(like, str) else like
+    staging = out.parent / f".{out.name}.{secrets.token_hex(4)}"
+    try:
+        staging.mkdir(parents=True)
+        write_checkpoint(params, staging, like=model, format=format, dtype=dtype)
+        os.replace(staging, out)
+        sync(out.parent)
+    except OSError as error:
+        raise output_error(out, error) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _opened(source: str, offline: bool) -> Checkpoint:
+    name, revision = parse_source(source)
+    return open_checkpoint(name, revision=revision, offline=offline, role="base")

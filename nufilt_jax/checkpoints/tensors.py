@@ -1,0 +1,90 @@
+"""One stored tensor: where its bytes lie, and what they mean."""
+
+import dataclasses
+import math
+import mmap
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from nufilt_jax.checkpoints.dtypes import Array, numpy_dtype
+
+_CHUNK = 1 << 24  # bytes per piece when streaming: 16 MiB keeps memory flat and disks busy
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TensorInfo:
+    """A tensor of a weight file, known from the header alone.
+
+    Attributes:
+      name: canonical name; equal in all files that hold this tensor.
+      stored_name: the name as it stands in the file; a path joined by `/` in Flax files.
+      file: the weight file.
+      shape: in canonical orientation: linear weights `[d_out, d_in]`, convolutions `[out, in, kh, kw]`.
+      dtype: element type as safetensors spells it, as in `F32` or `BF16`.
+      stored_shape: shape as it stands in the file.
+      axes: permutation from the stored to the canonical orientation.
+      spans: byte ranges `(start, stop)` in the file, one unless Flax split the array in chunks.
+      aliases: further copies of this tensor in the checkpoint, tied to it in the model.
+    """
+
+    name: str
+    stored_name: str
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+    stored_shape: tuple[int, ...]
+    axes: tuple[int, ...]
+    spans: tuple[tuple[int, int], ...]
+    aliases: tuple["TensorInfo", ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return sum(stop - start for start, stop in self.spans)
+
+    @property
+    def copies(self) -> tuple["TensorInfo", ...]:
+        """The tensor and its aliases: everything to write when its value changes."""
+        return (self, *self.aliases)
+
+
+def stream_bytes(info: TensorInfo, chunk: int = _CHUNK) -> Iterator[bytes]:
+    """The tensor's bytes in file order, in pieces; read, not mapped, so that memory stays flat."""
+    with info.file.open("rb") as file:
+        for start, stop in info.spans:
+            file.seek(start)
+            for at in range(start, stop, chunk):
+                piece = file.read(min(chunk, stop - at))
+                if len(piece) < min(chunk, stop - at):
+                    raise OSError(f"{info.file} became shorter while it was read")
+                yield piece
+
+
+def map_tensors(infos: Iterable[TensorInfo]) -> dict[str, Array]:
+    """Arrays by canonical name: read-only views of memory-mapped files, in canonical orientation.
+
+    The maps live as long as the arrays do, so what a caller drops is unmapped.
+    """
+    maps: dict[Path, memoryview] = {}
+    return {info.name: _view(info, maps) for info in infos}
+
+
+def _view(info: TensorInfo, maps: dict[Path, memoryview]) -> Array:
+    if info.file not in maps:
+        with info.file.open("rb") as file:
+            maps[info.file] = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    dtype = numpy_dtype(info.dtype)
+    if dtype is None:
+        raise TypeError(f"{info.stored_name}: {info.dtype} has no numpy type")
+    parts = [np.frombuffer(maps[info.file][start:stop], np.uint8) for start, stop in info.spans]
+    stored = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    # Flax files align nothing, and some devices cannot take arrays off their natural boundary.
+    aligned = stored if stored.ctypes.data % dtype.alignment == 0 else stored.copy()
+    return aligned.view(dtype).reshape(info.stored_shape).transpose(info.axes)

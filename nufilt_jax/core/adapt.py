@@ -1,0 +1,116 @@
+"""Step 2, the adapter: B A trained for a few Adam steps on a loss that needs no data and no weight matrix.
+
+The surrogate of Eqs. (9) and (15)-(17), arXiv:2509.21413v2,
+
+    L(A, B) = ‖(τ − D − τ(P + BA)) V1‖² + ‖τ(P + BA) V2‖²,
+
+with P V2 = 0 becomes, for G = τᵀτ, C1 = τ V2 V2ᵀ V1 − D V1, K = τᵀ C1, V = [V2 V1] and Z = A V = [Z2 Z1],
+
+    L = ‖C1‖² − 2⟨K, B Z1⟩ + ⟨BᵀGB, Z Zᵀ⟩,
+
+so that no step depends on the layer's number of outputs: layers with different outputs share one batch.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, UInt32
+
+from nufilt_jax.core.subspace import matmul
+
+START_STD = 0.02  # of A's entries; B starts at zero (arXiv:2509.21413v2, §4)
+
+
+class Problem(NamedTuple):
+    """One layer's surrogate, reduced to its n inputs.
+
+    Attributes:
+      gram: G = τᵀτ.
+      pull: K = τᵀ C1, where the loss wants B A to go.
+      constant: ‖C1‖², the loss without an adapter.
+      prior: V2, directions of the earlier tasks.
+      task: V1, directions of the new task.
+    """
+
+    gram: Float[Array, "*layers n n"]
+    pull: Float[Array, "*layers n r_v"]
+    constant: Float[Array, "*layers"]
+    prior: Float[Array, "*layers n r_p"]
+    task: Float[Array, "*layers n r_v"]
+
+
+class Adapter(NamedTuple):
+    """The low-rank correction B A of the filter."""
+
+    a: Float[Array, "*layers r_l n"]
+    b: Float[Array, "*layers n r_l"]
+
+
+def reduce(
+    gram: Float[Array, "n n"],
+    task_delta: Float[Array, "m n"],
+    removed: Float[Array, "m r_p"],
+    prior: Float[Array, "n r_p"],
+    task: Float[Array, "n r_v"],
+    merged_response: Float[Array, "m r_v"],
+) -> Problem:
+    """Builds one layer's `Problem`.
+
+    Args:
+      gram: τᵀτ.
+      task_delta: τ.
+      removed: τ V2.
+      prior: V2.
+      task: V1.
+      merged_response: D V1.
+    """
+    missing = matmul(removed, matmul(prior.T, task)) - merged_response  # C1
+    return Problem(gram, matmul(task_delta.T, missing), jnp.sum(missing**2), prior, task)
+
+
+def draw_start(key: UInt32[Array, "2"], rank: int, width: int) -> Float[Array, "r_l n"]:
+    """A's start, N(0, 0.02²) from a layer's own raw threefry key."""
+    wrapped = jax.random.wrap_key_data(key, impl="threefry2x32")
+    return START_STD * jax.random.normal(wrapped, (rank, width), jnp.float32)
+
+
+def loss_and_gradients(problem: Problem, adapter: Adapter) -> tuple[Float[Array, ""], Adapter]:
+    """The surrogate and its gradients, written out: they share G B, which is most of the work."""
+    n_prior = problem.prior.shape[1]
+    directions = jnp.concatenate([problem.prior, problem.task], axis=1)
+    z = matmul(adapter.a, directions)
+    z_task = z[:, n_prior:]
+    overlap = matmul(z, z.T)
+    gb = matmul(problem.gram, adapter.b)
+    bgb = matmul(adapter.b.T, gb)
+    b_pull = matmul(adapter.b.T, problem.pull)
+    loss = problem.constant - 2 * jnp.sum(b_pull * z_task) + jnp.sum(bgb * overlap)
+    grad_b = 2 * (matmul(gb, overlap) - matmul(problem.pull, z_task.T))
+    grad_z = matmul(bgb, z).at[:, n_prior:].add(-b_pull)
+    return loss, Adapter(2 * matmul(grad_z, directions.T), grad_b)
+
+
+def adapt(
+    problem: Problem, start: Float[Array, "r_l n"], *, steps: int, learning_rate: float
+) -> tuple[Adapter, Float[Array, " steps_and_one"]]:
+    """Trains one layer's adapter by Adam (β .9/.999, ε 1e-8, no decay).
+
+    Returns:
+      The adapter, and the loss before every step and after the last one.
+    """
+    adapter = Adapter(start, jnp.zeros_like(start.T))
+    if start.shape[0] == 0:
+        return adapter, jnp.full(steps + 1, problem.constant)
+    optimizer = optax.adam(learning_rate)
+
+    def step(carry: tuple, _: None) -> tuple[tuple, Float[Array, ""]]:
+        adapter, moments = carry
+        loss, gradients = loss_and_gradients(problem, adapter)
+        updates, moments = optimizer.update(gradients, moments)
+        return (optax.apply_updates(adapter, updates), moments), loss
+
+    (adapter, _), losses = jax.lax.scan(step, (adapter, optimizer.init(adapter)), length=steps)
+    last, _ = loss_and_gradients(problem, adapter)
+    return adapter, jnp.append(losses, last)

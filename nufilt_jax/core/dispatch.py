@@ -1,0 +1,64 @@
+"""Runs compiled programs that call LAPACK so that, on CPU, never two of those calls are in flight.
+
+XLA's CPU runtime executes a LAPACK call on a worker of its thread pool, and the call waits there for sub-tasks of
+its own. With as many calls in flight as there are workers, nothing moves again: on a machine with two cores two
+independent decompositions freeze the process. So programs run one after another here, and inside one program every
+decomposition waits, by data, for the one before it.
+"""
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.core import Tracer
+from jax.extend.core import get_opaque_trace_state
+from jax.interpreters.partial_eval import DynamicJaxprTracer
+
+from nufilt_jax.core.subspace import after
+from nufilt_jax.errors import ConfigError, Problem
+
+_alone = threading.RLock()
+_last_traced: list[tuple[object, weakref.ref]] = []
+
+
+def on_cpu(tree: Any) -> bool:
+    """Whether any array of `tree` lives on a CPU device."""
+    leaves = jax.tree.leaves(tree)
+    return any(d.platform == "cpu" for x in leaves if isinstance(x, jax.Array) for d in x.devices())
+
+
+def run_alone(program: Callable[..., Any], *arrays: Any) -> Any:
+    """Calls `program(*arrays)`, on CPU only once everything dispatched through here is done.
+
+    Under a caller's `jax.jit` the program becomes part of the caller's; it is then made to wait for the last one
+    traced into it. On other platforms nothing blocks.
+
+    Args:
+      program: a compiled function of pytrees of arrays.
+      *arrays: its arguments; the first leaf of the first one must be a floating array.
+
+    Returns:
+      What `program` returns; ready, on CPU.
+    """
+    tracers = [x for x in jax.tree.leaves(arrays) if isinstance(x, Tracer)]
+    if tracers:
+        return _inline(program, tracers, arrays)
+    if not on_cpu(arrays):
+        return program(*arrays)
+    with _alone:
+        jax.block_until_ready(arrays)
+        return jax.block_until_ready(program(*arrays))
+
+
+def _inline(program: Callable[..., Any], tracers: list[Tracer], arrays: tuple) -> Any:
+    if not all(isinstance(x, DynamicJaxprTracer) for x in tracers):
+        raise ConfigError(Problem("solve", "cannot be transformed by vmap or grad", "solve_stack is the batched form"))
+    state = get_opaque_trace_state()
+    leaves, structure = jax.tree.flatten(arrays)
+    if _last_traced and _last_traced[0][0] == state and (done := _last_traced[0][1]()) is not None:
+        leaves[0] = after(leaves[0], done)
+    result = program(*jax.tree.unflatten(structure, leaves))
+    _last_traced[:] = [(state, weakref.ref(jax.tree.leaves(result)[0]))]
+    return result

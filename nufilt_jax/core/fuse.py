@@ -1,0 +1,23 @@
+"""Step 3, fusion: the update τ (P + BA) of the merged weights (Eq. 10, arXiv:2509.21413v2)."""
+
+from jaxtyping import Array, Float
+
+from nufilt_jax.core.adapt import Adapter
+from nufilt_jax.core.subspace import matmul
+
+
+def fuse(
+    task_delta: Float[Array, "m n"], filtered: Float[Array, "m n"], adapter: Adapter
+) -> tuple[Float[Array, "m n"], Float[Array, "m n"]]:
+    """Update of one layer's merged weights: τ P + (τ B) A. Neither projector nor B A is ever built.
+
+    Args:
+      task_delta: τ.
+      filtered: τ P.
+      adapter: B and A.
+
+    Returns:
+      The update, and the part of it that the adapter put there.
+    """
+    restored = matmul(matmul(task_delta, adapter.b), adapter.a)
+    return filtered + restored, restored

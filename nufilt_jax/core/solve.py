@@ -1,0 +1,238 @@
+"""One step of NUFILT on stacks of layers: filter, adapt and fuse as one XLA program.
+
+A *group* is all layers with the same number of inputs n; a *stack* of it, all its layers of one shape [m, n].
+Decompositions and the adapter see only n, so they run once for the group; products with m run stack by stack.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from nufilt_jax.config import NufiltConfig
+from nufilt_jax.core import adapt as adapting
+from nufilt_jax.core import subspace
+from nufilt_jax.core.dispatch import run_alone
+from nufilt_jax.core.filter import null_space_filter
+from nufilt_jax.core.fuse import fuse
+from nufilt_jax.core.subspace import Stacks, gram, matmul, rank_mask
+from nufilt_jax.errors import ConfigError, Problem, raise_all
+
+
+class LayerSolution(NamedTuple):
+    """What a solve returns; with a leading layer axis from `solve_stack`.
+
+    Attributes:
+      update: τ (P + BA), to be added to the merged weights. float32.
+      losses: the data-free loss before each Adam step and after the last.
+      ok: whether update and losses are finite.
+    """
+
+    update: Float[Array, "*layers m n"]
+    losses: Float[Array, "*layers steps_and_one"]
+    ok: Bool[Array, "*layers"]
+
+
+class Forecast(NamedTuple):
+    """What can be told of a layer's step without any data. Shares are of squared Frobenius norms.
+
+    Attributes:
+      removed_share: of τ that the filter removes, ‖τ V2‖² / ‖τ‖².
+      restored_share: of τ that the adapter adds, ‖τ B A‖² / ‖τ‖².
+      drift: change of the merged model's response on its kept directions, ‖Δ V2‖² / ‖D V2‖².
+      cut_gap: relative gap of D's spectrum at the cut; near 0 the choice of directions is arbitrary.
+      certified: whether all directions were certified, so that no SVD was needed.
+    """
+
+    removed_share: Float[Array, " layers"]
+    restored_share: Float[Array, " layers"]
+    drift: Float[Array, " layers"]
+    cut_gap: Float[Array, " layers"]
+    certified: Bool[Array, " layers"]
+
+
+class GroupSolution(NamedTuple):
+    """Updates stack by stack; everything else over all layers of the group, in the same order."""
+
+    updates: Stacks
+    losses: Float[Array, "layers steps_and_one"]
+    ok: Bool[Array, " layers"]
+    forecast: Forecast
+
+
+def solve_group(
+    merged: Stacks, task: Stacks, start: Float[Array, "layers r_l n"], *, config: NufiltConfig
+) -> GroupSolution:
+    """One step for all layers of one input width, as one program.
+
+    Source: Eqs. (7)-(10) and (15)-(17), arXiv:2509.21413v2, in the reduced form of `core.adapt`.
+
+    Args:
+      merged: D = θ^m_{t−1} − θ0, a stack per layer shape, float32.
+      task: τ = θ_t − θ0, likewise.
+      start: A's start, one per layer in the order of the stacks.
+      config: static.
+    """
+    task_grams = [jax.vmap(gram)(x) for x in task]
+    width = merged[0].shape[-1]
+    prior_route = subspace.route(config.decomposition, width, iterate=False)
+    merged_grams = [] if prior_route == "svd" else [jax.vmap(gram)(x) for x in merged]
+    prior = subspace.leading(merged, merged_grams, config.filter_rank, prior_route)
+    task_route = subspace.route(config.decomposition, width, iterate=True)
+    ready = tuple(subspace.after(x, prior.vectors) for x in task)  # one LAPACK call at a time
+    ready_grams = [subspace.after(x, prior.vectors) for x in task_grams]
+    new = subspace.leading(ready, ready_grams, config.task_rank, task_route)
+    bounds = subspace.bounds(merged)
+    parts = [
+        jax.vmap(_filter_layer)(d, t, g, prior.vectors[i:j], new.vectors[i:j])
+        for d, t, g, (i, j) in zip(merged, task, task_grams, bounds, strict=True)
+    ]
+    problems = jax.tree.map(lambda *xs: jnp.concatenate(xs), *(part.problem for part in parts))
+    train = functools.partial(adapting.adapt, steps=config.steps, learning_rate=config.learning_rate)
+    adapters, losses = jax.vmap(train)(problems, start)
+    fused = [
+        jax.vmap(_fuse_layer)(t, part, jax.tree.map(lambda x, i=i, j=j: x[i:j], adapters))
+        for t, part, (i, j) in zip(task, parts, bounds, strict=True)
+    ]
+    removed, restored, drift = (jnp.concatenate(share) for share in zip(*(f[1] for f in fused), strict=True))
+    finite = [jnp.all(jnp.isfinite(f[0]), axis=(1, 2)) for f in fused]
+    return GroupSolution(
+        updates=tuple(f[0] for f in fused),
+        losses=losses,
+        ok=jnp.concatenate(finite) & jnp.all(jnp.isfinite(losses), axis=1),
+        forecast=Forecast(removed, restored, drift, prior.gap, prior.certified & new.certified),
+    )
+
+
+class _Filtered(NamedTuple):
+    """One layer after the filter, and the problem its adapter has to solve."""
+
+    update: Float[Array, "*layers m n"]
+    problem: adapting.Problem
+    removed: Float[Array, "*layers"]  # ‖τ V2‖²
+    prior_response: Float[Array, "*layers"]  # ‖D V2‖²
+
+
+def _filter_layer(
+    merged: Float[Array, "m n"],
+    task: Float[Array, "m n"],
+    task_gram: Float[Array, "n n"],
+    prior: Float[Array, "n r_p"],
+    new: Float[Array, "n r_v"],
+) -> _Filtered:
+    prior, prior_response = rank_mask(merged, prior)
+    new, _ = rank_mask(task, new)
+    filtered, removed = null_space_filter(task, prior)
+    problem = adapting.reduce(task_gram, task, removed, prior, new, matmul(merged, new))
+    return _Filtered(filtered, problem, jnp.sum(removed**2), jnp.sum(prior_response**2))
+
+
+def _fuse_layer(
+    task: Float[Array, "m n"], filtered: _Filtered, adapter: adapting.Adapter
+) -> tuple[Float[Array, "m n"], tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]]:
+    update, restored = fuse(task, filtered.update, adapter)
+    size = jnp.sum(task**2)
+    drift = jnp.sum(matmul(restored, filtered.problem.prior) ** 2)  # τ P has no part in these directions
+    shares = (
+        _share(filtered.removed, size),
+        _share(jnp.sum(restored**2), size),
+        _share(drift, filtered.prior_response),
+    )
+    return update, shares
+
+
+def _share(part: Float[Array, ""], whole: Float[Array, ""]) -> Float[Array, ""]:
+    return jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1), 0)
+
+
+_solve_group = jax.jit(solve_group, static_argnames="config")
+
+
+def solve_stack(
+    merged_delta: Float[Array, "layers m n"],
+    task_delta: Float[Array, "layers m n"],
+    *,
+    config: NufiltConfig,
+    adapter_init: Float[Array, "layers r_l n"],
+) -> LayerSolution:
+    """One NUFILT step for a stack of same-shaped layers, as one compiled program.
+
+    Source: Qiu et al., arXiv:2509.21413v2, Eqs. (7)-(10) and (15)-(17).
+
+    Args:
+      merged_delta: D = θ^m_{t−1} − θ0 of each layer. Any floating dtype; computed in float32.
+      task_delta: τ = θ_t − θ0 of each layer.
+      config: ranks, steps and learning rate; one compilation per config and shape.
+      adapter_init: A's start, r_l = `config.adapter_rank` rows; [layers, 0, n] for rank 0.
+
+    Returns:
+      The update per layer, with θ^m_t = θ^m_{t−1} + update; its losses; and whether all of it is finite.
+
+    Raises:
+      ConfigError: shapes or dtypes that do not fit each other or `config`.
+
+    >>> import jax, nufilt_jax as nj
+    >>> d, t = jax.random.normal(jax.random.key(0), (2, 3, 16, 8))
+    >>> config = nj.NufiltConfig(filter_rank=2, adapter_rank=4, task_rank=2)
+    >>> many = nj.solve_stack(d, t, config=config, adapter_init=jax.numpy.full((3, 4, 8), 0.02))
+    >>> many.update.shape, many.losses.shape, bool(many.ok.all())
+    ((3, 16, 8), (3, 51), True)
+    """
+    _check(merged_delta, task_delta, adapter_init, config, ("layers", "m", "n"))
+    merged, task, start = (jnp.asarray(x, jnp.float32) for x in (merged_delta, task_delta, adapter_init))
+    found = run_alone(functools.partial(_solve_group, config=config), (merged,), (task,), start)
+    return LayerSolution(found.updates[0], found.losses, found.ok)
+
+
+def solve_layer(
+    merged_delta: Float[Array, "m n"],
+    task_delta: Float[Array, "m n"],
+    *,
+    config: NufiltConfig,
+    adapter_init: Float[Array, "r_l n"],
+) -> LayerSolution:
+    """One NUFILT step for one layer: `solve_stack` of a stack of one.
+
+    Source: Qiu et al., arXiv:2509.21413v2, Eqs. (7)-(10) and (15)-(17).
+
+    Args:
+      merged_delta: D = θ^m_{t−1} − θ0, [outputs, inputs].
+      task_delta: τ = θ_t − θ0.
+      config: ranks, steps and learning rate.
+      adapter_init: A's start.
+
+    Returns:
+      The update, its losses and whether both are finite.
+
+    Raises:
+      ConfigError: shapes or dtypes that do not fit each other or `config`.
+
+    >>> import jax, nufilt_jax as nj
+    >>> d, t = jax.random.normal(jax.random.key(0), (2, 16, 8))
+    >>> config = nj.NufiltConfig(filter_rank=2, adapter_rank=0)
+    >>> one = nj.solve_layer(d, t, config=config, adapter_init=jax.numpy.zeros((0, 8)))
+    >>> one.update.shape
+    (16, 8)
+    """
+    _check(merged_delta, task_delta, adapter_init, config, ("m", "n"))
+    stacked = [jnp.asarray(x)[None] for x in (merged_delta, task_delta, adapter_init)]
+    found = solve_stack(stacked[0], stacked[1], config=config, adapter_init=stacked[2])
+    return LayerSolution(*(x[0] for x in found))
+
+
+def _check(merged: Array, task: Array, start: Array, config: NufiltConfig, axes: tuple[str, ...]) -> None:
+    arrays = {"merged_delta": merged, "task_delta": task, "adapter_init": start}
+    problems = [
+        Problem(name, f"must be a floating array, got {x.dtype}")
+        for name, x in arrays.items()
+        if not jnp.issubdtype(x.dtype, jnp.floating)
+    ]
+    if merged.ndim != len(axes) or 0 in merged.shape:
+        problems.append(Problem("merged_delta", f"must be a non-empty [{', '.join(axes)}], got shape {merged.shape}"))
+    elif task.shape != merged.shape:
+        problems.append(Problem("task_delta", f"is {task.shape}, merged_delta is {merged.shape}"))
+    elif start.shape != (wanted := (*merged.shape[:-2], config.adapter_rank, merged.shape[-1])):
+        problems.append(Problem("adapter_init", f"must be {wanted} for this config, got {start.shape}"))
+    raise_all(ConfigError, problems)

@@ -1,0 +1,67 @@
+"""Every exception a user can meet. Each carries its problems as one-line sentences."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+
+class Problem(NamedTuple):
+    """One thing that is wrong with the input, and what to do about it.
+
+    Attributes:
+      where: the file, folder or command-line option at fault.
+      what: what is wrong, with both values where two things disagree.
+      fix: what the user can do about it; empty if the sentence above says it.
+      tensor: the tensor's name as it stands in the file, if one is at fault.
+    """
+
+    where: str
+    what: str
+    fix: str = ""
+    tensor: str = ""
+
+    def __str__(self) -> str:
+        parts = [part for part in (self.where, self.tensor, self.what) if part]
+        line = ": ".join(parts) + (f" ({self.fix})" if self.fix else "")
+        return " ".join(line.split())  # one line, whatever a foreign message brought along
+
+
+class NufiltError(Exception):
+    """Base of all errors of this package; `problems` lists everything found, not only the first."""
+
+    def __init__(self, *problems: Problem) -> None:
+        super().__init__("\n".join(str(problem) for problem in problems))
+        self.problems = problems
+
+
+class ConfigError(NufiltError, ValueError):
+    """A setting is unknown, out of range or does not fit the others."""
+
+
+class UsageError(NufiltError, ValueError):
+    """The options do not add up to a command."""
+
+
+class CheckpointError(NufiltError, ValueError):
+    """A checkpoint cannot be read, or does not fit its partners."""
+
+
+class OutputError(NufiltError, OSError):
+    """The output folder cannot be used: it is locked, foreign, full, or holds another merge."""
+
+
+class SolveError(NufiltError, ArithmeticError):
+    """A layer's solution is not finite."""
+
+
+class MissingExtraError(NufiltError, ImportError):
+    """An optional dependency is needed and not installed."""
+
+
+class NotYetError(NufiltError, NotImplementedError):
+    """The design has a place for this, and nothing stands there yet."""
+
+
+def raise_all(error: type[NufiltError], problems: Iterable[Problem]) -> None:
+    """Raises `error` with all `problems` at once, or returns if there are none."""
+    if found := tuple(problems):
+        raise error(*found)

@@ -1,0 +1,13 @@
+"""Plain sum of task vectors on the selected layers: row 1 of Table 4, arXiv:2509.21413v2."""
+
+from nufilt_jax.config import SumConfig
+from nufilt_jax.methods.elementwise import blend
+from nufilt_jax.methods.state import Advance, Context, MergeState, Params, Rule
+
+
+def advance(state: MergeState, task: Params, context: Context) -> Advance:
+    """θ^m_t = θ^m_{t−1} + τ_t."""
+    return Advance(blend(state, task, context.names, keep=1.0, gain=1.0))
+
+
+RULE = Rule("sum", SumConfig, advance)

@@ -1,0 +1,16 @@
+"""Continual task arithmetic: Ilharco et al., arXiv:2212.04089, one task vector at a time."""
+
+from typing import cast
+
+from nufilt_jax.config import TaskArithmeticConfig
+from nufilt_jax.methods.elementwise import blend
+from nufilt_jax.methods.state import Advance, Context, MergeState, Params, Rule
+
+
+def advance(state: MergeState, task: Params, context: Context) -> Advance:
+    """θ^m_t = θ^m_{t−1} + λ τ_t."""
+    config = cast(TaskArithmeticConfig, context.config)
+    return Advance(blend(state, task, context.names, keep=1.0, gain=config.scale))
+
+
+RULE = Rule("task_arithmetic", TaskArithmeticConfig, advance, every_tensor=True)

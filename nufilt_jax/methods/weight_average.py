@@ -1,0 +1,14 @@
+"""Weight averaging: the running mean of the models."""
+
+from nufilt_jax.config import WeightAverageConfig
+from nufilt_jax.methods.elementwise import blend
+from nufilt_jax.methods.state import Advance, Context, MergeState, Params, Rule
+
+
+def advance(state: MergeState, task: Params, context: Context) -> Advance:
+    """θ^m_t = ((t−1) θ^m_{t−1} + θ_t) / t."""
+    t = state.step + 1
+    return Advance(blend(state, task, context.names, keep=(t - 1) / t, gain=1 / t))
+
+
+RULE = Rule("weight_average", WeightAverageConfig, advance, every_tensor=True)

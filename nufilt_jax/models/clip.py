@@ -1,0 +1,188 @@
+"""CLIP's vision tower in Flax linen, with the parameter tree of Hugging Face's Flax classes."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+
+from nufilt_jax.errors import CheckpointError, Problem
+from nufilt_jax.models.clip_config import ClipVisionConfig, parse_vision_config
+from nufilt_jax.models.clip_names import to_flax_tree
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def clip_image_features(
+    params: Mapping[str, ArrayLike], pixel_values: Float[Array, "b c h w"], config: Mapping[str, Any]
+) -> Float[Array, "b d"]:
+    """Image features of a CLIP model, in float32.
+
+    Pure in `params` and `pixel_values`, so it can be jitted and differentiated, and `vmap` over a leading
+    axis of `params` runs several models of one shape in one program. `config` must not be traced.
+
+    Args:
+      params: the flat dict of a checkpoint, under the canonical (PyTorch) names, weights `[d_out, d_in]`.
+        Of a whole CLIP model, the text tower's tensors are left aside.
+      pixel_values: normalised images; `h` and `w` are the config's `image_size`.
+      config: `config.json` of a CLIP vision model, or of a whole CLIP model.
+
+    Returns:
+      The class token after the last layer norm; if `params` hold `visual_projection.weight`, its projection.
+
+    Raises:
+      CheckpointError: the config is not of a CLIP model, a tensor is missing, unknown or of another shape, or
+        the images are not of the config's size.
+    """
+    vision = parse_vision_config(config)
+    tree = to_flax_tree(params, vision, whole_model=config.get("model_type") == "clip")
+    return vision_features(tree, pixel_values, vision)
+
+
+def vision_features(
+    tree: Mapping[str, Any], pixel_values: Float[Array, "b c h w"], config: ClipVisionConfig
+) -> Float[Array, "b d"]:
+    """The same from a linen tree, as `to_flax_tree` makes it: the pooled or the projected features."""
+    side = config.image_size
+    wanted = (config.num_channels, side, side)
+    if pixel_values.shape[1:] != wanted:
+        what = f"images are {pixel_values.shape[1:]}, config.json describes {wanted}"
+        raise CheckpointError(Problem("pixel_values", what, "resize them as the preprocessor does"))
+    projection = tree.get("visual_projection")
+    projection_dim = None if projection is None else projection["kernel"].shape[1]
+    module = ClipVisionModule(config, projection_dim)
+    features = module.apply({"params": tree}, pixel_values.astype(jnp.float32))
+    assert isinstance(features, jax.Array)  # for the type checker: apply may also return variables
+    return features
+
+
+def _norm(eps: float, name: str) -> nn.LayerNorm:
+    # Not E[x²] − E[x]²: that loses digits where the mean is large, as in CLIP's few outlier channels.
+    return nn.LayerNorm(eps, use_fast_variance=False, name=name)
+
+
+class ClipVisionModule(nn.Module):
+    """Tower and, if `projection_dim` is given, the projection into the space shared with text."""
+
+    config: ClipVisionConfig
+    projection_dim: int | None = None
+
+    @nn.compact
+    def __call__(self, pixel_values: Float[Array, "b c h w"]) -> Float[Array, "b d"]:
+        """Pooled, or projected, features."""
+        pooled = _Transformer(self.config, name="vision_model")(pixel_values)
+        if self.projection_dim is None:
+            return pooled
+        return nn.Dense(self.projection_dim, use_bias=False, precision=_HIGHEST, name="visual_projection")(pooled)
+
+
+class _Transformer(nn.Module):
+    config: ClipVisionConfig
+
+    @nn.compact
+    def __call__(self, pixel_values: Float[Array, "b c h w"]) -> Float[Array, "b d"]:
+        hidden = _Embeddings(self.config, name="embeddings")(pixel_values)
+        # The misspelt name is the checkpoints' own.
+        hidden = _norm(self.config.layer_norm_eps, name="pre_layrnorm")(hidden)
+        hidden = _Encoder(self.config, name="encoder")(hidden)
+        return _norm(self.config.layer_norm_eps, name="post_layernorm")(hidden[:, 0])
+
+
+class _Embeddings(nn.Module):
+    config: ClipVisionConfig
+
+    @nn.compact
+    def __call__(self, pixel_values: Float[Array, "b c h w"]) -> Float[Array, "b tokens d"]:
+        config = self.config
+        patches = _PatchEmbedding(config, name="patch_embedding")(pixel_values)
+        first = self.param("class_embedding", nn.initializers.normal(0.02), (config.hidden_size,))
+        first = jnp.broadcast_to(first, (patches.shape[0], 1, config.hidden_size))
+        place = nn.Embed(config.num_positions, config.hidden_size, name="position_embedding")
+        tokens = jnp.concatenate([first, patches], axis=1)
+        return tokens + place(jnp.arange(config.num_positions))[None]
+
+
+class _PatchEmbedding(nn.Module):
+    """A convolution whose stride is its size, written as the matrix product that it is.
+
+    A convolution under `vmap` over models becomes a grouped one, which XLA runs slowly on CPU.
+    """
+
+    config: ClipVisionConfig
+
+    @nn.compact
+    def __call__(self, pixel_values: Float[Array, "b c h w"]) -> Float[Array, "b patches d"]:
+        size, channels = self.config.patch_size, self.config.num_channels
+        n_side = self.config.image_size // size
+        shape = (size, size, channels, self.config.hidden_size)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        whole = pixel_values[:, :, : n_side * size, : n_side * size]  # the rest is dropped, as by padding "VALID"
+        tiles = whole.reshape(-1, channels, n_side, size, n_side, size)
+        tokens = jnp.einsum("bcyixj,ijcd->byxd", tiles, kernel, precision=_HIGHEST)
+        return tokens.reshape(-1, n_side * n_side, self.config.hidden_size)
+
+
+class _Encoder(nn.Module):
+    config: ClipVisionConfig
+
+    @nn.compact
+    def __call__(self, hidden: Float[Array, "b tokens d"]) -> Float[Array, "b tokens d"]:
+        return _LayerCollection(self.config, name="layers")(hidden)
+
+
+class _LayerCollection(nn.Module):
+    config: ClipVisionConfig
+
+    @nn.compact
+    def __call__(self, hidden: Float[Array, "b tokens d"]) -> Float[Array, "b tokens d"]:
+        for index in range(self.config.num_hidden_layers):
+            hidden = _Layer(self.config, name=str(index))(hidden)
+        return hidden
+
+
+class _Layer(nn.Module):
+    config: ClipVisionConfig
+
+    @nn.compact
+    def __call__(self, hidden: Float[Array, "b tokens d"]) -> Float[Array, "b tokens d"]:
+        eps = self.config.layer_norm_eps
+        normed = _norm(eps, name="layer_norm1")(hidden)
+        hidden = hidden + _Attention(self.config, name="self_attn")(normed)
+        normed = _norm(eps, name="layer_norm2")(hidden)
+        return hidden + _Mlp(self.config, name="mlp")(normed)
+
+
+class _Attention(nn.Module):
+    config: ClipVisionConfig
+
+    @nn.compact
+    def __call__(self, hidden: Float[Array, "b tokens d"]) -> Float[Array, "b tokens d"]:
+        n_batch, n_tokens, width = hidden.shape
+        n_heads = self.config.num_attention_heads
+
+        def project(name: str) -> Float[Array, "b tokens heads e"]:
+            full = nn.Dense(width, precision=_HIGHEST, name=name)(hidden)
+            return full.reshape(n_batch, n_tokens, n_heads, width // n_heads)
+
+        query, key, value = project("q_proj"), project("k_proj"), project("v_proj")
+        scores = jnp.einsum("bqhe,bkhe->bhqk", query, key, precision=_HIGHEST) * (width // n_heads) ** -0.5
+        weights = jax.nn.softmax(scores, axis=-1)
+        mixed = jnp.einsum("bhqk,bkhe->bqhe", weights, value, precision=_HIGHEST)
+        return nn.Dense(width, precision=_HIGHEST, name="out_proj")(mixed.reshape(hidden.shape))
+
+
+class _Mlp(nn.Module):
+    config: ClipVisionConfig
+
+    @nn.compact
+    def __call__(self, hidden: Float[Array, "b tokens d"]) -> Float[Array, "b tokens d"]:
+        inner = nn.Dense(self.config.intermediate_size, precision=_HIGHEST, name="fc1")(hidden)
+        return nn.Dense(self.config.hidden_size, precision=_HIGHEST, name="fc2")(self._activate(inner))
+
+    def _activate(self, inner: Float[Array, "b tokens i"]) -> Float[Array, "b tokens i"]:
+        if self.config.hidden_act == "quick_gelu":
+            return inner * jax.nn.sigmoid(1.702 * inner)
+        return jax.nn.gelu(inner, approximate=False)

@@ -1,0 +1,84 @@
+"""The commands and their options: what is parsed, and nothing of what it does."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from cyclopts import App, CycloptsError
+from rich.console import Console
+
+from nufilt_jax import __version__
+from nufilt_jax.errors import NotYetError, Problem, UsageError
+from nufilt_jax.pipeline.arguments import Arguments
+
+NO_ARGUMENTS = Arguments()
+COMMANDS_TO_COME = ("evaluate", "analyze", "verify", "export")
+WIDE = 1000  # columns of what is no terminal: nothing is wrapped or cut in a file or a pipe
+_BARE: dict[str, Any] = {"result_action": "return_value", "suppress_keyboard_interrupt": False}  # `main` does the rest
+
+app = App(
+    name="nufilt",
+    version=__version__,
+    help="Data-free continual model merging at compiled speed (NUFILT, arXiv:2509.21413v2).",
+    **_BARE,
+)
+
+
+@app.command
+def merge(arguments: Arguments = NO_ARGUMENTS) -> int:
+    """Merge fine-tuned models into one, one after another, without data.
+
+    The same command again resumes an interrupted merge.
+    """
+    from nufilt_jax.pipeline.command import execute
+
+    return execute(arguments, _console(), _console(stderr=True))
+
+
+@app.command
+def add(folder: Path, /, arguments: Arguments = NO_ARGUMENTS) -> int:
+    """Merge one more task into a finished or interrupted merge: merge --add FOLDER.
+
+    Args:
+      folder: The output folder of the merge.
+      arguments: The options of merge.
+    """
+    if arguments.add is not None:
+        raise UsageError(Problem("--add", "the folder is given already", "leave it out"))
+    return merge(dataclasses.replace(arguments, add=folder))
+
+
+@app.command
+def plan(arguments: Arguments = NO_ARGUMENTS) -> int:
+    """Say what a merge would do, from headers alone, and write nothing: merge --plan."""
+    return merge(dataclasses.replace(arguments, plan=True))
+
+
+def dispatch(argv: list[str], prog: str) -> int:
+    """Parses a command line and does what it says.
+
+    Args:
+      argv: the arguments, subcommand first.
+      prog: the name shown in help and usage; any other than `nufilt` is `merge` alone, with no subcommand.
+
+    Returns:
+      The exit status.
+
+    Raises:
+      NufiltError: what the command refuses.
+    """
+    runner = app
+    if prog != app.name[0]:
+        runner = App(name=prog, default_command=merge, version=__version__, **_BARE)
+    elif argv and argv[0] in COMMANDS_TO_COME:
+        raise NotYetError(Problem(argv[0], "is not available yet", "merge, add and plan are"))
+    try:
+        result = runner(argv, exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        raise UsageError(Problem("", f"{error} (see {prog} --help)")) from error
+    return result if isinstance(result, int) else 0
+
+
+def _console(*, stderr: bool = False) -> Console:
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=WIDE)

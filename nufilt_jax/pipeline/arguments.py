@@ -1,0 +1,87 @@
+"""The options of `merge`, as parsed and not yet understood. Imports nothing heavy: `--help` is quick."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Group, Parameter, Token
+
+
+def _whole_number(_: Any, tokens: Sequence[Token]) -> int:
+    return int(tokens[0].value)  # cyclopts' own rounds 1.5 to 2 without a word
+
+
+_METHOD = Parameter(group=Group("Method"))
+_OUTPUT = Parameter(group=Group("Output and running"))
+Whole = Annotated[int | None, Parameter(converter=_whole_number)]
+Flag = Annotated[bool, Parameter(negative="", show_default=False), _OUTPUT]
+
+
+@Parameter(name="*")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """The command line; what an option leaves out is None.
+
+    Attributes:
+      model: A preset: tiny (built in, needs no network), vit-b32, vit-b16, vit-l14.
+      group: Size of the preset's task group: 8, 14 or 20. Without it, 8.
+      order: The paper's k-th order of the tasks, or "given". Presets: 1. Tasks given by hand: given.
+      base: The pre-trained model: a folder or Hub id, as PATH_OR_HUB[@REV].
+      task: A fine-tuned model, as NAME=PATH_OR_HUB[@REV]; once per task, in order.
+      out: The output folder.
+      add: Continue the finished or interrupted merge in this folder, with one more --task.
+      method: nufilt, null_space, sum, weight_average or task_arithmetic.
+      method_args: Settings of the method, as KEY=VALUE ...
+      filter_rank: Directions of earlier tasks that a new task may not touch (r_p).
+      adapter_rank: Rank of the trained correction (r_l).
+      task_rank: Directions of the new task whose answer should stay (r_v).
+      steps: Adam steps.
+      learning_rate: Of Adam.
+      decomposition: auto, eigh, svd or subspace.
+      seed: Of the correction's random start.
+      layers: Merge the matrices in whose names this regular expression is found.
+      other_params: All other parameters: pretrained, first or average.
+      dtype: Type of the stored weights: float32, bfloat16 or float16. Without it, the base's own.
+      format: safetensors or flax. Without it, the base's own.
+      max_memory: Not available yet.
+      devices: Devices to compute on. Only 1 for now.
+      offline: Never ask the Hub; use its local cache.
+      plan: Say what would be done, from headers alone, and write nothing.
+      json: One JSON document on stdout and nothing else there.
+      quiet: Nothing but warnings and errors.
+    """
+
+    model: str | None = None
+    group: Whole = None
+    order: str | None = None
+    base: str | None = None
+    task: Annotated[tuple[str, ...], Parameter(consume_multiple=False, negative="", show_default=False)] = ()
+    out: Path | None = None
+    add: Path | None = None
+    method: Annotated[str | None, _METHOD] = None
+    method_args: Annotated[
+        tuple[str, ...], Parameter(consume_multiple=True, negative="", show_default=False), _METHOD
+    ] = ()
+    filter_rank: Annotated[Whole, _METHOD] = None
+    adapter_rank: Annotated[Whole, _METHOD] = None
+    task_rank: Annotated[Whole, _METHOD] = None
+    steps: Annotated[Whole, _METHOD] = None
+    learning_rate: Annotated[float | None, _METHOD] = None
+    decomposition: Annotated[str | None, _METHOD] = None
+    seed: Annotated[Whole, _METHOD] = None
+    layers: Annotated[str | None, _METHOD] = None
+    other_params: Annotated[str | None, _METHOD] = None
+    dtype: Annotated[str | None, _OUTPUT] = None
+    format: Annotated[str | None, _OUTPUT] = None
+    max_memory: Annotated[str | None, _OUTPUT] = None
+    devices: Annotated[Whole, _OUTPUT] = None
+    offline: Flag = False
+    plan: Flag = False
+    json: Flag = False
+    quiet: Flag = False
+
+    def config_flags(self) -> dict[str, Any]:
+        """The options given that are settings of some method, by field name."""
+        names = ("filter_rank", "adapter_rank", "task_rank", "steps", "learning_rate", "decomposition")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}

@@ -1,0 +1,55 @@
+"""The model card of an output folder, written from its recipe."""
+
+from collections.abc import Mapping
+from typing import Any
+
+_OTHERS = {
+    "pretrained": "stay as the base has them",
+    "first": "stay as the first task's model has them",
+    "average": "are the running average of the tasks' models",
+}
+
+
+def model_card(recipe: Mapping[str, Any]) -> str:
+    """The text of `README.md`: what was merged, how, and how to go on."""
+    base, settings = recipe["base"], recipe["config"]
+    on_hub = [s for s in (base, *recipe["tasks"]) if s["revision"] is not None]
+    models = "".join(f"- {s['source']}\n" for s in on_hub)
+    header = "---\nlibrary_name: transformers\ntags:\n- merge\n- nufilt_jax\n"
+    header += f"base_model:\n{models}" if models else ""
+    config = "\n".join(f"| {key} | {value} |" for key, value in {**settings, "seed": recipe["seed"]}.items())
+    tasks = "\n".join(
+        f"| {number} | {task['name']} | {_place(task)} |" for number, task in enumerate(recipe["tasks"], 1)
+    )
+    selected = recipe["selected"]
+    return f"""{header}---
+
+# {_title(recipe)}
+
+Merged without data, one task after another, by nufilt_jax (arXiv:2509.21413v2), method `{recipe["method"]}`.
+
+Base: {_place(base)}
+
+| step | task | model |
+| --- | --- | --- |
+{tasks}
+
+| setting | value |
+| --- | --- |
+{config}
+
+{selected["layers"]} tensors were merged by the method. All other parameters {_OTHERS[recipe["other_params"]]}.
+Inputs with their SHA-256, versions, device, times and losses of every step are in `nufilt.json`; what each step did to
+each layer is in `forecast.json`. `state/` lets one more task be added:
+
+    python -m nufilt_jax.merge --add THIS_FOLDER --task NAME=MODEL
+"""
+
+
+def _title(recipe: Mapping[str, Any]) -> str:
+    name = recipe["base"]["source"].rstrip("/").rsplit("/", 1)[-1]
+    return f"{name}: {len(recipe['tasks'])} tasks merged"
+
+
+def _place(entry: Mapping[str, Any]) -> str:
+    return f"`{entry['source']}`" + (f" at `{entry['revision']}`" if entry["revision"] else "")

@@ -1,0 +1,83 @@
+"""One `merge` command: from parsed arguments to an exit status."""
+
+import tempfile
+from pathlib import Path
+from typing import cast
+
+from rich.console import Console
+
+from nufilt_jax.checkpoints.place import OutputPlace, read_json
+from nufilt_jax.pipeline import console as show
+from nufilt_jax.pipeline import tiny
+from nufilt_jax.pipeline.arguments import Arguments
+from nufilt_jax.pipeline.inspection import inspect
+from nufilt_jax.pipeline.plan import Plan, make_plan
+from nufilt_jax.pipeline.request import check_usage, continued_job, new_job
+from nufilt_jax.pipeline.run import run
+from nufilt_jax.presets import TINY
+from nufilt_jax.zoo.store import default_folder
+
+
+def execute(arguments: Arguments, stdout: Console, stderr: Console) -> int:
+    """Plans, and runs unless only the plan is wanted.
+
+    Raises:
+      NufiltError: with every problem found.
+    """
+    check_usage(arguments)
+    if arguments.plan:
+        with tempfile.TemporaryDirectory(prefix="nufilt-") as scratch:
+            _plan(arguments, Path(scratch), stdout, stderr)
+    else:
+        _run(arguments, stdout, stderr)
+    return 0
+
+
+def _plan(arguments: Arguments, scratch: Path, stdout: Console, stderr: Console) -> None:
+    # A plan writes nothing: built-in checkpoints that are not in the cache yet are planned from a passing copy.
+    zoo = None if default_folder().exists() else scratch
+    job = new_job(arguments, zoo) if arguments.add is None else continued_job(arguments, OutputPlace(arguments.add))
+    plan = make_plan(job, offline=arguments.offline, headers_only=True)
+    show.show_warnings(stderr, plan.warnings)
+    if arguments.json:
+        show.show_json(stdout, show.plan_document(plan))
+    elif not arguments.quiet:
+        show.show_plan(stdout, plan)
+
+
+def _run(arguments: Arguments, stdout: Console, stderr: Console) -> None:
+    job = None if arguments.add is not None else new_job(arguments)
+    place = OutputPlace(cast(Path, arguments.add or (job and job.out)))  # None is for plans, see check_usage
+    watcher = show.ProgressWatcher(stderr, quiet=arguments.quiet or arguments.json)
+    with place.locked(), watcher.progress:
+        plan = make_plan(job or continued_job(arguments, place), offline=arguments.offline)
+        show.show_warnings(stderr, plan.warnings)
+        inspection = inspect(plan)
+        show.show_warnings(stderr, inspection.warnings)
+        study = _study(arguments, plan)
+        recipe = run(
+            plan,
+            inspection,
+            place,
+            watcher,
+            evaluate=study.evaluate if study else None,
+            finish=study.finish if study else None,
+        )
+    show.show_warnings(stderr, tuple(study.warnings) if study else ())
+    scores = place.out / tiny.EVALUATION
+    evaluation = {"evaluation": read_json(scores)} if arguments.model == TINY and scores.is_file() else {}
+    if arguments.json:
+        show.show_json(stdout, {"out": str(place.out), **recipe, **evaluation})
+    elif not arguments.quiet:
+        show.show_result(stdout, recipe, str(place.out))
+        if evaluation:
+            show.show_scores(stdout, evaluation["evaluation"])
+
+
+def _study(arguments: Arguments, plan: Plan) -> tiny.TinyStudy | None:
+    """The evaluation of the built-in tasks; None where there is none, or an earlier run has left it out."""
+    if arguments.model != TINY or plan.is_finished:
+        return None
+    if plan.recorded is not None and any("accuracy" not in step for step in plan.recorded.steps):
+        return None
+    return tiny.TinyStudy(tuple(source.name for source in plan.sources))

@@ -1,0 +1,72 @@
+"""What only reading the weights can tell: their hashes, and numbers that are not finite."""
+
+import dataclasses
+from collections.abc import Iterator
+
+from nufilt_jax.checkpoints import Checkpoint, nonfinite_tensors
+from nufilt_jax.errors import CheckpointError, Problem, raise_all
+from nufilt_jax.pipeline.plan import Plan
+from nufilt_jax.pipeline.recorded import other_weights_problem
+
+_NONFINITE = "has NaN or infinite numbers"
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """Found by reading all of a plan's weights once.
+
+    Attributes:
+      base_sha256: of the base's weight files by name.
+      task_sha256: the same by task name, for all tasks.
+      warnings: non-finite numbers in tensors that the merge does not touch.
+    """
+
+    base_sha256: dict[str, str]
+    task_sha256: dict[str, dict[str, str]]
+    warnings: tuple[str, ...]
+
+
+def inspect(plan: Plan) -> Inspection:
+    """Hashes all weight files and looks for numbers that are not finite.
+
+    Raises:
+      CheckpointError: files that changed since an earlier run, and non-finite numbers in tensors that the merge
+        touches, all listed.
+    """
+    base_sha256 = plan.base.sha256()
+    hashes = {name: task.sha256() for name, task in plan.tasks.items()}
+    problems = list(_changes(plan, base_sha256, hashes))
+    warnings: list[str] = []
+    if not plan.is_finished:
+        for checkpoint in (plan.base, *plan.tasks.values()):
+            refused, accepted = _nonfinite(checkpoint, set(plan.selection.touched))
+            problems += refused
+            warnings += map(str, accepted)
+    raise_all(CheckpointError, problems)
+    merged = {} if plan.recorded is None else {task.name: dict(task.sha256 or {}) for task in plan.recorded.tasks}
+    return Inspection(base_sha256, merged | hashes, tuple(warnings))
+
+
+def _changes(plan: Plan, base_sha256: dict[str, str], hashes: dict[str, dict[str, str]]) -> Iterator[Problem]:
+    """The models that are not what they were when an earlier run began this merge."""
+    if plan.recorded is None:
+        return
+    pairs = [(plan.base, plan.recorded.base, base_sha256)]
+    pairs += [(plan.tasks[t.name], t, hashes[t.name]) for t in plan.recorded.tasks if t.name in plan.tasks]
+    for checkpoint, then, now in pairs:
+        if found := other_weights_problem(checkpoint.source, then.sha256 or {}, now, plan.recorded.folder):
+            yield found
+
+
+def _nonfinite(checkpoint: Checkpoint, touched: set[str]) -> tuple[list[Problem], list[Problem]]:
+    """Tensors with non-finite numbers: those that the merge would use, and those that it leaves alone."""
+    refused, accepted = [], []
+    for name in nonfinite_tensors(checkpoint, checkpoint.tensors):
+        info = checkpoint.tensors[name]
+        if name in touched:
+            fix = "fine-tune again, or exclude it with --layers"
+            refused.append(Problem(str(info.file), _NONFINITE, fix, info.stored_name))
+        else:
+            what = f"{_NONFINITE}; the merge does not touch it"
+            accepted.append(Problem(str(info.file), what, tensor=info.stored_name))
+    return refused, accepted

@@ -1,0 +1,169 @@
+"""What a merge would do, and everything that speaks against it, from headers alone."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from nufilt_jax.checkpoints import Checkpoint, open_checkpoint, partner_problems
+from nufilt_jax.checkpoints.dtypes import OUTPUT_DTYPES, numpy_dtype
+from nufilt_jax.checkpoints.folders import FLAX
+from nufilt_jax.checkpoints.names import has_flax_form
+from nufilt_jax.checkpoints.outputs import plan_shards
+from nufilt_jax.checkpoints.place import OutputPlace
+from nufilt_jax.config import MethodConfig, option, problem
+from nufilt_jax.core.stacks import Group, group_layers
+from nufilt_jax.errors import NufiltError, Problem
+from nufilt_jax.methods import find
+from nufilt_jax.methods.selection import Selection, select
+from nufilt_jax.pipeline.job import Job, Recorded, Settings, Source
+from nufilt_jax.pipeline.problems import gathering
+from nufilt_jax.pipeline.recorded import current, other_merge_problems
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A merge that can begin.
+
+    Attributes:
+      base: the backbone.
+      sources: all tasks in order, those merged earlier included.
+      tasks: the checkpoints opened, by task name: all, or under --add those still to be merged.
+      settings: how.
+      selection: the tensors touched.
+      groups: the selected layers, as the solver batches them.
+      out: the output folder; None if only a plan is wanted.
+      recorded: the same merge, as far as an earlier run came; None if there is none.
+      warnings: what the user should know and may accept.
+    """
+
+    base: Checkpoint
+    sources: tuple[Source, ...]
+    tasks: Mapping[str, Checkpoint]
+    settings: Settings
+    selection: Selection
+    groups: tuple[Group, ...]
+    out: Path | None
+    recorded: Recorded | None
+    warnings: tuple[str, ...]
+
+    @property
+    def done(self) -> int:
+        """Number of tasks that earlier runs have merged."""
+        return self.recorded.done if self.recorded else 0
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the model that is asked for stands in its place already."""
+        return self.recorded is not None and self.recorded.folder == self.out and self.done == len(self.sources)
+
+
+def make_plan(job: Job, *, offline: bool = False, headers_only: bool = False) -> Plan:
+    """Opens everything and checks that it fits together.
+
+    Args:
+      job: what is asked for.
+      offline: use the local Hub cache alone.
+      headers_only: download no weights.
+
+    Raises:
+      NufiltError: with every problem of base, tasks, settings and output folder at once.
+    """
+    problems = [*job.problems, *_name_problems(job.sources)]
+    place = None if job.out is None else OutputPlace(job.out)
+    recorded = job.continues or _recorded(job, place, problems)
+    base, tasks = _open_all(job, problems, offline=offline, headers_only=headers_only)
+    selection = Selection((), ())
+    if base is not None:
+        with gathering(problems):
+            selection = _select(base, job.settings)
+        for task in tasks.values():
+            problems += partner_problems(base, task, selection.touched)
+        with gathering(problems):
+            problems += _output_problems(base, job.settings, place)
+    if problems or base is None:
+        raise NufiltError(*dict.fromkeys(problems))
+    matrices = {name: base.tensors[name].shape for name in selection.layers if len(base.tensors[name].shape) == 2}
+    groups = () if find(job.settings.method).every_tensor else group_layers(matrices)
+    return Plan(
+        base=base,
+        sources=job.sources,
+        tasks=tasks,
+        settings=job.settings,
+        selection=selection,
+        groups=groups,
+        out=None if place is None else place.out,
+        recorded=recorded,
+        warnings=(*job.warnings, *_width_warnings(groups, job.settings.config)),
+    )
+
+
+def _recorded(job: Job, place: OutputPlace | None, problems: list[Problem]) -> Recorded | None:
+    """What earlier runs of the same merge have done; another merge in its place is a problem."""
+    recorded = None
+    with gathering(problems):
+        recorded = None if place is None else current(place)
+    if recorded is None or recorded.done == 0:  # which binds nobody
+        return None
+    problems += other_merge_problems(recorded, job.settings, [source.name for source in job.sources])
+    return recorded
+
+
+def _name_problems(sources: tuple[Source, ...]) -> list[Problem]:
+    names = [source.name for source in sources]
+    twice = dict.fromkeys(name for name in names if names.count(name) > 1)
+    return [problem("task", f"{name} names two tasks", "give each task a name of its own") for name in twice]
+
+
+def _open_all(
+    job: Job, problems: list[Problem], *, offline: bool, headers_only: bool
+) -> tuple[Checkpoint | None, dict[str, Checkpoint]]:
+    """The base, None if it cannot be opened, and the tasks whose files are needed."""
+    how: dict[str, Any] = {"offline": offline, "headers_only": headers_only}
+    base, tasks = None, {}
+    with gathering(problems):
+        base = open_checkpoint(job.base.source, revision=job.base.revision, role="base", **how)
+    for source in job.sources[job.n_merged :]:
+        with gathering(problems):
+            tasks[source.name] = open_checkpoint(source.source, revision=source.revision, role="task", **how)
+    return base, tasks
+
+
+def _select(base: Checkpoint, settings: Settings) -> Selection:
+    tensors = {
+        name: jax.ShapeDtypeStruct(info.shape, numpy_dtype(info.dtype) or np.dtype(np.uint8))
+        for name, info in base.tensors.items()
+    }
+    every_tensor = find(settings.method).every_tensor
+    return select(tensors, layers=settings.layers, other_params=settings.other_params, every_tensor=every_tensor)
+
+
+def _output_problems(base: Checkpoint, settings: Settings, place: OutputPlace | None) -> list[Problem]:
+    """What would keep the result from being written, found before any work."""
+    kind = settings.format or base.format
+    if kind == FLAX != base.format and not has_flax_form(base.config):
+        what = f"{base.source} is a {base.config.get('model_type')!r} model, which has no Flax form"
+        return [problem("format", what, "use safetensors")]
+    plan_shards(base, kind, OUTPUT_DTYPES[settings.dtype] if settings.dtype else None)
+    root = os.path.realpath(base.path)
+    if place is not None and base.is_local and os.path.realpath(place.out).startswith(root + os.sep):
+        what = f"{place.out} lies inside the base's folder, whose files are copied"
+        return [problem("out", what, "choose a folder beside it")]
+    return []
+
+
+def _width_warnings(groups: tuple[Group, ...], config: MethodConfig) -> list[str]:
+    rank = getattr(config, "filter_rank", 0)
+    warnings = []
+    for group in groups:
+        if group.width <= rank:
+            named = ", ".join(group.names[:3]) + (f" and {len(group.names) - 3} more" if len(group.names) > 3 else "")
+            warnings.append(
+                f"{option('filter_rank')}: {rank} directions are all that layers with {group.width} inputs have, and "
+                f"the filter will remove every direction that the merged model uses: {named}"
+            )
+    return warnings

@@ -1,0 +1,112 @@
+import numpy as np
+import pytest
+from checkpoint_builders import (
+    clip_model,
+    flax_vision_tree,
+    t5_model,
+    vision_tower,
+    write_flax,
+    write_safetensors,
+)
+
+from nufilt_jax.checkpoints import open_checkpoint, partner_problems
+
+Q = "vision_model.encoder.layers.0.self_attn.q_proj.weight"
+FC1 = "vision_model.encoder.layers.0.mlp.fc1.weight"
+FC2 = "vision_model.encoder.layers.0.mlp.fc2.weight"
+TOUCHED = (Q, FC1, FC2)
+
+
+def lines(tmp_path, base, task, touched=TOUCHED, **config):
+    base = base if not isinstance(base, dict) else write_safetensors(tmp_path / "base", base, **config)
+    task = task if not isinstance(task, dict) else write_safetensors(tmp_path / "task", task, **config)
+    found = partner_problems(open_checkpoint(str(base), role="base"), open_checkpoint(str(task)), touched)
+    return [str(problem).replace(f"{tmp_path}/", "") for problem in found]
+
+
+@pytest.mark.parametrize("base_form", ["clip", "vision", "5.x", "flax"])
+@pytest.mark.parametrize("task_form", ["vision", "5.x", "flax", "bfloat16"])
+def test_all_spellings_and_float_types_of_one_tower_fit(tmp_path, base_form, task_form):
+    forms = {
+        "clip": clip_model(),
+        "vision": vision_tower(),
+        "5.x": vision_tower(prefix=""),
+        "flax": write_flax(tmp_path / "flax", flax_vision_tree(vision_tower())),
+        "bfloat16": vision_tower(dtype="bfloat16"),
+    }
+    assert lines(tmp_path, forms[base_form], forms[task_form]) == []
+
+
+def test_a_task_may_lack_what_is_not_touched_and_hold_integer_buffers(tmp_path):
+    task = {name: vision_tower()[name] for name in TOUCHED}
+    task["vision_model.embeddings.position_ids"] = np.arange(5)
+    assert lines(tmp_path, clip_model(), task) == []
+
+
+def test_shapes_are_compared_in_one_orientation(tmp_path):
+    task = vision_tower()
+    task[FC1] = np.zeros((5, 4), np.float32)
+    expected = "has shape [5, 4], but [6, 4] in the base base (all models must be fine-tuned from this base;"
+    [line] = lines(tmp_path, vision_tower(), task)
+    assert line.startswith(f"task/model.safetensors: {FC1}: ") and expected in line
+    [line] = lines(tmp_path, vision_tower(), write_flax(tmp_path / "flax", flax_vision_tree(task)))
+    assert line.startswith("flax/flax_model.msgpack: vision_model/encoder/layers/0/mlp/fc1/kernel: ")
+    assert expected in line
+
+
+def test_a_touched_tensor_must_be_in_both_and_float(tmp_path):
+    task = vision_tower(prefix="")
+    del task["encoder.layers.0.mlp.fc1.weight"]
+    task["encoder.layers.0.mlp.fc2.weight"] = np.zeros((4, 6), np.int8)
+    found = lines(tmp_path, vision_tower(prefix=""), task, (*TOUCHED, "ghost"))
+    assert found[0].startswith("base: ghost: is not in the base (exclude it with --layers)")
+    assert found[1].startswith("task: encoder.layers.0.mlp.fc1.weight: is missing, but the base base has it")
+    assert found[2].startswith("task/model.safetensors: encoder.layers.0.mlp.fc2.weight: holds I8, but only BF16")
+    assert len(found) == 3
+
+
+def test_what_the_base_has_no_place_for_is_named_or_summed_up(tmp_path):
+    task = clip_model() | {
+        "classifier.weight": np.zeros((2, 4), np.float32),
+        "classifier.bias": np.zeros(2, "f"),
+    }
+    found = lines(tmp_path, vision_tower(), task)
+    assert [line.split(": is not in the base base (")[0] for line in found] == [
+        "task: classifier.bias",
+        "task: classifier.weight",
+        "task: logit_scale",
+        "task: text_model.* (4 tensors)",
+        "task: text_projection.weight",
+        "task: visual_projection.weight",
+    ]
+
+
+def test_another_architecture_is_few_lines(tmp_path):
+    layers = [f"encoder.block.{i}.layer.0.SelfAttention.q.weight" for i in range(30)]
+    base = {name: np.zeros((2, 2), np.float32) for name in layers}
+    found = lines(tmp_path, base, vision_tower(), layers)
+    assert [line.split(": ")[1] for line in found] == [
+        "encoder.* (30 tensors)",
+        "vision_model.* (10 tensors)",
+    ]
+
+
+@pytest.mark.parametrize("base_copies", [(), ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")])
+@pytest.mark.parametrize("task_copies", [(), ("encoder.embed_tokens.weight",)])
+def test_tied_copies_may_be_stored_or_not(tmp_path, base_copies, task_copies):
+    base, task = t5_model(tied_copies=base_copies), t5_model(seed=1, tied_copies=task_copies)
+    assert lines(tmp_path, base, task, ["shared.weight", "lm_head.weight"], model_type="t5") == []
+
+
+def test_a_head_of_its_own_is_refused_where_the_base_ties_it(tmp_path):
+    base = t5_model(tied_copies=("lm_head.weight",), head=False)
+    [line] = lines(tmp_path, base, t5_model(), ["shared.weight"], model_type="t5")
+    assert line.startswith("task/model.safetensors: lm_head.weight: differs from shared.weight, but the base")
+
+
+def test_a_tied_head_fits_though_the_task_has_no_config(tmp_path):
+    base = t5_model(tied_copies=("lm_head.weight",), head=False)
+    base = write_safetensors(tmp_path / "base", base, model_type="t5", tie_word_embeddings=True)
+    task = t5_model(seed=3, tied_copies=("lm_head.weight",), head=False)
+    task = write_safetensors(tmp_path / "task", task, model_type="t5", tie_word_embeddings=False)
+    assert lines(tmp_path, base, task, ["shared.weight"]) == []

@@ -1,0 +1,42 @@
+"""What holds for every test: strict array arithmetic, and no cache of the user's."""
+
+import os
+import shutil
+import tempfile
+
+import jax
+import optax
+import pytest
+from jaxtyping import install_import_hook
+
+# Shapes and dtypes of every annotated array are checked. Not in config, methods and pipeline: they refuse wrong types
+# themselves, in words a user can read, and the tests provoke that.
+install_import_hook(
+    [f"nufilt_jax.{part}" for part in ("analysis", "checkpoints", "core", "evaluation", "models", "zoo")],
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def _leniently(function):
+    def call(*args, **kwargs):
+        with jax.numpy_dtype_promotion("standard"):
+            return function(*args, **kwargs)
+
+    return call
+
+
+# Adam's bias correction raises a float to an integer power, which strict promotion forbids: optax alone is let off.
+optax.tree.bias_correction = _leniently(optax.tree.bias_correction)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Gives the run a cache folder of its own; xdist's workers share their parent's."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return
+    folder = tempfile.mkdtemp(prefix="nufilt-tests-")
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    os.environ["NUFILT_CACHE"] = os.path.join(folder, "nufilt")
+    os.environ["HF_HOME"] = os.path.join(folder, "huggingface")
+    os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nobody listens: a test that asks the Hub fails at once

@@ -1,0 +1,173 @@
+import jax
+import jax.numpy as jnp
+import matrices
+import numpy as np
+import oracle
+import pytest
+
+from nufilt_jax.core import subspace
+from nufilt_jax.core.adapt import Adapter, draw_start, loss_and_gradients, reduce
+from nufilt_jax.core.filter import authors_first_filter, null_space_filter
+from nufilt_jax.core.fuse import fuse
+from nufilt_jax.core.stacks import group_layers, stack, unstack
+
+ROUTES = ["eigh", "svd", "subspace"]
+
+
+@jax.jit
+def gram(x):
+    return subspace.gram(x)
+
+
+def find(x, rank, chosen):
+    stacks = (jnp.asarray(x)[None],)
+    call = jax.jit(subspace.leading, static_argnums=(2, 3))
+    found = call(stacks, [gram(stacks[0][0])[None]], rank, chosen)
+    masked, response = subspace.rank_mask(stacks[0][0], found.vectors[0])
+    return found, np.asarray(masked, np.float64), np.asarray(response)
+
+
+@pytest.mark.parametrize("chosen", ROUTES)
+@pytest.mark.parametrize("shape", [(64, 64), (64, 24), (24, 64), (1, 1), (1, 8), (8, 1)], ids=str)
+@pytest.mark.parametrize("true_rank", [0, 2, None])
+def test_projector(shape, true_rank, chosen):
+    x = matrices.power_law(shape, seed=0, rank=true_rank, exponent=0.8)
+    _, v, response = find(x, 6, chosen)
+    p = np.eye(shape[1]) - v @ v.T
+    # The routes are backward stable: the error grows with eps and shrinks with the spectrum's gap at the cut.
+    tolerance = 200 * max(shape) * oracle.EPS
+    np.testing.assert_allclose(p, oracle.projector(x, 6), atol=tolerance)
+    np.testing.assert_allclose(p @ p, p, atol=tolerance)
+    np.testing.assert_allclose(response, x @ v, atol=tolerance)
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.3, 0.8, 1.2, 2.0])
+def test_eigenvectors_of_the_gram_matrix_are_refined_or_replaced(exponent):
+    """Whatever the spectrum: where float32 squares it out of sight, the certificate is refused."""
+    rng = np.random.default_rng(0)
+    x = matrices.power_law((256, 256), seed=3, exponent=exponent) if exponent else rng.normal(size=(256, 256))
+    x = x.astype(np.float32)
+    found, v, _ = find(x, 48, "eigh")
+    s = np.linalg.svd(x.astype(float), compute_uv=False)
+    rounding = oracle.EPS * s[0] / (s[47] - s[48])  # what float32 can tell at this gap
+    error = np.linalg.norm(v @ v.T - (np.eye(256) - oracle.projector(x, 48)), 2)
+    assert error < 2e-5 + rounding
+    if exponent == 2.0:
+        assert not bool(found.certified[0])
+    if exponent in (0.3, 0.8):
+        assert bool(found.certified[0])
+
+
+def test_unrefined_eigenvectors_would_not_do():
+    """The refinement earns its place: without it the same spectrum is far off."""
+    x = matrices.power_law((256, 256), seed=3, exponent=1.0)
+    _, vectors = jnp.linalg.eigh(gram(jnp.asarray(x)))
+    v = np.asarray(vectors[:, ::-1][:, :48], np.float64)
+    exact = np.eye(256) - oracle.projector(x, 48)
+    assert np.linalg.norm(v @ v.T - exact, 2) > 1e-4
+    _, v, _ = find(x, 48, "eigh")
+    assert np.linalg.norm(v @ v.T - exact, 2) < 2e-5
+
+
+def test_an_iteration_that_cannot_converge_falls_back():
+    """A flat spectrum has no leading directions that few passes could find."""
+    x = np.random.default_rng(1).normal(size=(400, 300)).astype(np.float32)
+    found, v, _ = find(x, 8, "subspace")
+    assert not bool(found.certified[0])
+    assert np.linalg.norm(v @ v.T - (np.eye(300) - oracle.projector(x, 8)), 2) < 1e-3
+    steep = matrices.power_law((400, 300), seed=1, exponent=1.0)
+    assert bool(find(steep, 8, "subspace")[0].certified[0])
+
+
+def test_a_neighbour_without_certificate_changes_nothing():
+    flat = np.random.default_rng(1).normal(size=(300, 300)).astype(np.float32)
+    steep = matrices.power_law((300, 300), seed=1, exponent=1.0)
+    call = jax.jit(subspace.leading, static_argnums=(2, 3))
+    both = jnp.stack([jnp.asarray(steep), jnp.asarray(flat)])
+    alone = call((both[:1],), [jax.vmap(gram)(both[:1])], 8, "subspace")
+    beside = call((both,), [jax.vmap(gram)(both)], 8, "subspace")
+    assert beside.certified.tolist() == [True, False]
+    p, q = (np.asarray(v[0] @ v[0].T) for v in (beside.vectors, alone.vectors))
+    np.testing.assert_allclose(p, q, atol=1e-5)
+
+
+@pytest.mark.parametrize("chosen", ROUTES)
+def test_ties_at_the_cut_give_some_projector(chosen):
+    """Which of equal directions is kept is arbitrary; that it is a projector of the right rank is not."""
+    q = matrices.orthonormal(np.random.default_rng(0), 40, 40).astype(np.float32)
+    found, v, _ = find(q, 7, chosen)
+    np.testing.assert_allclose(v.T @ v, np.eye(7), atol=1e-4)
+    assert float(found.gap[0]) < 1e-3
+
+
+def test_gap_is_relative_to_the_last_direction_kept():
+    x = np.diag(np.array([8.0, 4.0, 2.0, 1.0], np.float32))
+    for chosen in ROUTES:
+        assert float(find(x, 2, chosen)[0].gap[0]) == pytest.approx(0.5, abs=1e-3)
+    assert float(find(x, 4, "eigh")[0].gap[0]) == 1
+
+
+def test_rank_mask_measures_instead_of_trusting_eigenvalues():
+    """Roots of eigenvalues of rounding noise would count null directions as used."""
+    x = jnp.asarray(matrices.power_law((512, 512), seed=4, rank=5, exponent=0.3))
+    values, vectors = jnp.linalg.eigh(gram(x))
+    roots = np.sqrt(np.maximum(np.asarray(values)[::-1], 0))
+    assert (roots > roots[0] * 512 * oracle.EPS).sum() > 5
+    masked, _ = subspace.rank_mask(x, vectors[:, ::-1][:, :64])
+    assert int(jnp.sum(jnp.any(masked != 0, axis=0))) == 5
+
+
+def test_after_changes_nothing_but_the_order():
+    x = jnp.asarray([1.5, -2.0, 0.0])
+    for done in (jnp.ones((2, 2)), jnp.asarray([jnp.nan]), jnp.asarray([jnp.inf]), jnp.zeros((0, 3))):
+        np.testing.assert_array_equal(jax.jit(subspace.after)(x, done), x)
+
+
+def test_gradients_are_those_of_the_unreduced_objective():
+    rng = np.random.default_rng(0)
+    d, tau = (matrices.power_law((40, 32), seed=s, scale=0.5) for s in (1, 2))
+    v2, v1 = oracle.leading(d, 6), oracle.leading(tau, 4)
+    a, b = rng.normal(size=(5, 32)) * 0.1, rng.normal(size=(32, 5)) * 0.1
+    p = oracle.projector(d, 6)
+    expected = oracle.gradients(d.astype(float), tau.astype(float), p, b, a, v1, v2)
+    cast = [jnp.asarray(x, jnp.float32) for x in (tau.T @ tau, tau, tau @ v2, v2, v1, d @ v1)]
+    problem = reduce(*cast)
+    loss, found = loss_and_gradients(problem, Adapter(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)))
+    assert float(loss) == pytest.approx(oracle.loss(d, tau, p, b, a, v1, v2), rel=1e-5)
+    for one, other in zip(found, expected, strict=True):
+        assert matrices.relative_error(one, other) < 1e-5
+
+
+def test_filter_and_fuse_never_need_the_projector():
+    rng = np.random.default_rng(0)
+    tau = rng.normal(size=(12, 10)).astype(np.float32)
+    v2 = matrices.orthonormal(rng, 10, 3).astype(np.float32)
+    a, b = rng.normal(size=(2, 10)).astype(np.float32), rng.normal(size=(10, 2)).astype(np.float32)
+    filtered, removed = null_space_filter(jnp.asarray(tau), jnp.asarray(v2))
+    update, restored = fuse(jnp.asarray(tau), filtered, Adapter(jnp.asarray(a), jnp.asarray(b)))
+    np.testing.assert_allclose(update, tau @ (np.eye(10) - v2 @ v2.T + b @ a), atol=1e-5)
+    np.testing.assert_allclose(removed, tau @ v2, atol=1e-6)
+    np.testing.assert_allclose(restored, tau @ b @ a, atol=1e-5)
+
+
+def test_the_authors_first_task_loses_its_first_coordinates():
+    x = jnp.arange(12.0).reshape(3, 4)
+    np.testing.assert_array_equal(authors_first_filter(x, 2), x.at[:, :2].set(0))
+
+
+def test_a_start_depends_on_its_key_alone():
+    keys = jnp.asarray([[1, 2], [3, 4]], jnp.uint32)
+    together = jax.vmap(lambda key: draw_start(key, 4, 500))(keys)
+    np.testing.assert_array_equal(together[1], draw_start(keys[1], 4, 500))
+    assert not np.array_equal(together[0], together[1])
+    assert float(jnp.std(together)) == pytest.approx(0.02, rel=0.05)
+
+
+def test_groups_do_not_depend_on_the_order_of_names():
+    shapes = {"b": (4, 2), "a": (4, 2), "c": (2, 2), "d": (2, 4)}
+    assert group_layers(shapes) == group_layers(dict(reversed(shapes.items())))
+    params = {name: np.full(shape, k, np.float32) for k, (name, shape) in enumerate(shapes.items())}
+    names = group_layers(shapes)[0].stacks[1]
+    assert {k: v.tolist() for k, v in unstack(stack(params, names), names).items()} == {
+        name: params[name].tolist() for name in names
+    }

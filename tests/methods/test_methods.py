@@ -1,0 +1,301 @@
+import dataclasses
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import oracle
+import pytest
+
+from nufilt_jax import methods
+from nufilt_jax.config import NufiltConfig, NullSpaceConfig, SumConfig, TaskArithmeticConfig
+from nufilt_jax.errors import CheckpointError, ConfigError, SolveError
+from nufilt_jax.methods import nufilt
+from nufilt_jax.methods.selection import select
+
+Q = "vision_model.encoder.layers.{}.self_attn.q_proj.weight"
+FC1 = "vision_model.encoder.layers.{}.mlp.fc1.weight"
+FC2 = "vision_model.encoder.layers.{}.mlp.fc2.weight"
+BIAS = "vision_model.encoder.layers.{}.mlp.fc1.bias"
+POSITION = "vision_model.embeddings.position_embedding.weight"
+SELECTED = [Q.format(0), FC1.format(0), Q.format(1), FC1.format(1)]
+RANKS = {"filter_rank": 8, "adapter_rank": 4, "task_rank": 3}
+CONFIGS = {
+    "nufilt": NufiltConfig(**RANKS, steps=10),
+    "null_space": NullSpaceConfig(filter_rank=8),
+    "task_arithmetic": TaskArithmeticConfig(scale=0.4),
+}
+
+
+def model(seed, base=None, scale=0.05):
+    """A vision tower of two blocks with something of every kind of tensor; near `base` if given."""
+    rng = np.random.default_rng(seed)
+    shapes = {POSITION: (5, 32), "vision_model.embeddings.class_embedding": (32,)}
+    for i in range(2):
+        shapes |= {Q.format(i): (32, 32), FC1.format(i): (64, 32), FC2.format(i): (32, 64), BIAS.format(i): (64,)}
+    params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    if base is not None:
+        params = {name: base[name] + np.float32(scale) * x for name, x in params.items()}
+    return params | {"vision_model.embeddings.position_ids": np.arange(5)[None]}
+
+
+BASE = model(0)
+TASKS = [model(seed, BASE) for seed in (1, 2, 3)]
+
+
+def rule_for(name, **options):
+    return methods.get(name, CONFIGS.get(name), **options)
+
+
+def merge(name, tasks=TASKS, base=BASE, **options):
+    rule = rule_for(name, **options)
+    state = rule.init(base)
+    for task in tasks:
+        state = rule.update(state, task)
+    return state
+
+
+def moved(state):
+    return {name for name, x in state.merged.items() if not np.array_equal(x, state.base[name])}
+
+
+@pytest.mark.parametrize("name", methods.RULES)
+def test_structure_and_dtypes_are_the_bases(name):
+    base = {key: x.astype(ml_dtypes.bfloat16) if x.dtype == np.float32 else x for key, x in BASE.items()}
+    merged = merge(name, base=base).merged
+    assert {key: (x.shape, x.dtype) for key, x in merged.items()} == {k: (x.shape, x.dtype) for k, x in base.items()}
+
+
+@pytest.mark.parametrize("name", methods.RULES)
+def test_models_that_learned_nothing_leave_the_base(name):
+    assert moved(merge(name, tasks=[BASE] * 3)) == set()
+
+
+@pytest.mark.parametrize("name", methods.RULES)
+def test_update_changes_nothing_that_it_was_given(name):
+    rule = rule_for(name)
+    first = rule.update(rule.init(BASE), TASKS[0])
+    copies = jax.tree.map(np.array, (first, TASKS[1]))
+    rule.update(first, TASKS[1])
+    chex.assert_trees_all_equal((first, TASKS[1]), copies)
+
+
+@pytest.mark.parametrize("name", methods.RULES)
+def test_a_state_that_went_through_files_continues_alike(name):
+    rule = rule_for(name, other_params="average")
+    state = rule.update(rule.update(rule.init(BASE), TASKS[0]), TASKS[1])
+    leaves, structure = jax.tree.flatten(state)
+    restored = jax.tree.unflatten(structure, [np.array(x) for x in leaves])
+    chex.assert_trees_all_equal(rule.update(restored, TASKS[2]).merged, rule.update(state, TASKS[2]).merged)
+
+
+@pytest.mark.parametrize("name", ["sum", "weight_average", "task_arithmetic"])
+def test_order_does_not_matter_to_linear_rules(name):
+    chex.assert_trees_all_close(merge(name).merged, merge(name, TASKS[::-1]).merged, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["nufilt", "null_space"])
+def test_order_matters_to_filters(name):
+    assert not np.allclose(merge(name).merged[Q.format(0)], merge(name, TASKS[::-1]).merged[Q.format(0)], atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["null_space", "sum", "weight_average", "task_arithmetic"])
+def test_scaling_all_task_vectors_scales_the_result(name):
+    large = [{k: BASE[k] + 3 * (x - BASE[k]) if x.dtype == np.float32 else x for k, x in t.items()} for t in TASKS]
+    small, big = merge(name).delta, merge(name, large).delta
+    chex.assert_trees_all_close(big, jax.tree.map(lambda x: 3 * x, small), atol=1e-4)
+
+
+def test_closed_forms():
+    mean = {k: np.mean([t[k] for t in TASKS], axis=0) for k in BASE}
+    vectors = {k: sum(t[k] - BASE[k] for t in TASKS) for k in BASE}
+    for key in (Q.format(0), BIAS.format(1), POSITION):
+        np.testing.assert_allclose(merge("weight_average").merged[key], mean[key], atol=1e-6)
+        np.testing.assert_allclose(merge("task_arithmetic").merged[key], BASE[key] + 0.4 * vectors[key], atol=1e-6)
+    np.testing.assert_allclose(merge("sum").merged[Q.format(0)], (BASE[Q.format(0)] + vectors[Q.format(0)]), atol=1e-6)
+
+
+def test_nufilt_is_algorithm_1():
+    """Three tasks against the oracle: θ^m_1 = θ_1, then filter, adapt, fuse with the very same starts."""
+    state = merge("nufilt")
+    for name in SELECTED:
+        d = (TASKS[0][name] - BASE[name]).astype(np.float64)
+        for step, task in enumerate(TASKS[1:], 2):
+            key = nufilt.adapter_keys(0, step, (name,))[0]
+            start = nufilt.draw_start(jnp.asarray(key), 4, d.shape[1])
+            d = d + oracle.nufilt_update(d, task[name] - BASE[name], start, filter_rank=8, task_rank=3, steps=10)[0]
+        assert np.linalg.norm(state.delta[name] - d) < 5e-5 * np.linalg.norm(d)
+
+
+def test_null_space_keeps_the_answers_of_earlier_tasks():
+    rule = rule_for("null_space")
+    first = rule.update(rule.init(BASE), TASKS[0])
+    second = rule.update(first, TASKS[1])
+    for name in SELECTED:
+        change = np.asarray(second.delta[name]) - np.asarray(first.delta[name])
+        assert np.abs(change @ oracle.leading(np.asarray(first.delta[name]), 8)).max() < 1e-5
+        assert second.report[name].losses.size == 0
+
+
+@pytest.mark.parametrize("name", ["nufilt", "null_space"])
+def test_the_first_task_is_taken_as_it_is_or_as_the_authors_do(name):
+    config = CONFIGS[name]
+    paper = merge(name, TASKS[:1]).merged
+    rule = methods.get(name, dataclasses.replace(config, first_task="authors"))
+    authors = rule.update(rule.init(BASE), TASKS[0]).merged
+    for key in SELECTED:
+        np.testing.assert_allclose(paper[key], TASKS[0][key], atol=1e-6)
+        np.testing.assert_array_equal(authors[key][:, :8], BASE[key][:, :8])
+        np.testing.assert_allclose(authors[key][:, 8:], TASKS[0][key][:, 8:], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["nufilt", "null_space", "sum"])
+def test_only_selected_layers_move_unless_asked(name):
+    everything = {key for key, x in BASE.items() if x.dtype == np.float32}
+    assert moved(merge(name)) == set(SELECTED)
+    averaged, first = merge(name, other_params="average"), merge(name, other_params="first")
+    assert moved(averaged) == moved(first) == everything
+    np.testing.assert_allclose(averaged.merged[FC2.format(0)], np.mean([t[FC2.format(0)] for t in TASKS], 0), atol=1e-6)
+    np.testing.assert_allclose(first.merged[POSITION], TASKS[0][POSITION], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["weight_average", "task_arithmetic"])
+def test_some_rules_touch_every_tensor_unless_narrowed(name):
+    assert moved(merge(name)) == {key for key, x in BASE.items() if x.dtype == np.float32}
+    assert moved(merge(name, layers="fc2")) == {FC2.format(0), FC2.format(1)}
+
+
+def test_clip_models_are_touched_in_the_vision_tower_only():
+    text = {"text_model.encoder.layers.0.self_attn.q_proj.weight": np.zeros((8, 8), np.float32)}
+    whole = text | BASE | {"logit_scale": np.zeros((), np.float32), "visual_projection.weight": BASE[Q.format(0)]}
+    for name in methods.RULES:
+        assert all(key.startswith("vision_model.") for key in merge(name, base=whole, layers=None).delta)
+    assert all(key.startswith("vision_model.") for key in merge("nufilt", base=whole, layers="q_proj").delta)
+
+
+T5 = [
+    "encoder.block.0.layer.0.SelfAttention.q",
+    "encoder.block.0.layer.1.DenseReluDense.wi_0",
+    "decoder.block.3.layer.1.EncDecAttention.o",
+    "decoder.block.3.layer.2.DenseReluDense.wo",
+]
+T5_LEFT = ["shared", "lm_head", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"]
+LLAVA = [
+    "language_model.model.layers.0.self_attn.o_proj",
+    "language_model.model.layers.30.mlp.down_proj",
+    "language_model.model.layers.1.mlp.gate_proj",
+]
+LLAVA_LEFT = [
+    "language_model.lm_head",
+    "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj",
+    "multi_modal_projector.linear_1",
+    "language_model.model.embed_tokens",
+]
+
+
+@pytest.mark.parametrize(("chosen", "left"), [(T5, T5_LEFT), (LLAVA, LLAVA_LEFT)], ids=["t5", "llava"])
+def test_published_layers(chosen, left):
+    params = {f"{name}.weight": np.zeros((2, 2), np.float32) for name in chosen + left}
+    assert set(select(params).layers) == {f"{name}.weight" for name in chosen}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layers": "no_such_layer"}, "--layers: no matrix matches 'no_such_layer'"),
+        ({"layers": "(q_proj"}, "is no regular expression"),
+    ],
+)
+def test_a_selection_of_nothing_is_refused(options, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        select(BASE, **options)
+    with pytest.raises(ConfigError, match="no matrix of this model is among the known layers"):
+        select({"layer.weight": np.zeros((2, 2), np.float32)})
+
+
+def test_starts_depend_on_seed_step_and_name_alone():
+    keys = nufilt.adapter_keys(0, 2, ("a", "b"))
+    np.testing.assert_array_equal(keys[1], nufilt.adapter_keys(0, 2, ("b",))[0])
+    others = [nufilt.adapter_keys(1, 2, ("b",)), nufilt.adapter_keys(0, 3, ("b",)), keys[:1]]
+    assert len({tuple(k[0]) for k in [*others, keys[1:]]}) == 4
+    assert not np.array_equal(merge("nufilt").merged[SELECTED[0]], merge("nufilt", seed=1).merged[SELECTED[0]])
+
+
+def test_the_layers_merged_beside_it_do_not_change_a_layer():
+    alone = merge("nufilt", layers=re.escape(SELECTED[0])).merged[SELECTED[0]]
+    np.testing.assert_allclose(merge("nufilt").merged[SELECTED[0]], alone, atol=1e-6)
+
+
+def test_the_second_task_compiles_nothing():
+    rule = methods.get("nufilt", NufiltConfig(**RANKS, steps=4))
+    state = rule.update(rule.update(rule.init(BASE), TASKS[0]), TASKS[1])
+    before = nufilt._step._cache_size()
+    rule.update(rule.update(state, TASKS[2]), TASKS[0])
+    assert nufilt._step._cache_size() == before
+
+
+def test_progress_tells_of_every_group():
+    told = []
+    rule = rule_for("nufilt")
+    state = rule.update(rule.init(BASE), TASKS[0], on_stack=lambda *news: told.append(news))
+    assert told == []
+    rule.update(state, TASKS[1], on_stack=lambda *news: told.append(news))
+    [(text, report)] = told
+    assert text == "4 layers of width 32"
+    assert report.losses.shape == (4, 11)
+
+
+def test_the_forecast_says_what_the_step_did():
+    rule = rule_for("nufilt")
+    first = rule.update(rule.init(BASE), TASKS[0])
+    second = rule.update(first, TASKS[1])
+    for name in SELECTED:
+        d, tau = np.asarray(first.delta[name]), TASKS[1][name] - BASE[name]
+        v2, change, row = oracle.leading(d, 8), np.asarray(second.delta[name]) - d, second.report[name]
+        restored = change - tau @ oracle.projector(d, 8)
+        assert float(row.removed_share) == pytest.approx(np.sum((tau @ v2) ** 2) / np.sum(tau**2), rel=1e-3)
+        assert float(row.restored_share) == pytest.approx(np.sum(restored**2) / np.sum(tau**2), rel=1e-3)
+        assert float(row.drift) == pytest.approx(np.sum((change @ v2) ** 2) / np.sum((d @ v2) ** 2), rel=1e-3)
+
+
+def test_misfitting_tasks_are_refused_with_every_tensor():
+    broken = {k: x for k, x in TASKS[0].items() if k != Q.format(0)} | {FC1.format(1): np.zeros((3, 32), np.float32)}
+    rule = rule_for("sum")
+    with pytest.raises(CheckpointError) as error:
+        rule.update(rule.init(BASE), broken)
+    assert {problem.tensor for problem in error.value.problems} == {FC1.format(1), Q.format(0)}
+
+
+def test_a_solution_that_is_not_finite_is_named():
+    rule = rule_for("nufilt")
+    state = rule.update(rule.init(BASE), TASKS[0])
+    broken = TASKS[1] | {Q.format(1): TASKS[1][Q.format(1)] + np.float32(np.nan)}
+    with pytest.raises(SolveError) as error:
+        rule.update(state, broken)
+    assert [problem.tensor for problem in error.value.problems] == [Q.format(1)]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: methods.get("nufilter"), "--method: unknown method 'nufilter'"),
+        (lambda: methods.get("nufilt", SumConfig()), "nufilt takes a NufiltConfig, got a SumConfig"),
+        (lambda: methods.get("sum", other_params="none"), "--other-params: must be one of pretrained, first, average"),
+        (lambda: NufiltConfig(filter_rank=-1), "--filter-rank: must be at least 0, got -1"),
+        (lambda: NufiltConfig(steps=2.5), "--steps: must be a whole number, got 2.5"),
+        (lambda: NufiltConfig(learning_rate=0), "--learning-rate: must be above 0, got 0"),
+        (lambda: NufiltConfig(decomposition="qr"), "--decomposition: must be one of auto, eigh, svd, subspace"),
+        (lambda: TaskArithmeticConfig(scale=float("nan")), "--scale: must be a finite number, got nan"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(call, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        call()
+
+
+def test_all_bad_settings_are_listed_at_once():
+    with pytest.raises(ConfigError) as error:
+        NufiltConfig(filter_rank=-1, task_rank=-2, steps=True)
+    assert len(error.value.problems) == 3

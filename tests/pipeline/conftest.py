@@ -1,0 +1,111 @@
+"""The command line in this process, and models to give it."""
+
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pipeline_builders as build
+import pytest
+
+from nufilt_jax.cli import main
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+class Result(types.SimpleNamespace):
+    """Exit status, stdout and stderr of a command."""
+
+    @property
+    def lines(self):
+        return self.err.splitlines()
+
+    @property
+    def json(self):
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def nufilt(capfd, monkeypatch):
+    """Runs `nufilt ...` in this process."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def run(*argv):
+        capfd.readouterr()
+        code = main([str(part) for part in argv])
+        return Result(code=code, **capfd.readouterr()._asdict())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def shared_models(tmp_path_factory):
+    """A base and four fine-tuned models, for tests that only read them."""
+    return make_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def models(tmp_path):
+    """A base and four fine-tuned models of the test's own."""
+    return make_models(tmp_path / "models")
+
+
+def make_models(folder):
+    base = build.tower(0)
+    build.write(folder / "base", base)
+    for seed, name in enumerate(build.TASKS, 1):
+        build.write(folder / name, build.fine_tuned(base, seed))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def command():
+    """The arguments of a merge of the first `n` models of a folder."""
+
+    def arguments(models, out, *options, n=3, tasks=None):
+        names = build.TASKS[:n] if tasks is None else tasks
+        given = [part for name in names for part in ("--task", f"{name}={models / name}")]
+        has_ranks = not {"sum", "weight_average", "task_arithmetic"} & set(options)
+        ranks = build.RANKS if has_ranks else ()
+        return ["merge", "--base", str(models / "base"), *given, "--out", str(out), *ranks, *options]
+
+    return arguments
+
+
+@pytest.fixture
+def spawn():
+    """Starts Python in another process, which ends with the test."""
+    started = []
+
+    def start(*argv, **options):
+        environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"} | options.pop("env", {})
+        process = subprocess.Popen(
+            [sys.executable, *map(str, argv)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            **options,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def finish(spawn):
+    """Runs Python in another process to its end."""
+
+    def run(*argv, **options):
+        process = spawn(*argv, **options)
+        out, err = process.communicate(timeout=120)
+        return Result(code=process.returncode, out=out, err=err)
+
+    return run

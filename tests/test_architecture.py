@@ -1,0 +1,125 @@
+"""The picture of DESIGN.md §2, read from the imports themselves, and what no module of the package may do."""
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import nufilt_jax
+
+ROOT = Path(nufilt_jax.__file__).parent
+MODULES = sorted(ROOT.rglob("*.py"))
+
+# What each room may see of the package, besides itself, `config` and `errors`. Shells see all.
+ROOMS = {
+    "core": set(),
+    "methods": {"core"},
+    "checkpoints": set(),
+    "models": set(),
+    "evaluation": {"models"},
+    "analysis": {"evaluation"},
+    "zoo": {"evaluation", "checkpoints", "models"},  # training needs the forward pass
+    "config": set(),
+    "errors": set(),
+    "presets": set(),
+}
+SHELLS = {"pipeline", "cli", "merge", "__init__"}
+OPEN_TO_ALL = {"config", "errors"}
+CORE_LIBRARIES = {"jax", "optax", "chex", "jaxtyping", "numpy"}
+
+
+def room_of(path):
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imports_of(path):
+    """Absolute dotted names of everything that a module imports, inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def rooms_seen(path):
+    """The package's rooms that a module imports from."""
+    return {name.split(".")[1] for name in imports_of(path) if name.startswith("nufilt_jax.")}
+
+
+def named(paths):
+    return pytest.mark.parametrize("path", paths, ids=lambda path: path.relative_to(ROOT).as_posix())
+
+
+def test_every_room_is_on_the_plan():
+    assert {room_of(path) for path in MODULES} <= ROOMS.keys() | SHELLS
+
+
+@named([path for path in MODULES if room_of(path) in ROOMS])
+def test_imports_point_inward(path):
+    room = room_of(path)
+    assert rooms_seen(path) - OPEN_TO_ALL - {room} <= ROOMS[room]
+
+
+@named([path for path in MODULES if room_of(path) == "core"])
+def test_core_imports_numerics_alone(path):
+    libraries = {name.split(".")[0] for name in imports_of(path)} - sys.stdlib_module_names - {"nufilt_jax"}
+    assert libraries <= CORE_LIBRARIES
+
+
+@named(MODULES)
+def test_nothing_is_unpickled(path):
+    assert not {name.split(".")[0] for name in imports_of(path)} & {"pickle", "cloudpickle", "dill", "joblib", "torch"}
+    calls = [ast.unparse(node) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    assert not [call for call in calls if re.search(r"\ballow_pickle\s*=\s*True|\b(pickle|torch)\.loads?\(", call)]
+
+
+@named([path for path in ROOT.rglob("*") if path.suffix in (".py", ".json", ".md", ".txt", ".toml")])
+def test_no_path_of_one_machine(path):
+    # `/home/`, `/tmp/` and the like mean something on the machine where they were written alone.
+    found = re.findall(r"(?<![\w.}/])/(?:home|root|work|tmp|Users|mnt|opt|usr|var|data)/[\w.-]+", path.read_text())
+    assert found == []
+
+
+@pytest.mark.parametrize("module", ["nufilt_jax", "nufilt_jax.checkpoints", "nufilt_jax.config"])
+def test_what_must_start_fast_does(module):
+    """--help, --plan and a refusal of bad input answer before any framework is loaded."""
+    slow = {"jax", "flax", "optax", "orbax", "torch", "transformers", "huggingface_hub", "sklearn", "matplotlib"}
+    code = f"import sys, {module}; print(*({slow} & sys.modules.keys()))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert run.stdout.split() == []
+
+
+def lazy_names():
+    """Public name and home of each import under TYPE_CHECKING in `__init__`."""
+    tree = ast.parse((ROOT / "__init__.py").read_text())
+    blocks = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    for block in blocks:
+        for node in block.body:
+            assert isinstance(node, ast.ImportFrom), ast.unparse(node)
+            for alias in node.names:
+                assert alias.name == alias.asname, f"{alias.name}: re-export as itself"
+                whole_module = node.module == "nufilt_jax"
+                yield alias.name, f"nufilt_jax.{alias.name}" if whole_module else node.module
+
+
+def test_type_checkers_and_python_see_the_same_public_names():
+    assert dict(lazy_names()) == nufilt_jax._HOMES
+    assert sorted(nufilt_jax.__all__) == sorted(nufilt_jax._HOMES)
+
+
+@pytest.mark.parametrize("name", nufilt_jax.__all__)
+def test_public_names_resolve(name):
+    home = importlib.import_module(nufilt_jax._HOMES[name])
+    value = getattr(nufilt_jax, name)
+    assert value is (home if home.__name__ == f"nufilt_jax.{name}" else getattr(home, name))
+    assert value.__doc__
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="'nufilt_jax' has no attribute 'nothing'"):
+        _ = nufilt_jax.nothing
