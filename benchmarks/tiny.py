@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="where to store the results")
     arguments = parser.parse_args()
     if not arguments.markdown:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(measure(), indent=1) + "\n")
     Console(highlight=False).print(markdown(json.loads(arguments.out.read_text())), soft_wrap=True)
 
@@ -54,7 +55,7 @@ def measure() -> dict[str, Any]:
     return {
         "command": "python -m nufilt_jax.merge --model tiny",
         "commit": subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=RESULTS.parent, check=True, capture_output=True, text=True
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, check=True, capture_output=True, text=True
         ).stdout.strip(),
         "device": document["device"],
         "cores": len(os.sched_getaffinity(0)),
