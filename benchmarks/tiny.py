@@ -70,7 +70,7 @@ def measure() -> dict[str, Any]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """Accuracies in percent, one row per model."""
+    """Accuracies in percent, one row per model, and what the demo took."""
     tasks = sorted(results["tasks_in_order"])
     lines = [
         "| | " + " | ".join(tasks) + " | ACC | BWT |",
@@ -80,7 +80,11 @@ def markdown(results: dict[str, Any]) -> str:
         cells = [f"{100 * row['accuracy'][task]:.1f}" for task in tasks]
         bwt = "" if row["bwt"] is None else f"{100 * row['bwt']:+.1f}"
         lines.append(f"| {row['name']} | " + " | ".join(cells) + f" | {100 * row['acc']:.1f} | {bwt} |")
-    return "\n".join(lines)
+    times = (
+        f"{results['seconds_first_run']} s, and {results['seconds_with_compile_cache']} s with the compile cache filled"
+    )
+    where = f"{results['cores']} CPU cores, Python {results['versions']['python']}, jax {results['versions']['jax']}"
+    return "\n".join([*lines, "", f"`{results['command']}` took {times} ({where})."])
 
 
 if __name__ == "__main__":

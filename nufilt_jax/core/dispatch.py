@@ -4,6 +4,9 @@ XLA's CPU runtime executes a LAPACK call on a worker of its thread pool, and the
 its own. With as many calls in flight as there are workers, nothing moves again: on a machine with two cores two
 independent decompositions freeze the process. So programs run one after another here, and inside one program every
 decomposition waits, by data, for the one before it.
+
+One case is out of reach: a caller's own `jax.jit` with a solve inside a `scan`, `cond` or `while_loop` and another
+outside it. These are different traces, and a value of one cannot be handed to the other.
 """
 
 import threading

@@ -141,8 +141,8 @@ def refine(
 ) -> tuple[Float[Array, "n rank"], Float[Array, ""], Bool[Array, ""]]:
     """Corrects the span of the leading eigenvectors of XᵀX to the accuracy of an SVD of X, and certifies it.
 
-    Forming XᵀX squares the spectrum: at σ_k ∝ k^-0.8, n = 768, the span of the first 128 eigenvectors computed in
-    float32 is 1e-2 off. X V, measured directly, shows how the kept and the dropped vectors still couple, and sweeps of
+    Forming XᵀX squares the spectrum, and float32 cannot tell its small end from rounding: where σ_k falls fast, the
+    span of the first eigenvectors is far off. X V, measured directly, shows how the kept and the dropped vectors still couple, and sweeps of
     simultaneous Jacobi rotations between the two sets take that away (in the manner of Ogita and Aishima, Japan
     J. Indust. Appl. Math. 35, 2018). Steeper spectra do not converge, and get no certificate.
 

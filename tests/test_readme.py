@@ -1,0 +1,38 @@
+"""The README's claims that a machine can check."""
+
+import doctest
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+
+def test_it_opens_with_the_two_commands():
+    first = re.search(r"```\n(.*?)```", README, re.DOTALL)
+    assert [line.split("#")[0].strip() for line in first[1].splitlines()] == ["make demo", "make test"]
+
+
+def test_its_python_runs():
+    [snippet] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    test = doctest.DocTestParser().get_doctest(snippet, {}, "README.md", "README.md", 0)
+    assert doctest.DocTestRunner().run(test).failed == 0
+
+
+def test_its_numbers_are_those_of_the_results_file():
+    import tiny
+
+    results = json.loads(tiny.RESULTS.read_text())
+    quoted = re.search(r"<!-- results: .* -->\n(.*?)\n<!-- end of results -->", README, re.DOTALL)
+    assert quoted[1] == tiny.markdown(results)
+
+
+def test_its_options_exist():
+    told = subprocess.run(
+        [sys.executable, "-m", "nufilt_jax.merge", "--help"], capture_output=True, text=True, check=True
+    )
+    assert set(re.findall(r"--[a-z][a-z-]+", README)) <= set(re.findall(r"--[a-z][a-z-]+", told.stdout))
