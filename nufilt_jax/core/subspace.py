@@ -142,9 +142,9 @@ def refine(
     """Corrects the span of the leading eigenvectors of XᵀX to the accuracy of an SVD of X, and certifies it.
 
     Forming XᵀX squares the spectrum, and float32 cannot tell its small end from rounding: where σ_k falls fast, the
-    span of the first eigenvectors is far off. X V, measured directly, shows how the kept and the dropped vectors still couple, and sweeps of
-    simultaneous Jacobi rotations between the two sets take that away (in the manner of Ogita and Aishima, Japan
-    J. Indust. Appl. Math. 35, 2018). Steeper spectra do not converge, and get no certificate.
+    span of the first eigenvectors is far off. X V, measured directly, shows how the kept and the dropped vectors still
+    couple, and sweeps of simultaneous Jacobi rotations between the two sets take that away (in the manner of Ogita
+    and Aishima, Japan J. Indust. Appl. Math. 35, 2018). Steeper spectra do not converge, and get no certificate.
 
     Args:
       x: the matrix.
