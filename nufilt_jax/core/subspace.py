@@ -15,7 +15,7 @@ wait for as data (`after`). `jax.lax.optimization_barrier` is no help: the CPU c
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -79,7 +79,7 @@ def after(x: Float[Array, "..."], done: Float[Array, "..."]) -> Float[Array, "..
     """`x`, unchanged, but not available before `done` is: a dependence that no compiler pass removes."""
     if done.size == 0:
         return x
-    probe = jnp.ravel(done)[0]
+    probe = jnp.ravel(done)[-1]  # of a concatenation the last part: the compiler looks through to it alone
     return x + jnp.where(jnp.isfinite(probe), jnp.minimum(jnp.abs(probe), 0), 0).astype(x.dtype)
 
 
@@ -106,16 +106,15 @@ def leading(stacks: Stacks, grams: Sequence[Array], rank: int, chosen: Decomposi
 
 def leading_by_svd(stacks: Stacks, rank: int) -> Directions:
     """Reference route: thin SVDs of the matrices themselves, one stack after another."""
-    found: list[Directions] = []
-    for x in stacks:
-        x = after(x, found[-1].vectors) if found else x
-        n_layers, _, n = x.shape
-        _, s, vt = jnp.linalg.svd(x, full_matrices=False)
+
+    def thin(x: Float[Array, "layers m n"], _: int, __: int) -> Directions:
+        _u, s, vt = jnp.linalg.svd(x, full_matrices=False)
         leading = jnp.swapaxes(vt[:, :rank], 1, 2)
         # With fewer outputs than directions the rest stays zero: it is unused by definition.
-        vectors = jnp.pad(leading, ((0, 0), (0, 0), (0, min(rank, n) - leading.shape[2])))
-        found.append(Directions(vectors, relative_gap(s, rank), jnp.ones(n_layers, bool)))
-    return _concatenate(found)
+        vectors = jnp.pad(leading, ((0, 0), (0, 0), (0, min(rank, x.shape[2]) - leading.shape[2])))
+        return Directions(vectors, relative_gap(s, rank), jnp.ones(len(x), bool))
+
+    return _in_turn(thin, stacks)
 
 
 def leading_by_eigh(stacks: Stacks, grams: Float[Array, "layers n n"], rank: int) -> Directions:
@@ -133,11 +132,11 @@ def leading_by_eigh(stacks: Stacks, grams: Float[Array, "layers n n"], rank: int
     s = jnp.sqrt(jnp.maximum(values[:, ::-1], 0))
     if rank >= n:
         return Directions(vectors, relative_gap(s, rank), jnp.ones(n_layers, bool))
-    refined = [
-        Directions(*jax.vmap(lambda x, v: refine(x, v, rank))(stack, vectors[i:j]))
-        for stack, (i, j) in zip(stacks, bounds(stacks), strict=True)
-    ]
-    return _certified_or_svd(_concatenate(refined), stacks, rank)
+
+    def refined(x: Float[Array, "layers m n"], i: int, j: int) -> Directions:
+        return Directions(*jax.vmap(lambda x, v: refine(x, v, rank))(x, vectors[i:j]))
+
+    return _certified_or_svd(_in_turn(refined, stacks), stacks, rank)
 
 
 def refine(
@@ -284,16 +283,19 @@ def _certified_or_svd(found: Directions, stacks: Stacks, rank: int) -> Direction
 
         return jax.lax.cond(one.certified, lambda _: one, exact, x)
 
+    def loop(x: Float[Array, "layers m n"], i: int, j: int) -> Directions:
+        rows = jax.tree.map(lambda leaf: leaf[i:j], found)
+        # `found` as a whole, not only its part for this stack.
+        return jax.lax.map(lambda row: layer(*row), (after(x, found.vectors), rows))
+
+    return _in_turn(loop, stacks)
+
+
+def _in_turn(solve: Callable[[Array, int, int], Directions], stacks: Stacks) -> Directions:
+    """`solve(stack, first layer, last layer + 1)` for each stack, none before the one before it is through."""
     parts: list[Directions] = []
     for stack, (i, j) in zip(stacks, bounds(stacks), strict=True):
-        rows = jax.tree.map(lambda leaf, i=i, j=j: leaf[i:j], found)
-        # The loop begins once `found` is there, and the last stack's loop is through: one LAPACK call at a time.
-        waits = after(stack, parts[-1].vectors) if parts else stack
-        parts.append(jax.lax.map(lambda row: layer(*row), (waits, rows)))
-    return _concatenate(parts)
-
-
-def _concatenate(parts: Sequence[Directions]) -> Directions:
+        parts.append(solve(after(stack, parts[-1].vectors) if parts else stack, i, j))
     return jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
 
 
