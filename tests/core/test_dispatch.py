@@ -15,7 +15,7 @@ from nufilt_jax.core import solve, subspace
 from nufilt_jax.errors import ConfigError
 
 CONFIG = NufiltConfig(filter_rank=6, adapter_rank=3, task_rank=2, steps=3)
-WATCHDOG_SECONDS = 240
+WATCHDOG_SECONDS = 480
 
 # Everything a caller may do wrong, on two cores: stacks of two shapes without waiting, threads, one jitted program.
 CALLER = """
