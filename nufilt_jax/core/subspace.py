@@ -26,7 +26,7 @@ from nufilt_jax.config import Decomposition
 
 # Up to this many inputs a full decomposition costs less than the iteration's overhead.
 SMALL_WIDTH = 256
-# Matrices in one LAPACK call: large batches have corrupted the heap on many cores (jax issue 39292).
+# Most matrices in one LAPACK call: large batches have corrupted the heap on many cores (jax issue 39292).
 LAPACK_BATCH = 64
 # Passes of the block power iteration.
 POWER_PASSES = 24
@@ -123,7 +123,8 @@ def leading_by_eigh(stacks: Stacks, grams: Float[Array, "layers n n"], rank: int
     if n_layers > LAPACK_BATCH:
         values, vectors = jax.lax.platform_dependent(
             grams,
-            cpu=lambda g: tuple(jax.lax.map(jnp.linalg.eigh, g, batch_size=LAPACK_BATCH)),
+            # One by one: with a batch_size, the remainder would be a second LAPACK call beside the loop.
+            cpu=lambda g: tuple(jax.lax.map(jnp.linalg.eigh, g)),
             default=lambda g: tuple(jnp.linalg.eigh(g)),
         )
     else:

@@ -124,6 +124,18 @@ def test_in_one_program_every_decomposition_waits_for_the_one_before(decompositi
     assert pairs == []
 
 
+def test_a_batch_too_large_for_one_call_is_decomposed_in_one_loop():
+    """As the 120 layers of a ViT-L/14, which are no multiple of the batch."""
+    x = jnp.zeros((subspace.LAPACK_BATCH + 6, 24, 16))
+
+    def program(x):
+        return subspace.leading((x,), [jax.vmap(subspace.gram)(x)], 4, "eigh")
+
+    pairs, bearing = unordered_lapack_calls(computations(program, x))
+    assert bearing
+    assert pairs == []
+
+
 def test_solves_of_one_jitted_caller_wait_for_each_other():
     d, a = jnp.ones((2, 24, 16)), jnp.zeros((2, 3, 16))
 
