@@ -29,7 +29,7 @@ ROOMS = {
 }
 SHELLS = {"pipeline", "cli", "merge", "__init__"}
 OPEN_TO_ALL = {"config", "errors"}
-CORE_LIBRARIES = {"jax", "optax", "chex", "jaxtyping", "numpy"}
+CORE_LIBRARIES = {"jax", "optax", "chex", "jaxtyping", "numpy", "scipy", "threadpoolctl"}
 
 
 def room_of(path):

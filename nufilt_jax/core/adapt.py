@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, UInt32
 
-from nufilt_jax.core.subspace import matmul
+from nufilt_jax.core.linalg import matmul
 
 START_STD = 0.02  # of A's entries; B starts at zero (arXiv:2509.21413v2, §4)
 

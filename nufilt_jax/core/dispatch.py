@@ -9,6 +9,7 @@ One case is out of reach: a caller's own `jax.jit` with a solve inside a `scan`,
 outside it. These are different traces, and a value of one cannot be handed to the other.
 """
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable
@@ -18,8 +19,10 @@ import jax
 from jax.core import Tracer
 from jax.extend.core import get_opaque_trace_state
 from jax.interpreters.partial_eval import DynamicJaxprTracer
+from scipy.linalg import cython_lapack  # noqa: F401  the library that XLA's CPU runtime calls, loaded before it is asked for
+from threadpoolctl import ThreadpoolController
 
-from nufilt_jax.core.subspace import after
+from nufilt_jax.core.linalg import after
 from nufilt_jax.errors import ConfigError, Problem
 
 _alone = threading.RLock()
@@ -30,6 +33,16 @@ def on_cpu(tree: Any) -> bool:
     """Whether any array of `tree` lives on a CPU device."""
     leaves = jax.tree.leaves(tree)
     return any(d.platform == "cpu" for x in leaves if isinstance(x, jax.Array) for d in x.devices())
+
+
+@functools.cache
+def _blas() -> ThreadpoolController:
+    """The BLAS threads of this process.
+
+    XLA spreads the matrices of one LAPACK call over the cores. With threads of its own inside each, OpenBLAS is twice
+    as slow.
+    """
+    return ThreadpoolController()
 
 
 def run_alone(program: Callable[..., Any], *arrays: Any) -> Any:
@@ -50,7 +63,7 @@ def run_alone(program: Callable[..., Any], *arrays: Any) -> Any:
         return _inline(program, tracers, arrays)
     if not on_cpu(arrays):
         return program(*arrays)
-    with _alone:
+    with _alone, _blas().limit(limits=1, user_api="blas"):
         jax.block_until_ready(arrays)
         return jax.block_until_ready(program(*arrays))
 

@@ -2,7 +2,7 @@
 
 from jaxtyping import Array, Float
 
-from nufilt_jax.core.subspace import matmul
+from nufilt_jax.core.linalg import matmul
 
 
 def null_space_filter(

@@ -3,7 +3,7 @@
 from jaxtyping import Array, Float
 
 from nufilt_jax.core.adapt import Adapter
-from nufilt_jax.core.subspace import matmul
+from nufilt_jax.core.linalg import matmul
 
 
 def fuse(

@@ -17,7 +17,8 @@ from nufilt_jax.core import subspace
 from nufilt_jax.core.dispatch import run_alone
 from nufilt_jax.core.filter import null_space_filter
 from nufilt_jax.core.fuse import fuse
-from nufilt_jax.core.subspace import Stacks, gram, matmul, rank_mask
+from nufilt_jax.core.linalg import after, gram, in_chunks, layers_at_once, matmul
+from nufilt_jax.core.subspace import Directions, Stacks, rank_mask
 from nufilt_jax.errors import ConfigError, Problem, raise_all
 
 
@@ -67,6 +68,8 @@ def solve_group(
 ) -> GroupSolution:
     """One step for all layers of one input width, as one program.
 
+    On CPU stack by stack and a few layers at a time (`linalg.layers_at_once`), elsewhere all layers at once.
+
     Source: Eqs. (7)-(10) and (15)-(17), arXiv:2509.21413v2, in the reduced form of `core.adapt`.
 
     Args:
@@ -75,35 +78,91 @@ def solve_group(
       start: A's start, one per layer in the order of the stacks.
       config: static.
     """
-    task_grams = [jax.vmap(gram)(x) for x in task]
-    width = merged[0].shape[-1]
-    prior_route = subspace.route(config.decomposition, width, iterate=False)
-    merged_grams = [] if prior_route == "svd" else [jax.vmap(gram)(x) for x in merged]
-    prior = subspace.leading(merged, merged_grams, config.filter_rank, prior_route)
-    task_route = subspace.route(config.decomposition, width, iterate=True)
-    ready = tuple(subspace.after(x, prior.vectors) for x in task)  # one LAPACK call at a time
-    ready_grams = [subspace.after(x, prior.vectors) for x in task_grams]
-    new = subspace.leading(ready, ready_grams, config.task_rank, task_route)
-    bounds = subspace.bounds(merged)
-    parts = [
-        jax.vmap(_filter_layer)(d, t, g, prior.vectors[i:j], new.vectors[i:j])
-        for d, t, g, (i, j) in zip(merged, task, task_grams, bounds, strict=True)
-    ]
-    problems = jax.tree.map(lambda *xs: jnp.concatenate(xs), *(part.problem for part in parts))
-    train = functools.partial(adapting.adapt, steps=config.steps, learning_rate=config.learning_rate)
-    adapters, losses = jax.vmap(train)(problems, start)
-    fused = [
-        jax.vmap(_fuse_layer)(t, part, jax.tree.map(lambda x, i=i, j=j: x[i:j], adapters))
-        for t, part, (i, j) in zip(task, parts, bounds, strict=True)
-    ]
-    removed, restored, drift = (jnp.concatenate(share) for share in zip(*(f[1] for f in fused), strict=True))
-    finite = [jnp.all(jnp.isfinite(f[0]), axis=(1, 2)) for f in fused]
+    whole = functools.partial(_solve_at_once, config=config)
+    return jax.lax.platform_dependent(
+        merged, task, start, cpu=functools.partial(_solve_in_turn, config=config), default=whole
+    )
+
+
+def _solve_in_turn(merged: Stacks, task: Stacks, start: Array, *, config: NufiltConfig) -> GroupSolution:
+    """`solve_group`, one stack after another, chunk by chunk."""
+
+    def one(d: Array, t: Array, a: Array) -> GroupSolution:
+        return _solve_at_once((d,), (t,), a, config=config)
+
+    parts: list[GroupSolution] = []
+    for d, t, (i, j) in zip(merged, task, subspace.bounds(merged), strict=True):
+        d = after(d, parts[-1].losses) if parts else d  # no two LAPACK calls at once
+        parts.append(in_chunks(one, (d, t, start[i:j]), layers_at_once()))
+    rest = [part._replace(updates=()) for part in parts]
+    joined = jax.tree.map(lambda *xs: jnp.concatenate(xs), *rest)
+    return joined._replace(updates=tuple(part.updates[0] for part in parts))
+
+
+def _solve_at_once(merged: Stacks, task: Stacks, start: Array, *, config: NufiltConfig) -> GroupSolution:
+    """`solve_group`, the layers of all stacks side by side: its stages, one after another."""
+    prior = prior_directions(merged, config=config)
+    grams = tuple(gram(x) for x in task)
+    new = task_directions(tuple(after(x, prior.vectors) for x in task), grams, config=config)
+    parts, problems = reduce(merged, task, grams, prior, new)
+    adapters, losses = train(problems, start, config=config)
+    updates, shares = fuse_updates(task, parts, adapters)
+    finite = [jnp.all(jnp.isfinite(update), axis=(1, 2)) for update in updates]
     return GroupSolution(
-        updates=tuple(f[0] for f in fused),
+        updates=updates,
         losses=losses,
         ok=jnp.concatenate(finite) & jnp.all(jnp.isfinite(losses), axis=1),
-        forecast=Forecast(removed, restored, drift, prior.gap, prior.certified & new.certified),
+        forecast=Forecast(*shares, prior.gap, prior.certified & new.certified),
     )
+
+
+def prior_directions(merged: Stacks, *, config: NufiltConfig) -> Directions:
+    """Stage 1, V2: the leading directions of D, the Gram matrices included."""
+    chosen = subspace.route(config.decomposition, merged[0].shape[-1])
+    grams = [] if chosen == "svd" else [gram(x) for x in merged]
+    return subspace.leading(merged, grams, config.filter_rank, chosen)
+
+
+def task_directions(task: Stacks, grams: Stacks, *, config: NufiltConfig) -> Directions:
+    """Stage 2, V1: the leading directions of τ, from τᵀτ, which the adapter needs anyway."""
+    chosen = subspace.route(config.decomposition, task[0].shape[-1])
+    return subspace.leading(task, [after(g, task[0]) for g in grams], config.task_rank, chosen)
+
+
+def reduce(
+    merged: Stacks, task: Stacks, grams: Stacks, prior: Directions, new: Directions
+) -> tuple[list["_Filtered"], adapting.Problem]:
+    """Stage 3: filters τ and reduces the adapter's objective to the n inputs.
+
+    Returns:
+      The filtered stacks, and the problems of all layers.
+    """
+    parts = [
+        jax.vmap(_filter_layer)(d, t, g, prior.vectors[i:j], new.vectors[i:j])
+        for d, t, g, (i, j) in zip(merged, task, grams, subspace.bounds(merged), strict=True)
+    ]
+    return parts, jax.tree.map(lambda *xs: jnp.concatenate(xs), *(part.problem for part in parts))
+
+
+def train(
+    problems: adapting.Problem, start: Float[Array, "layers r_l n"], *, config: NufiltConfig
+) -> tuple[adapting.Adapter, Float[Array, "layers steps_and_one"]]:
+    """Stage 4: all Adam steps of all layers."""
+    return jax.vmap(functools.partial(adapting.adapt, steps=config.steps, learning_rate=config.learning_rate))(
+        problems, start
+    )
+
+
+def fuse_updates(
+    task: Stacks, parts: list["_Filtered"], adapters: adapting.Adapter
+) -> tuple[Stacks, tuple[Float[Array, " layers"], Float[Array, " layers"], Float[Array, " layers"]]]:
+    """Stage 5: the updates τ (P + BA), and the shares of the forecast."""
+    fused = [
+        jax.vmap(_fuse_layer)(t, part, jax.tree.map(lambda x, i=i, j=j: x[i:j], adapters))
+        for t, part, (i, j) in zip(task, parts, subspace.bounds(task), strict=True)
+    ]
+    removed, restored, drift = (jnp.concatenate(share) for share in zip(*(f[1] for f in fused), strict=True))
+    return tuple(f[0] for f in fused), (removed, restored, drift)
 
 
 class _Filtered(NamedTuple):

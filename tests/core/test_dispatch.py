@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from nufilt_jax import NufiltConfig, solve_layer, solve_stack
-from nufilt_jax.core import solve, subspace
+from nufilt_jax.core import linalg, solve, subspace
 from nufilt_jax.errors import ConfigError
 
 CONFIG = NufiltConfig(filter_rank=6, adapter_rank=3, task_rank=2, steps=3)
@@ -126,10 +126,10 @@ def test_in_one_program_every_decomposition_waits_for_the_one_before(decompositi
 
 def test_a_batch_too_large_for_one_call_is_decomposed_in_one_loop():
     """As the 120 layers of a ViT-L/14, which are no multiple of the batch."""
-    x = jnp.zeros((subspace.LAPACK_BATCH + 6, 24, 16))
+    x = jnp.zeros((linalg.LAPACK_BATCH + 6, 24, 16))
 
     def program(x):
-        return subspace.leading((x,), [jax.vmap(subspace.gram)(x)], 4, "eigh")
+        return subspace.leading((x,), [jax.vmap(linalg.gram)(x)], 4, "eigh")
 
     pairs, bearing = unordered_lapack_calls(computations(program, x))
     assert bearing
@@ -157,7 +157,7 @@ def test_an_optimization_barrier_would_not_do():
 
     def chained(a, b):
         _, v = jnp.linalg.eigh(a)
-        return v, jnp.linalg.eigh(subspace.after(b, v))[1]
+        return v, jnp.linalg.eigh(linalg.after(b, v))[1]
 
     found = {f: unordered_lapack_calls(computations(f, jnp.eye(8), jnp.eye(8)))[0] for f in (barrier, chained)}
     assert len(found[barrier]) == 1

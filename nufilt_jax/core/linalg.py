@@ -1,0 +1,91 @@
+"""Dense products of whole batches, and the order in which decompositions may run.
+
+Everything here takes leading batch axes; a batch is one operation.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+# Most matrices in one LAPACK call: large batches have corrupted the heap on many cores (jax issue 39292).
+LAPACK_BATCH = 64
+
+
+def matmul(a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Matrix product in full float32: accelerators would otherwise round to TF32 or bfloat16."""
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def transpose(x: Float[Array, "*batch m n"]) -> Float[Array, "*batch n m"]:
+    """The last two axes exchanged."""
+    return jnp.swapaxes(x, -1, -2)
+
+
+def gram(x: Float[Array, "*batch m n"]) -> Float[Array, "*batch n n"]:
+    """XᵀX."""
+    return matmul(transpose(x), x)
+
+
+def eigh_descending(
+    x: Float[Array, "*batch n n"],
+) -> tuple[Float[Array, "*batch n"], Float[Array, "*batch n n"]]:
+    """Eigenvalues and eigenvectors of symmetric matrices, the largest first."""
+    values, vectors = jnp.linalg.eigh(x, symmetrize_input=False)
+    return values[..., ::-1], vectors[..., ::-1]
+
+
+def orthonormalize(v: Float[Array, "*batch n k"], steps: int = 3) -> Float[Array, "*batch n k"]:
+    """Makes nearly orthonormal columns orthonormal (Newton-Schulz)."""
+    for _ in range(steps):
+        v = 1.5 * v - 0.5 * matmul(v, gram(v))
+    return v
+
+
+def after(x: Float[Array, "..."], done: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`x`, unchanged, but not available before `done` is: a dependence that no compiler pass removes.
+
+    On CPU, LAPACK calls of XLA must never overlap (see `core.dispatch`), and `jax.lax.optimization_barrier` is no
+    help: the CPU compiler drops it.
+    """
+    if done.size == 0:
+        return x
+    probe = jnp.ravel(done)[-1]  # of a concatenation the last part: the compiler looks through to it alone
+    return x + jnp.where(jnp.isfinite(probe), jnp.minimum(jnp.abs(probe), 0), 0).astype(x.dtype)
+
+
+def layers_at_once() -> int:
+    """How many layers a CPU works on at a time: one to each core, so that they stay in its cache."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, LAPACK_BATCH)
+
+
+def in_chunks(function: Callable[..., Any], arrays: Any, size: int) -> Any:
+    """`function(*arrays)` on at most `size` layers at a time, one chunk after another.
+
+    The LAPACK calls of one chunk never overlap those of another.
+
+    Args:
+      function: of arrays with a leading layer axis; its results have one too, and each row of them depends on the
+        same row of the arrays alone.
+      arrays: a tuple of pytrees of such arrays.
+      size: chunks are made equal, the last one filled up with copies of the last layer.
+    """
+    n_layers = len(jax.tree.leaves(arrays)[0])
+    n_chunks = -(-n_layers // size)
+    if n_chunks <= 1:
+        return function(*arrays)
+    size = -(-n_layers // n_chunks)
+    missing = n_chunks * size - n_layers
+
+    def split(x: Array) -> Array:
+        filled = jnp.concatenate([x, jnp.repeat(x[-1:], missing, axis=0)]) if missing else x
+        return filled.reshape(n_chunks, size, *x.shape[1:])
+
+    def join(x: Array) -> Array:
+        return x.reshape(n_chunks * size, *x.shape[2:])[:n_layers]
+
+    return jax.tree.map(join, jax.lax.map(lambda chunk: function(*chunk), jax.tree.map(split, arrays)))
