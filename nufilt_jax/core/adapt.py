@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, UInt32
 
-from nufilt_jax.core.linalg import matmul
+from nufilt_jax.core.linalg import Gram, matmul
 
 START_STD = 0.02  # of A's entries; B starts at zero (arXiv:2509.21413v2, §4)
 
@@ -34,7 +34,7 @@ class Problem(NamedTuple):
       task: V1, directions of the new task.
     """
 
-    gram: Float[Array, "*layers n n"]
+    gram: Gram
     pull: Float[Array, "*layers n r_v"]
     constant: Float[Array, "*layers"]
     prior: Float[Array, "*layers n r_p"]
@@ -49,7 +49,7 @@ class Adapter(NamedTuple):
 
 
 def reduce(
-    gram: Float[Array, "n n"],
+    gram: Gram,
     task_delta: Float[Array, "m n"],
     removed: Float[Array, "m r_p"],
     prior: Float[Array, "n r_p"],
@@ -83,7 +83,7 @@ def loss_and_gradients(problem: Problem, adapter: Adapter) -> tuple[Float[Array,
     z = matmul(adapter.a, directions)
     z_task = z[:, n_prior:]
     overlap = matmul(z, z.T)
-    gb = matmul(problem.gram, adapter.b)
+    gb = problem.gram.times(adapter.b)
     bgb = matmul(adapter.b.T, gb)
     b_pull = matmul(adapter.b.T, problem.pull)
     loss = problem.constant - 2 * jnp.sum(b_pull * z_task) + jnp.sum(bgb * overlap)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from nufilt_jax.core.linalg import eigh_descending, gram, matmul, orthonormalize, transpose
+from nufilt_jax.core.linalg import Gram, eigh_descending, gram, matmul, orthonormalize, transpose
 
 # Vectors in the block beyond those wanted: a wider block converges in fewer passes, each of which costs more.
 LEAST_SURPLUS = 24
@@ -45,24 +45,26 @@ class _Block(NamedTuple):
     rounds: Int[Array, ""]
 
 
-def leading_block(grams: Float[Array, "layers n n"], rank: int) -> Float[Array, "layers n b"]:
+def leading_block(grams: Gram, width: int, rank: int) -> Float[Array, "layers n b"]:
     """Orthonormal blocks that contain the leading `rank` eigenvectors, the strongest first.
 
     Args:
-      grams: symmetric positive semi-definite matrices.
+      grams: XᵀX of each layer.
+      width: n, their size.
       rank: how many eigenvectors are wanted; b = `block_width(rank, n)` vectors come out.
 
     Returns:
       The blocks. Where the spectrum is too flat, or falls too steeply for float32, they are not converged:
       certifying them is the caller's.
     """
-    n = grams.shape[-1]
-    trace = jnp.trace(grams, axis1=-2, axis2=-1)[:, None, None]
-    grams = grams / jnp.where(trace > 0, trace, 1)
-    start = jax.random.normal(jax.random.key(0), (1, n, block_width(rank, n)), grams.dtype)
+    trace = grams.trace()
+    grams = grams.scaled(jnp.where(trace > 0, 1 / jnp.where(trace > 0, trace, 1), 0))
+    tiny = float(jnp.finfo(trace.dtype).eps)
+    start = jax.random.normal(jax.random.key(0), (width, block_width(rank, width)), trace.dtype)
+    start = jnp.broadcast_to(start[None], (len(trace), *start.shape))
     # The multiple of the start keeps the block of full rank where the matrix is not.
-    y = _condition(matmul(grams, start) + jnp.finfo(grams.dtype).eps * start)
-    first = _ritz(grams, matmul(grams, y) + jnp.finfo(grams.dtype).eps * y, rank, jnp.zeros((), int))
+    y = _condition(grams.times(start) + tiny * start)
+    first = _ritz(grams, grams.times(y) + tiny * y, rank, jnp.zeros((), int))
     last = jax.lax.while_loop(
         lambda block: jnp.any(block.angle > block.goal) & (block.rounds < MOST_ROUNDS),
         lambda block: _round(grams, block, rank),
@@ -71,14 +73,12 @@ def leading_block(grams: Float[Array, "layers n n"], rank: int) -> Float[Array, 
     return last.vectors
 
 
-def _ritz(
-    grams: Float[Array, "layers n n"], y: Float[Array, "layers n b"], rank: int, rounds: Int[Array, ""]
-) -> _Block:
+def _ritz(grams: Gram, y: Float[Array, "layers n b"], rank: int, rounds: Int[Array, ""]) -> _Block:
     """Rayleigh-Ritz on the span of `y`, and how far it is from invariant."""
     eps = jnp.finfo(y.dtype).eps
     n, b = y.shape[-2:]
     q = orthonormalize(_condition(_condition(y)), 2)
-    image = matmul(grams, q)
+    image = grams.times(q)
     values, u = eigh_descending(matmul(transpose(q), image))
     values = jnp.maximum(values, 0)
     q, image = matmul(q, u), matmul(image, u)
@@ -96,7 +96,7 @@ def _ritz(
     return _Block(q, image, values, jnp.linalg.norm(tangents, axis=1), goal, rounds)
 
 
-def _round(grams: Float[Array, "layers n n"], block: _Block, rank: int) -> _Block:
+def _round(grams: Gram, block: _Block, rank: int) -> _Block:
     """As many filters as the residual asks for, and another Rayleigh-Ritz."""
     values = block.values
     eps = jnp.finfo(values.dtype).eps
@@ -110,7 +110,7 @@ def _round(grams: Float[Array, "layers n n"], block: _Block, rank: int) -> _Bloc
     filters = jnp.max(needed).astype(int)
     steep = jnp.any(2 * values[:, 0] / edge > MOST_GROWTH * x)
     per_edge = (2 / edge)[:, None, None]
-    scaled = grams * per_edge
+    scaled = grams.scaled(per_edge)
     y = _second_factor(scaled, block.image * per_edge - (1 + ROOT) * block.vectors, steep)
     y = jax.lax.fori_loop(1, filters, lambda _, y: _filter(scaled, _separate(y), steep), y)
     found = _ritz(grams, y, rank, block.rounds + 1)
@@ -118,18 +118,14 @@ def _round(grams: Float[Array, "layers n n"], block: _Block, rank: int) -> _Bloc
     return found._replace(rounds=jnp.where(improves, found.rounds, MOST_ROUNDS))
 
 
-def _filter(
-    scaled: Float[Array, "layers n n"], y: Float[Array, "layers n b"], steep: Bool[Array, ""]
-) -> Float[Array, "layers n b"]:
+def _filter(scaled: Gram, y: Float[Array, "layers n b"], steep: Bool[Array, ""]) -> Float[Array, "layers n b"]:
     """The second Chebyshev polynomial, 2(x − √½)(x + √½) of x = scaled − 1, at most 1 on unwanted directions."""
-    return _second_factor(scaled, matmul(scaled, y) - (1 + ROOT) * y, steep)
+    return _second_factor(scaled, scaled.times(y) - (1 + ROOT) * y, steep)
 
 
-def _second_factor(
-    scaled: Float[Array, "layers n n"], y: Float[Array, "layers n b"], steep: Bool[Array, ""]
-) -> Float[Array, "layers n b"]:
+def _second_factor(scaled: Gram, y: Float[Array, "layers n b"], steep: Bool[Array, ""]) -> Float[Array, "layers n b"]:
     y = jax.lax.cond(steep, _separate, lambda y: y, y)
-    return matmul(scaled, y) - (1 - ROOT) * y
+    return scaled.times(y) - (1 - ROOT) * y
 
 
 def _separate(y: Float[Array, "layers n b"]) -> Float[Array, "layers n b"]:

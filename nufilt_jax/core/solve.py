@@ -17,7 +17,7 @@ from nufilt_jax.core import subspace
 from nufilt_jax.core.dispatch import run_alone
 from nufilt_jax.core.filter import null_space_filter
 from nufilt_jax.core.fuse import fuse
-from nufilt_jax.core.linalg import after, gram, in_chunks, layers_at_once, matmul
+from nufilt_jax.core.linalg import Gram, after, gram_of, in_chunks, layers_at_once, matmul
 from nufilt_jax.core.subspace import Directions, Stacks, rank_mask
 from nufilt_jax.errors import ConfigError, Problem, raise_all
 
@@ -102,8 +102,9 @@ def _solve_in_turn(merged: Stacks, task: Stacks, start: Array, *, config: Nufilt
 def _solve_at_once(merged: Stacks, task: Stacks, start: Array, *, config: NufiltConfig) -> GroupSolution:
     """`solve_group`, the layers of all stacks side by side: its stages, one after another."""
     prior = prior_directions(merged, config=config)
-    grams = tuple(gram(x) for x in task)
-    new = task_directions(tuple(after(x, prior.vectors) for x in task), grams, config=config)
+    task = tuple(after(x, prior.vectors) for x in task)  # no two LAPACK calls at once
+    grams = gram_of(task)
+    new = task_directions(task, grams, config=config)
     parts, problems = reduce(merged, task, grams, prior, new)
     adapters, losses = train(problems, start, config=config)
     updates, shares = fuse_updates(task, parts, adapters)
@@ -119,18 +120,16 @@ def _solve_at_once(merged: Stacks, task: Stacks, start: Array, *, config: Nufilt
 def prior_directions(merged: Stacks, *, config: NufiltConfig) -> Directions:
     """Stage 1, V2: the leading directions of D, the Gram matrices included."""
     chosen = subspace.route(config.decomposition, merged[0].shape[-1])
-    grams = [] if chosen == "svd" else [gram(x) for x in merged]
-    return subspace.leading(merged, grams, config.filter_rank, chosen)
+    return subspace.leading(merged, gram_of(merged), config.filter_rank, chosen)
 
 
-def task_directions(task: Stacks, grams: Stacks, *, config: NufiltConfig) -> Directions:
+def task_directions(task: Stacks, grams: Gram, *, config: NufiltConfig) -> Directions:
     """Stage 2, V1: the leading directions of τ, from τᵀτ, which the adapter needs anyway."""
-    chosen = subspace.route(config.decomposition, task[0].shape[-1])
-    return subspace.leading(task, [after(g, task[0]) for g in grams], config.task_rank, chosen)
+    return subspace.leading(task, grams, config.task_rank, subspace.route(config.decomposition, task[0].shape[-1]))
 
 
 def reduce(
-    merged: Stacks, task: Stacks, grams: Stacks, prior: Directions, new: Directions
+    merged: Stacks, task: Stacks, grams: Gram, prior: Directions, new: Directions
 ) -> tuple[list["_Filtered"], adapting.Problem]:
     """Stage 3: filters τ and reduces the adapter's objective to the n inputs.
 
@@ -138,8 +137,8 @@ def reduce(
       The filtered stacks, and the problems of all layers.
     """
     parts = [
-        jax.vmap(_filter_layer)(d, t, g, prior.vectors[i:j], new.vectors[i:j])
-        for d, t, g, (i, j) in zip(merged, task, grams, subspace.bounds(merged), strict=True)
+        jax.vmap(_filter_layer)(d, t, *jax.tree.map(lambda x, i=i, j=j: x[i:j], (grams, prior.vectors, new.vectors)))
+        for d, t, (i, j) in zip(merged, task, subspace.bounds(merged), strict=True)
     ]
     return parts, jax.tree.map(lambda *xs: jnp.concatenate(xs), *(part.problem for part in parts))
 
@@ -177,7 +176,7 @@ class _Filtered(NamedTuple):
 def _filter_layer(
     merged: Float[Array, "m n"],
     task: Float[Array, "m n"],
-    task_gram: Float[Array, "n n"],
+    task_gram: Gram,
     prior: Float[Array, "n r_p"],
     new: Float[Array, "n r_v"],
 ) -> _Filtered:

@@ -14,7 +14,7 @@ Every function here is therefore written for a whole batch, one call at a time.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float
 
 from nufilt_jax.config import Decomposition
 from nufilt_jax.core.chebyshev import block_width, leading_block
-from nufilt_jax.core.linalg import after, eigh_descending, matmul
+from nufilt_jax.core.linalg import Gram, after, eigh_descending, gram, matmul
 from nufilt_jax.core.refine import refine
 
 # Up to this many inputs `auto` takes a full decomposition: see `route`.
@@ -52,12 +52,12 @@ def bounds(stacks: Stacks) -> list[tuple[int, int]]:
     return list(itertools.pairwise(itertools.accumulate((len(stack) for stack in stacks), initial=0)))
 
 
-def leading(stacks: Stacks, grams: Sequence[Array], rank: int, chosen: Decomposition) -> Directions:
+def leading(stacks: Stacks, grams: Gram, rank: int, chosen: Decomposition) -> Directions:
     """Leading right singular vectors of every matrix in stacks of one width n.
 
     Args:
       stacks: the matrices X.
-      grams: XᵀX, stack by stack, [layers, n, n]; not used by `svd`.
+      grams: XᵀX of all layers, from `linalg.gram_of`; not used by `svd`.
       rank: how many vectors; at most n come out.
       chosen: `eigh`, `svd` or `subspace`, from `route`.
     """
@@ -67,17 +67,21 @@ def leading(stacks: Stacks, grams: Sequence[Array], rank: int, chosen: Decomposi
     if chosen == "svd":
         return leading_by_svd(stacks, rank)
     if rank >= n:  # nothing is cut off
-        _, vectors = eigh_descending(jnp.concatenate(grams))
-        return Directions(vectors, jnp.ones(n_layers), jnp.ones(n_layers, bool))
+        return Directions(_eigenvectors(stacks, grams), jnp.ones(n_layers), jnp.ones(n_layers, bool))
     if chosen == "eigh":
-        blocks = eigh_descending(jnp.concatenate(grams))[1][:, :, : block_width(rank, n)]
+        blocks = _eigenvectors(stacks, grams)[:, :, : block_width(rank, n)]
     else:
-        blocks = leading_block(jnp.concatenate(grams), rank)
+        blocks = leading_block(grams, n, rank)
 
     def refined(x: Float[Array, "layers m n"], i: int, j: int) -> Directions:
         return Directions(*jax.vmap(lambda x, block: refine(x, block, rank))(x, blocks[i:j]))
 
     return _certified_or_svd(_in_turn(refined, stacks), stacks, rank)
+
+
+def _eigenvectors(stacks: Stacks, grams: Gram) -> Float[Array, "layers n n"]:
+    matrix = gram(stacks[0]) if grams.matrix is None else grams.matrix
+    return eigh_descending(matrix)[1]
 
 
 def leading_by_svd(stacks: Stacks, rank: int) -> Directions:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from nufilt_jax import NufiltConfig, solve_layer, solve_stack
-from nufilt_jax.core import linalg, solve, subspace
+from nufilt_jax.core import linalg, solve
 from nufilt_jax.errors import ConfigError
 
 CONFIG = NufiltConfig(filter_rank=6, adapter_rank=3, task_rank=2, steps=3)
@@ -124,14 +124,15 @@ def test_in_one_program_every_decomposition_waits_for_the_one_before(decompositi
     assert pairs == []
 
 
-def test_a_batch_too_large_for_one_call_is_decomposed_in_one_loop():
-    """As the 120 layers of a ViT-L/14, which are no multiple of the batch."""
-    x = jnp.zeros((linalg.LAPACK_BATCH + 6, 24, 16))
+def test_chunks_of_layers_wait_for_each_other():
+    """As the 120 layers of a ViT-L/14 on 16 cores: no multiple of a chunk, and no second call beside the loop."""
+    n_layers = 2 * linalg.layers_at_once() + 1
+    d, a = jnp.zeros((n_layers, 24, 16)), jnp.zeros((n_layers, 3, 16))
 
-    def program(x):
-        return subspace.leading((x,), [jax.vmap(linalg.gram)(x)], 4, "eigh")
+    def program(d, a):
+        return solve.solve_group((d,), (d,), a, config=CONFIG)
 
-    pairs, bearing = unordered_lapack_calls(computations(program, x))
+    pairs, bearing = unordered_lapack_calls(computations(program, d, a))
     assert bearing
     assert pairs == []
 
@@ -196,3 +197,17 @@ def test_the_solve_exports_for_every_platform_and_never_asks_the_host(platform):
     exported = jax.export.export(jax.jit(program), platforms=[platform])(shape, shape, start)
     assert exported.platforms == (platform,)
     assert not re.search("python_(cpu|gpu|tpu)?_?callback|CallbackTo", exported.mlir_module())
+
+
+def test_on_a_gpu_every_decomposition_is_of_all_layers_at_once():
+    """But for the SVD that replaces a layer's directions where they have no certificate."""
+    shape, start = jax.ShapeDtypeStruct((5, 300, 288), jnp.float32), jax.ShapeDtypeStruct((5, 3, 288), jnp.float32)
+
+    def program(d, t, a):
+        return solve.solve_group((d,), (t,), a, config=CONFIG)
+
+    module = jax.export.export(jax.jit(program), platforms=["cuda"])(shape, shape, start).mlir_module()
+    calls = re.findall(r"stablehlo.custom_call @(cu\w+).*-> \(?tensor<([\dx]+)xf32>", module)
+    assert {name for name, _ in calls} >= {"cusolver_syevd_ffi", "cusolver_potrf_ffi"}
+    alone = {name for name, result in calls if not result.startswith("5x")}
+    assert all("gesvd" in name or "geqrf" in name or "orgqr" in name for name in alone)

@@ -23,7 +23,7 @@ def gram(x):
 def find(x, rank, chosen):
     stacks = (jnp.asarray(x)[None],)
     call = jax.jit(subspace.leading, static_argnums=(2, 3))
-    found = call(stacks, [gram(stacks[0][0])[None]], rank, chosen)
+    found = call(stacks, linalg.gram_of(stacks), rank, chosen)
     masked, response = subspace.rank_mask(stacks[0][0], found.vectors[0])
     return found, np.asarray(masked, np.float64), np.asarray(response)
 
@@ -110,8 +110,8 @@ def test_a_neighbour_without_certificate_changes_nothing():
     hard, easy = (matrices.power_law((300, 300), seed=1, exponent=exponent) for exponent in (2.0, 0.8))
     call = jax.jit(subspace.leading, static_argnums=(2, 3))
     both = jnp.stack([jnp.asarray(easy), jnp.asarray(hard)])
-    alone = call((both[:1],), [jax.vmap(gram)(both[:1])], 60, "subspace")
-    beside = call((both,), [jax.vmap(gram)(both)], 60, "subspace")
+    alone = call((both[:1],), linalg.gram_of((both[:1],)), 60, "subspace")
+    beside = call((both,), linalg.gram_of((both,)), 60, "subspace")
     assert beside.certified.tolist() == [True, False]
     p, q = (np.asarray(v[0] @ v[0].T) for v in (beside.vectors, alone.vectors))
     np.testing.assert_allclose(p, q, atol=1e-5)
@@ -149,15 +149,16 @@ def test_after_changes_nothing_but_the_order():
         np.testing.assert_array_equal(jax.jit(linalg.after)(x, done), x)
 
 
-def test_gradients_are_those_of_the_unreduced_objective():
+@pytest.mark.parametrize("held", [lambda tau: (tau.T @ tau, None), lambda tau: (None, tau)], ids=["product", "factor"])
+def test_gradients_are_those_of_the_unreduced_objective(held):
     rng = np.random.default_rng(0)
     d, tau = (matrices.power_law((40, 32), seed=s, scale=0.5) for s in (1, 2))
     v2, v1 = oracle.leading(d, 6), oracle.leading(tau, 4)
     a, b = rng.normal(size=(5, 32)) * 0.1, rng.normal(size=(32, 5)) * 0.1
     p = oracle.projector(d, 6)
     expected = oracle.gradients(d.astype(float), tau.astype(float), p, b, a, v1, v2)
-    cast = [jnp.asarray(x, jnp.float32) for x in (tau.T @ tau, tau, tau @ v2, v2, v1, d @ v1)]
-    problem = reduce(*cast)
+    cast = [jnp.asarray(x, jnp.float32) for x in (tau, tau @ v2, v2, v1, d @ v1)]
+    problem = reduce(linalg.Gram(*(jnp.asarray(x, jnp.float32) if x is not None else None for x in held(tau))), *cast)
     loss, found = loss_and_gradients(problem, Adapter(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)))
     assert float(loss) == pytest.approx(oracle.loss(d, tau, p, b, a, v1, v2), rel=1e-5)
     for one, other in zip(found, expected, strict=True):
