@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, UInt32
 
-from nufilt_jax.core.linalg import Gram, matmul
+from nufilt_jax.core.grams import Gram
+from nufilt_jax.core.linalg import matmul
 
 START_STD = 0.02  # of A's entries; B starts at zero (arXiv:2509.21413v2, §4)
 

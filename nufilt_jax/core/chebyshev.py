@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from nufilt_jax.core.linalg import Gram, eigh_descending, gram, matmul, orthonormalize, transpose
+from nufilt_jax.core.grams import Gram
+from nufilt_jax.core.linalg import eigh_descending, gram, matmul, orthonormalize, transpose
 
 # Vectors in the block beyond those wanted: a wider block converges in fewer passes, each of which costs more.
 LEAST_SURPLUS = 24

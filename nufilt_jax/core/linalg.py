@@ -4,8 +4,8 @@ Everything here takes leading batch axes; a batch is one operation.
 """
 
 import os
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,44 +28,6 @@ def transpose(x: Float[Array, "*batch m n"]) -> Float[Array, "*batch n m"]:
 def gram(x: Float[Array, "*batch m n"]) -> Float[Array, "*batch n n"]:
     """XᵀX."""
     return matmul(transpose(x), x)
-
-
-class Gram(NamedTuple):
-    """XᵀX of a batch of matrices: the product itself or, for wide X, X alone, with which it is cheaper to multiply.
-
-    Attributes:
-      matrix: XᵀX, or None.
-      factor: X, or None.
-    """
-
-    matrix: Float[Array, "*batch n n"] | None
-    factor: Float[Array, "*batch m n"] | None
-
-    def times(self, y: Float[Array, "*batch n k"]) -> Float[Array, "*batch n k"]:
-        """XᵀX Y."""
-        if self.matrix is not None:
-            return matmul(self.matrix, y)
-        return matmul(transpose(self.factor), matmul(self.factor, y))
-
-    def scaled(self, by: Float[Array, "*batch 1 1"]) -> "Gram":
-        """This, times a non-negative number."""
-        if self.matrix is not None:
-            return Gram(self.matrix * by, None)
-        return Gram(None, self.factor * jnp.sqrt(by))
-
-    def trace(self) -> Float[Array, "*batch 1 1"]:
-        """The sum of the squares of all entries of X."""
-        if self.matrix is not None:
-            return jnp.trace(self.matrix, axis1=-2, axis2=-1)[..., None, None]
-        return jnp.sum(self.factor**2, axis=(-2, -1), keepdims=True)
-
-
-def gram_of(stacks: Sequence[Float[Array, "_ _ n"]]) -> Gram:
-    """The Gram matrices of all layers of stacks of one width, for products with them."""
-    _, m, n = stacks[0].shape
-    if len(stacks) == 1 and 2 * m < n:
-        return Gram(None, stacks[0])
-    return Gram(jnp.concatenate([gram(x) for x in stacks]), None)
 
 
 def eigh_descending(

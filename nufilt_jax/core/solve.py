@@ -17,7 +17,8 @@ from nufilt_jax.core import subspace
 from nufilt_jax.core.dispatch import run_alone
 from nufilt_jax.core.filter import null_space_filter
 from nufilt_jax.core.fuse import fuse
-from nufilt_jax.core.linalg import Gram, after, gram_of, in_chunks, layers_at_once, matmul
+from nufilt_jax.core.grams import Gram, gram_of
+from nufilt_jax.core.linalg import after, in_chunks, layers_at_once, matmul
 from nufilt_jax.core.subspace import Directions, Stacks, rank_mask
 from nufilt_jax.errors import ConfigError, Problem, raise_all
 

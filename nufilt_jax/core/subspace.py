@@ -23,7 +23,8 @@ from jaxtyping import Array, Bool, Float
 
 from nufilt_jax.config import Decomposition
 from nufilt_jax.core.chebyshev import block_width, leading_block
-from nufilt_jax.core.linalg import Gram, after, eigh_descending, gram, matmul
+from nufilt_jax.core.grams import Gram
+from nufilt_jax.core.linalg import after, eigh_descending, matmul
 from nufilt_jax.core.refine import refine
 
 # Up to this many inputs `auto` takes a full decomposition: see `route`.
@@ -57,7 +58,7 @@ def leading(stacks: Stacks, grams: Gram, rank: int, chosen: Decomposition) -> Di
 
     Args:
       stacks: the matrices X.
-      grams: XᵀX of all layers, from `linalg.gram_of`; not used by `svd`.
+      grams: XᵀX of all layers, from `grams.gram_of`; not used by `svd`.
       rank: how many vectors; at most n come out.
       chosen: `eigh`, `svd` or `subspace`, from `route`.
     """
@@ -67,9 +68,9 @@ def leading(stacks: Stacks, grams: Gram, rank: int, chosen: Decomposition) -> Di
     if chosen == "svd":
         return leading_by_svd(stacks, rank)
     if rank >= n:  # nothing is cut off
-        return Directions(_eigenvectors(stacks, grams), jnp.ones(n_layers), jnp.ones(n_layers, bool))
+        return Directions(eigh_descending(grams.formed())[1], jnp.ones(n_layers), jnp.ones(n_layers, bool))
     if chosen == "eigh":
-        blocks = _eigenvectors(stacks, grams)[:, :, : block_width(rank, n)]
+        blocks = eigh_descending(grams.formed())[1][:, :, : block_width(rank, n)]
     else:
         blocks = leading_block(grams, n, rank)
 
@@ -77,11 +78,6 @@ def leading(stacks: Stacks, grams: Gram, rank: int, chosen: Decomposition) -> Di
         return Directions(*jax.vmap(lambda x, block: refine(x, block, rank))(x, blocks[i:j]))
 
     return _certified_or_svd(_in_turn(refined, stacks), stacks, rank)
-
-
-def _eigenvectors(stacks: Stacks, grams: Gram) -> Float[Array, "layers n n"]:
-    matrix = gram(stacks[0]) if grams.matrix is None else grams.matrix
-    return eigh_descending(matrix)[1]
 
 
 def leading_by_svd(stacks: Stacks, rank: int) -> Directions:

@@ -9,6 +9,7 @@ from nufilt_jax.core import linalg, subspace
 from nufilt_jax.core.adapt import Adapter, draw_start, loss_and_gradients, reduce
 from nufilt_jax.core.filter import authors_first_filter, null_space_filter
 from nufilt_jax.core.fuse import fuse
+from nufilt_jax.core.grams import GramFactor, GramMatrix, gram_of
 from nufilt_jax.core.refine import CERTIFIED_ANGLE
 from nufilt_jax.core.stacks import group_layers, stack, unstack
 
@@ -23,7 +24,7 @@ def gram(x):
 def find(x, rank, chosen):
     stacks = (jnp.asarray(x)[None],)
     call = jax.jit(subspace.leading, static_argnums=(2, 3))
-    found = call(stacks, linalg.gram_of(stacks), rank, chosen)
+    found = call(stacks, gram_of(stacks), rank, chosen)
     masked, response = subspace.rank_mask(stacks[0][0], found.vectors[0])
     return found, np.asarray(masked, np.float64), np.asarray(response)
 
@@ -110,8 +111,8 @@ def test_a_neighbour_without_certificate_changes_nothing():
     hard, easy = (matrices.power_law((300, 300), seed=1, exponent=exponent) for exponent in (2.0, 0.8))
     call = jax.jit(subspace.leading, static_argnums=(2, 3))
     both = jnp.stack([jnp.asarray(easy), jnp.asarray(hard)])
-    alone = call((both[:1],), linalg.gram_of((both[:1],)), 60, "subspace")
-    beside = call((both,), linalg.gram_of((both,)), 60, "subspace")
+    alone = call((both[:1],), gram_of((both[:1],)), 60, "subspace")
+    beside = call((both,), gram_of((both,)), 60, "subspace")
     assert beside.certified.tolist() == [True, False]
     p, q = (np.asarray(v[0] @ v[0].T) for v in (beside.vectors, alone.vectors))
     np.testing.assert_allclose(p, q, atol=1e-5)
@@ -149,7 +150,7 @@ def test_after_changes_nothing_but_the_order():
         np.testing.assert_array_equal(jax.jit(linalg.after)(x, done), x)
 
 
-@pytest.mark.parametrize("held", [lambda tau: (tau.T @ tau, None), lambda tau: (None, tau)], ids=["product", "factor"])
+@pytest.mark.parametrize("held", [lambda tau: GramMatrix(tau.T @ tau), GramFactor], ids=["formed", "factor"])
 def test_gradients_are_those_of_the_unreduced_objective(held):
     rng = np.random.default_rng(0)
     d, tau = (matrices.power_law((40, 32), seed=s, scale=0.5) for s in (1, 2))
@@ -158,7 +159,7 @@ def test_gradients_are_those_of_the_unreduced_objective(held):
     p = oracle.projector(d, 6)
     expected = oracle.gradients(d.astype(float), tau.astype(float), p, b, a, v1, v2)
     cast = [jnp.asarray(x, jnp.float32) for x in (tau, tau @ v2, v2, v1, d @ v1)]
-    problem = reduce(linalg.Gram(*(jnp.asarray(x, jnp.float32) if x is not None else None for x in held(tau))), *cast)
+    problem = reduce(held(jnp.asarray(tau, jnp.float32)), *cast)
     loss, found = loss_and_gradients(problem, Adapter(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)))
     assert float(loss) == pytest.approx(oracle.loss(d, tau, p, b, a, v1, v2), rel=1e-5)
     for one, other in zip(found, expected, strict=True):
