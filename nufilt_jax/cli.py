@@ -44,7 +44,7 @@ def _prepare_process() -> None:
             os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "nufilt_jax"
         )
         os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(cache, "xla")
-        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 def _refuse(problems: Iterable[Problem], status: int) -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import threading
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from nufilt_jax.checkpoints.hub import Place, locate
 from nufilt_jax.checkpoints.index import Index, disagreements, missing_shards, parse_index
 from nufilt_jax.checkpoints.names import canonical_names, flax_axes, from_flax_name
 from nufilt_jax.checkpoints.safetensors_files import Entry, Header
-from nufilt_jax.checkpoints.tensors import TensorInfo, map_tensors
+from nufilt_jax.checkpoints.tensors import TensorInfo, UnreadTensors, map_tensors, stream_spans
 from nufilt_jax.checkpoints.ties import tie
 from nufilt_jax.errors import CheckpointError, Problem, raise_all
 
@@ -67,6 +68,20 @@ class Checkpoint:
         raise_all(CheckpointError, self._unreadable(wanted))
         return map_tensors(self.tensors[name] for name in wanted)
 
+    def unread(self, names: Iterable[str], *, stop: threading.Event | None = None) -> UnreadTensors:
+        """Weights as `read` gives them, but each read when it is asked for, and never mapped.
+
+        Args:
+          names: canonical names.
+          stop: once it is set, reading ends with `CancelledError`.
+
+        Raises:
+          CheckpointError: as `read` does.
+        """
+        wanted = list(dict.fromkeys(names))
+        raise_all(CheckpointError, self._unreadable(wanted))
+        return UnreadTensors({name: self.tensors[name] for name in wanted}, stop)
+
     def _unreadable(self, names: Collection[str]) -> Iterable[Problem]:
         if not self.is_local:
             yield Problem(self.source, "only its headers were fetched", "open it without headers_only")
@@ -78,12 +93,14 @@ class Checkpoint:
                 what = f"has the packed element type {info.dtype}, which cannot be computed with"
                 yield Problem(str(info.file), what, tensor=info.stored_name)
 
-    def sha256(self) -> dict[str, str]:
-        """Hex digest of every weight file, by file name."""
+    def sha256(self, *, stop: threading.Event | None = None) -> dict[str, str]:
+        """Hex digest of every weight file, by file name; once `stop` is set, it ends with `CancelledError`."""
         digests = {}
         for path in self.weight_files:
-            with path.open("rb") as file:
-                digests[path.relative_to(self.path).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = hashlib.sha256()
+            for piece in stream_spans(path, [(0, path.stat().st_size)], stop=stop):
+                digest.update(piece)
+            digests[path.relative_to(self.path).as_posix()] = digest.hexdigest()
         return digests
 
 

@@ -3,13 +3,18 @@
 import dataclasses
 import math
 import mmap
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import CancelledError
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
 
 from nufilt_jax.checkpoints.dtypes import Array, numpy_dtype
 
+Bytes = UInt8[np.ndarray, " bytes"]
 _CHUNK = 1 << 24  # bytes per piece when streaming: 16 MiB keeps memory flat and disks busy
 
 
@@ -55,16 +60,54 @@ class TensorInfo:
         return (self, *self.aliases)
 
 
-def stream_bytes(info: TensorInfo, chunk: int = _CHUNK) -> Iterator[bytes]:
-    """The tensor's bytes in file order, in pieces; read, not mapped, so that memory stays flat."""
-    with info.file.open("rb") as file:
-        for start, stop in info.spans:
+def stream_bytes(info: TensorInfo, chunk: int = _CHUNK, *, stop: threading.Event | None = None) -> Iterator[bytes]:
+    """The tensor's bytes in file order, in pieces; read, not mapped, so that memory stays flat.
+
+    Args:
+      info: which tensor.
+      chunk: the longest piece.
+      stop: once it is set, reading ends with `CancelledError` before the next piece.
+    """
+    yield from stream_spans(info.file, info.spans, chunk, stop=stop)
+
+
+def stream_spans(
+    path: Path, spans: Iterable[tuple[int, int]], chunk: int = _CHUNK, *, stop: threading.Event | None = None
+) -> Iterator[bytes]:
+    """The bytes of some ranges `(start, end)` of a file; see `stream_bytes`."""
+    with path.open("rb") as file:
+        for start, end in spans:
             file.seek(start)
-            for at in range(start, stop, chunk):
-                piece = file.read(min(chunk, stop - at))
-                if len(piece) < min(chunk, stop - at):
-                    raise OSError(f"{info.file} became shorter while it was read")
+            for at in range(start, end, chunk):
+                if stop is not None and stop.is_set():
+                    raise CancelledError
+                piece = file.read(min(chunk, end - at))
+                if len(piece) < min(chunk, end - at):
+                    raise OSError(f"{path} became shorter while it was read")
                 yield piece
+
+
+class UnreadTensors(Mapping[str, Any]):  # not of arrays: a type checker at run time would read one
+    """Tensors by canonical name, each read when it is asked for and not kept: neither here nor as mapped pages."""
+
+    def __init__(self, infos: Mapping[str, TensorInfo], stop: threading.Event | None = None) -> None:
+        self._infos, self._stop = infos, stop
+
+    def __getitem__(self, name: str) -> Array:
+        info = self._infos[name]
+        stored = b"".join(stream_bytes(info, stop=self._stop))
+        return _as_array(np.frombuffer(stored, np.uint8), info)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of each tensor, by name; nothing is read."""
+        return {name: info.shape for name, info in self._infos.items()}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._infos)
+
+    def __len__(self) -> int:
+        return len(self._infos)
 
 
 def map_tensors(infos: Iterable[TensorInfo]) -> dict[str, Array]:
@@ -80,11 +123,14 @@ def _view(info: TensorInfo, maps: dict[Path, memoryview]) -> Array:
     if info.file not in maps:
         with info.file.open("rb") as file:
             maps[info.file] = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    parts = [np.frombuffer(maps[info.file][start:stop], np.uint8) for start, stop in info.spans]
+    return _as_array(parts[0] if len(parts) == 1 else np.concatenate(parts), info)
+
+
+def _as_array(stored: Bytes, info: TensorInfo) -> Array:
     dtype = numpy_dtype(info.dtype)
     if dtype is None:
         raise TypeError(f"{info.stored_name}: {info.dtype} has no numpy type")
-    parts = [np.frombuffer(maps[info.file][start:stop], np.uint8) for start, stop in info.spans]
-    stored = parts[0] if len(parts) == 1 else np.concatenate(parts)
     # Flax files align nothing, and some devices cannot take arrays off their natural boundary.
     aligned = stored if stored.ctypes.data % dtype.alignment == 0 else stored.copy()
     return aligned.view(dtype).reshape(info.stored_shape).transpose(info.axes)

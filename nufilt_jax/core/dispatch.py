@@ -16,10 +16,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import scipy.linalg.cython_lapack  # noqa: F401  what XLA calls on CPU, loaded before its threads are asked for
 from jax.core import Tracer
 from jax.extend.core import get_opaque_trace_state
 from jax.interpreters.partial_eval import DynamicJaxprTracer
-from scipy.linalg import cython_lapack  # noqa: F401  the library that XLA's CPU runtime calls, loaded before it is asked for
 from threadpoolctl import ThreadpoolController
 
 from nufilt_jax.core.linalg import after

@@ -1,11 +1,7 @@
-"""A model's layers as groups of stacks, and back."""
+"""A model's layers as groups of stacks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
-
-import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float
 
 
 class Group(NamedTuple):
@@ -39,16 +35,3 @@ def group_layers(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Group, ...]:
         Group(width, tuple(tuple(stacks[d_out]) for d_out in sorted(stacks)))
         for width, stacks in sorted(widths.items())
     )
-
-
-def stack(params: Mapping[str, Array | np.ndarray], names: Sequence[str]) -> Float[Array | np.ndarray, "layers m n"]:
-    """The named matrices along a new leading axis; stays on the host if they are there."""
-    arrays = [params[name] for name in names]
-    return np.stack(arrays) if all(isinstance(x, np.ndarray) for x in arrays) else jnp.stack(arrays)
-
-
-def unstack(
-    array: Float[Array | np.ndarray, "layers m n"], names: Sequence[str]
-) -> dict[str, Float[Array | np.ndarray, "m n"]]:
-    """The matrices of a stack under their names."""
-    return {name: array[index] for index, name in enumerate(names)}

@@ -1,15 +1,15 @@
 """Every merging rule as a pair of pure functions, in one registry."""
 
+import dataclasses
 from typing import get_args
-
-import numpy as np
 
 from nufilt_jax.config import MethodConfig, OtherParams, problem
 from nufilt_jax.errors import ConfigError, Problem
 from nufilt_jax.methods import nufilt, null_space, sum, task_arithmetic, weight_average
 from nufilt_jax.methods.elementwise import move_others
 from nufilt_jax.methods.selection import select
-from nufilt_jax.methods.state import Array, Context, Merger, MergeState, OnStack, Params, Rule, check_task
+from nufilt_jax.methods.stacked import Names, Params, TaskVector, stack_names, task_vector, zeros
+from nufilt_jax.methods.state import Context, Merger, MergeState, OnStack, Rule, check_task
 
 RULES = {module.RULE.name: module.RULE for module in (nufilt, null_space, sum, weight_average, task_arithmetic)}
 
@@ -62,16 +62,27 @@ def get(
         what = f"must be one of {', '.join(get_args(OtherParams))}, got {other_params!r}"
         raise ConfigError(problem("other_params", what))
 
-    def init(base: Params) -> MergeState:
-        selection = select(base, layers=layers, other_params=other_params, every_tensor=rule.every_tensor)
-        delta: dict[str, Array] = {name: np.zeros(base[name].shape, np.float32) for name in selection.touched}
-        return MergeState(dict(base), delta)
+    def choose(base: Params) -> tuple[Names, Names]:
+        """The stacks that the rule works on, and those that follow `other_params`."""
+        chosen = select(base, layers=layers, other_params=other_params, every_tensor=rule.every_tensor)
+        shapes = {name: base[name].shape for name in chosen.touched}
+        return stack_names(shapes, chosen.layers), stack_names(shapes, chosen.other)
 
-    def update(state: MergeState, task: Params, on_stack: OnStack | None = None) -> MergeState:
-        chosen = select(state.base, layers=layers, other_params=other_params, every_tensor=rule.every_tensor)
-        check_task(state.base, task, state.delta)
-        done = rule.advance(state, task, Context(chosen.layers, config, seed, on_stack))
-        others = move_others(state, task, chosen.other, other_params)
-        return MergeState(state.base, {**done.delta, **others}, state.step + 1, dict(done.extra), dict(done.report))
+    def init(base: Params) -> MergeState:
+        mine, others = choose(base)
+        return MergeState(dict(base), zeros({name: x.shape for name, x in base.items()}, mine + others))
+
+    def update(
+        state: MergeState, task: Params | TaskVector, on_stack: OnStack | None = None, *, donate: bool = False
+    ) -> MergeState:
+        mine, others = choose(state.base)
+        if not isinstance(task, TaskVector):
+            check_task(state.base, task, state.delta)
+            task = task_vector(state.base, task, mine + others)
+        delta = state.delta if donate else state.delta.copied()
+        own = dataclasses.replace(state, delta=delta.only(mine))
+        done = rule.advance(own, task.only(mine), Context(config, seed, on_stack))
+        moved = move_others(delta.only(others), task.only(others), state.step, other_params)
+        return MergeState(state.base, done.delta + moved, state.step + 1, dict(done.extra), dict(done.report))
 
     return Merger(init, update)

@@ -1,31 +1,30 @@
 """What the rules share that treat every number alike: D ← keep·D + gain·τ."""
 
-from collections.abc import Iterable
+import functools
 
 import jax
 import jax.numpy as jnp
 
 from nufilt_jax.config import OtherParams
-from nufilt_jax.methods.state import Array, MergeState, Params
+from nufilt_jax.methods.stacked import Array, Stacked, TaskVector
 
 
-@jax.jit
-def _blend(delta: Array, base: Array, task: Array, keep: Array, gain: Array) -> jax.Array:
-    delta, keep, gain = (jnp.asarray(x) for x in (delta, keep, gain))
-    return keep * delta + gain * (jnp.asarray(task, jnp.float32) - jnp.asarray(base, jnp.float32))
+@functools.partial(jax.jit, donate_argnums=0)
+def _blend(delta: tuple[Array, ...], task: tuple[Array, ...], keep: Array, gain: Array) -> tuple[jax.Array, ...]:
+    pairs = zip(delta, task, strict=True)
+    return tuple(jnp.asarray(keep) * jnp.asarray(d) + jnp.asarray(gain) * jnp.asarray(t) for d, t in pairs)
 
 
-def blend(state: MergeState, task: Params, names: Iterable[str], *, keep: float, gain: float) -> dict[str, Array]:
-    """keep·D + gain·τ for the named tensors, in float32."""
-    weights = jnp.float32(keep), jnp.float32(gain)
-    return {name: _blend(state.delta[name], state.base[name], task[name], *weights) for name in names}
+def blend(delta: Stacked, task: TaskVector, *, keep: float, gain: float) -> Stacked:
+    """keep·D + gain·τ; takes the memory of D."""
+    return Stacked(_blend(delta.stacks, task.stacks, jnp.float32(keep), jnp.float32(gain)), delta.names)
 
 
-def move_others(state: MergeState, task: Params, names: Iterable[str], rule: OtherParams) -> dict[str, Array]:
+def move_others(delta: Stacked, task: TaskVector, step: int, rule: OtherParams) -> Stacked:
     """D of the parameters outside the selected layers: running mean, or the first task's for ever."""
-    t = state.step + 1
+    t = step + 1
     if rule == "average":
-        return blend(state, task, names, keep=(t - 1) / t, gain=1 / t)
+        return blend(delta, task, keep=(t - 1) / t, gain=1 / t)
     if t == 1:
-        return blend(state, task, names, keep=0.0, gain=1.0)
-    return {name: state.delta[name] for name in names}
+        return blend(delta, task, keep=0.0, gain=1.0)
+    return delta

@@ -5,7 +5,6 @@ import hashlib
 from typing import cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt32
 
@@ -14,65 +13,69 @@ from nufilt_jax.core.adapt import draw_start
 from nufilt_jax.core.dispatch import run_alone
 from nufilt_jax.core.filter import authors_first_filter
 from nufilt_jax.core.solve import GroupSolution, solve_group
-from nufilt_jax.core.stacks import Group, group_layers, stack, unstack
+from nufilt_jax.core.stacks import Group, group_layers
 from nufilt_jax.core.subspace import Stacks
 from nufilt_jax.errors import Problem, SolveError, raise_all
 from nufilt_jax.methods.elementwise import blend
-from nufilt_jax.methods.state import Advance, Array, Context, LayerReport, MergeState, Params, Rule
+from nufilt_jax.methods.stacked import Array, Stacked, TaskVector
+from nufilt_jax.methods.state import Advance, Context, LayerReport, MergeState, OnStack, Rule
 
 
-def advance(state: MergeState, task: Params, context: Context) -> Advance:
+def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
     """θ^m_1 = θ_1; then θ^m_t = θ^m_{t−1} + τ (P + BA) (Algorithm 1)."""
     config = cast(NufiltConfig, context.config)
     if state.step == 0:
-        delta = blend(state, task, context.names, keep=0.0, gain=1.0)
-        if config.first_task == "authors":
-            delta = {name: authors_first_filter(jnp.asarray(x), config.filter_rank) for name, x in delta.items()}
-        return Advance(delta)
-    delta: dict[str, Array] = {}
+        return Advance(_first(state.delta, task, config))
+    merged: list[jax.Array] = []
+    waiting: list[tuple[Group, GroupSolution]] = []
     report: dict[str, LayerReport] = {}
-    for group in group_layers({name: state.base[name].shape for name in context.names}):
-        part = _advance_group(group, state, task, context, config)
-        delta |= part.delta
-        report |= part.report
+    groups = group_layers(task.shapes)
+    for group in groups:
+        keys = adapter_keys(context.seed, state.step + 1, group.names)
+        stacks = (part.only(group.stacks).stacks for part in (state.delta, task))
+        parts, solution = run_alone(functools.partial(_step, config=config), *stacks, keys)
+        merged += parts
+        waiting.append((group, solution))
+        while waiting and all(x.is_ready() for x in jax.tree.leaves(waiting[0][1])):
+            report |= _told(*waiting.pop(0), context.on_stack)
+    for group, solution in waiting:  # where programs do not block, all are under way before the first is waited for
+        report |= _told(group, solution, context.on_stack)
     broken = [
-        Problem("task", "the solution is not finite", "lower --learning-rate", n) for n in delta if n not in report
+        Problem("task", "the solution is not finite", "lower --learning-rate", name)
+        for name in task
+        if name not in report
     ]
     raise_all(SolveError, broken)
-    return Advance(delta, report)
+    return Advance(Stacked(tuple(merged), tuple(names for group in groups for names in group.stacks)), report)
 
 
-def _advance_group(group: Group, state: MergeState, task: Params, context: Context, config: NufiltConfig) -> Advance:
-    keys = adapter_keys(context.seed, state.step + 1, group.names)
-    stacks = [tuple(stack(p, names) for names in group.stacks) for p in (state.delta, state.base, task)]
-    deltas, solution = run_alone(functools.partial(_step, config=config), *stacks, keys)
-    losses = np.asarray(solution.losses) if config.adapter_rank else np.zeros((len(group.names), 0), np.float32)
-    whole = LayerReport(losses, *(np.asarray(x) for x in solution.forecast))
-    if context.on_stack is not None:
-        context.on_stack(f"{len(group.names)} layers of width {group.width}", whole)
-    ok = np.asarray(solution.ok)
-    rows = {name: jax.tree.map(lambda x, i=i: x[i], whole) for i, name in enumerate(group.names) if ok[i]}
-    parts = [unstack(d, names) for d, names in zip(deltas, group.stacks, strict=True)]
-    return Advance({name: x for part in parts for name, x in part.items()}, rows)
+def _first(delta: Stacked, task: TaskVector, config: NufiltConfig) -> Stacked:
+    first = blend(delta, task, keep=0.0, gain=1.0)
+    if config.first_task == "paper":
+        return first
+    return jax.tree.map(jax.vmap(lambda x: authors_first_filter(x, config.filter_rank)), first)
+
+
+def _told(group: Group, solution: GroupSolution, on_stack: OnStack | None) -> dict[str, LayerReport]:
+    """The reports of a group's layers, fetched in one go; layers whose solution is not finite have none."""
+    losses, ok, forecast = jax.device_get((solution.losses, solution.ok, solution.forecast))
+    whole = LayerReport(losses, *forecast)
+    if on_stack is not None:
+        on_stack(f"{len(group.names)} layers of width {group.width}", whole)
+    return {name: jax.tree.map(lambda x, i=i: x[i], whole) for i, name in enumerate(group.names) if ok[i]}
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnums=0)
 def _step(
-    deltas: Stacks,
-    base: tuple[Array, ...],
-    task: tuple[Array, ...],
-    keys: UInt32[Array, "layers 2"],
-    *,
-    config: NufiltConfig,
+    deltas: Stacks, task: Stacks, keys: UInt32[Array, "layers 2"], *, config: NufiltConfig
 ) -> tuple[Stacks, GroupSolution]:
-    """D + τ (P + BA) for the layers of one width, from the tensors as the files hold them."""
-    pairs = zip(task, base, strict=True)
-    task_deltas = tuple(jnp.asarray(t, jnp.float32) - jnp.asarray(b, jnp.float32) for t, b in pairs)
+    """D + τ (P + BA) for the layers of one width; takes the memory of D."""
     width = deltas[0].shape[-1]
     start = jax.vmap(lambda key: draw_start(key, config.adapter_rank, width))(keys)
-    solution = solve_group(deltas, task_deltas, start, config=config)
+    solution = solve_group(deltas, task, start, config=config)
     merged = tuple(d + update for d, update in zip(deltas, solution.updates, strict=True))
-    return merged, solution._replace(updates=())
+    losses = solution.losses if config.adapter_rank else solution.losses[:, :0]
+    return merged, solution._replace(updates=(), losses=losses)
 
 
 def adapter_keys(seed: int, step: int, names: tuple[str, ...]) -> UInt32[np.ndarray, "layers 2"]:

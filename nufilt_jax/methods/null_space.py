@@ -5,10 +5,11 @@ from typing import cast
 
 from nufilt_jax.config import NufiltConfig, NullSpaceConfig
 from nufilt_jax.methods import nufilt
-from nufilt_jax.methods.state import Advance, Context, MergeState, Params, Rule
+from nufilt_jax.methods.stacked import TaskVector
+from nufilt_jax.methods.state import Advance, Context, MergeState, Rule
 
 
-def advance(state: MergeState, task: Params, context: Context) -> Advance:
+def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
     """θ^m_t = θ^m_{t−1} + τ P: NUFILT with r_l = r_v = 0."""
     config = cast(NullSpaceConfig, context.config)
     bare = NufiltConfig(**dataclasses.asdict(config), adapter_rank=0, task_rank=0, steps=0)

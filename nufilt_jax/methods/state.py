@@ -1,7 +1,7 @@
 """What every merging rule shares: a pair of pure functions over one kind of state."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -11,9 +11,7 @@ import numpy as np
 
 from nufilt_jax.config import MethodConfig
 from nufilt_jax.errors import CheckpointError, Problem, raise_all
-
-Array = jax.Array | np.ndarray
-Params = Mapping[str, Array]
+from nufilt_jax.methods.stacked import Array, Params, Stacked, TaskVector
 
 
 class LayerReport(NamedTuple):
@@ -46,7 +44,7 @@ class MergeState:
     """
 
     base: dict[str, Array]
-    delta: dict[str, Array]
+    delta: Stacked
     step: int = 0
     extra: dict[str, Array] = dataclasses.field(default_factory=dict)
     report: dict[str, LayerReport] = dataclasses.field(default_factory=dict)
@@ -70,13 +68,17 @@ OnStack = Callable[[str, LayerReport], None]
 class Update(Protocol):
     """Merges one more task."""
 
-    def __call__(self, state: MergeState, task: Params, on_stack: OnStack | None = None) -> MergeState:
+    def __call__(
+        self, state: MergeState, task: Params | TaskVector, on_stack: OnStack | None = None, *, donate: bool = False
+    ) -> MergeState:
         """The state after the task.
 
         Args:
-          state: the merge so far; left as it is.
-          task: θ_t by canonical name; tensors that the rule does not touch may be missing.
+          state: the merge so far.
+          task: θ_t by canonical name, or τ as `task_vector` makes it with the names of `state.delta`; tensors that
+            the rule does not touch may be missing.
           on_stack: called after each group of layers with its description and its layers' reports, stacked.
+          donate: gives up `state.delta`, so that the new D can take its memory; else `state` is left as it is.
 
         Raises:
           CheckpointError: tensors that are missing or of another shape, all listed.
@@ -97,13 +99,11 @@ class Context:
     """What a rule is given besides state and task.
 
     Attributes:
-      names: the tensors it works on.
       config: its settings, of the class that its file names.
       seed: of everything random.
       on_stack: progress callback.
     """
 
-    names: tuple[str, ...]
     config: MethodConfig
     seed: int
     on_stack: OnStack | None
@@ -112,7 +112,7 @@ class Context:
 class Advance(NamedTuple):
     """What a rule returns for its tensors: the new D, and what goes into the state beside it."""
 
-    delta: Mapping[str, Array]
+    delta: Stacked
     report: Mapping[str, LayerReport] = MappingProxyType({})
     extra: Mapping[str, Array] = MappingProxyType({})
 
@@ -123,17 +123,17 @@ class Rule(NamedTuple):
     Attributes:
       name: as on the command line.
       config: class of its settings.
-      advance: one step on the context's tensors.
+      advance: one step, from state and τ of the tensors it works on; may take the memory of the state's D.
       every_tensor: whether it works on every tensor instead of the selected layers.
     """
 
     name: str
     config: type[MethodConfig]
-    advance: Callable[[MergeState, Params, Context], Advance]
+    advance: Callable[[MergeState, TaskVector, Context], Advance]
     every_tensor: bool = False
 
 
-def check_task(base: Params, task: Params, touched: Mapping[str, Array]) -> None:
+def check_task(base: Params, task: Params, touched: Iterable[str]) -> None:
     """Refuses a task that lacks a tensor the rule touches, or has it in another shape."""
     problems = []
     for name in touched:

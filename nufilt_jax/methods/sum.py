@@ -2,12 +2,13 @@
 
 from nufilt_jax.config import SumConfig
 from nufilt_jax.methods.elementwise import blend
-from nufilt_jax.methods.state import Advance, Context, MergeState, Params, Rule
+from nufilt_jax.methods.stacked import TaskVector
+from nufilt_jax.methods.state import Advance, Context, MergeState, Rule
 
 
-def advance(state: MergeState, task: Params, context: Context) -> Advance:
+def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
     """θ^m_t = θ^m_{t−1} + τ_t."""
-    return Advance(blend(state, task, context.names, keep=1.0, gain=1.0))
+    return Advance(blend(state.delta, task, keep=1.0, gain=1.0))
 
 
 RULE = Rule("sum", SumConfig, advance)

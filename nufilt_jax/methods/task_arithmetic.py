@@ -4,13 +4,14 @@ from typing import cast
 
 from nufilt_jax.config import TaskArithmeticConfig
 from nufilt_jax.methods.elementwise import blend
-from nufilt_jax.methods.state import Advance, Context, MergeState, Params, Rule
+from nufilt_jax.methods.stacked import TaskVector
+from nufilt_jax.methods.state import Advance, Context, MergeState, Rule
 
 
-def advance(state: MergeState, task: Params, context: Context) -> Advance:
+def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
     """θ^m_t = θ^m_{t−1} + λ τ_t."""
     config = cast(TaskArithmeticConfig, context.config)
-    return Advance(blend(state, task, context.names, keep=1.0, gain=config.scale))
+    return Advance(blend(state.delta, task, keep=1.0, gain=config.scale))
 
 
 RULE = Rule("task_arithmetic", TaskArithmeticConfig, advance, every_tensor=True)

@@ -2,13 +2,14 @@
 
 from nufilt_jax.config import WeightAverageConfig
 from nufilt_jax.methods.elementwise import blend
-from nufilt_jax.methods.state import Advance, Context, MergeState, Params, Rule
+from nufilt_jax.methods.stacked import TaskVector
+from nufilt_jax.methods.state import Advance, Context, MergeState, Rule
 
 
-def advance(state: MergeState, task: Params, context: Context) -> Advance:
+def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
     """θ^m_t = ((t−1) θ^m_{t−1} + θ_t) / t."""
     t = state.step + 1
-    return Advance(blend(state, task, context.names, keep=(t - 1) / t, gain=1 / t))
+    return Advance(blend(state.delta, task, keep=(t - 1) / t, gain=1 / t))
 
 
 RULE = Rule("weight_average", WeightAverageConfig, advance, every_tensor=True)

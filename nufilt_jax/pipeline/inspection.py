@@ -1,13 +1,17 @@
 """What only reading the weights can tell: their hashes, and numbers that are not finite."""
 
 import dataclasses
-from collections.abc import Iterator
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 from nufilt_jax.checkpoints import Checkpoint, nonfinite_tensors
 from nufilt_jax.errors import CheckpointError, Problem, raise_all
 from nufilt_jax.pipeline.plan import Plan
 from nufilt_jax.pipeline.recorded import other_weights_problem
 
+_READERS = 4  # threads; more only compete for the disk
 _NONFINITE = "has NaN or infinite numbers"
 
 
@@ -33,18 +37,33 @@ def inspect(plan: Plan) -> Inspection:
       CheckpointError: files that changed since an earlier run, and non-finite numbers in tensors that the merge
         touches, all listed.
     """
-    base_sha256 = plan.base.sha256()
-    hashes = {name: task.sha256() for name, task in plan.tasks.items()}
+    (base_sha256, *task_sha256), nonfinite = _read_all(plan)
+    hashes = dict(zip(plan.tasks, task_sha256, strict=True))
     problems = list(_changes(plan, base_sha256, hashes))
     warnings: list[str] = []
-    if not plan.is_finished:
-        for checkpoint in (plan.base, *plan.tasks.values()):
-            refused, accepted = _nonfinite(checkpoint, set(plan.selection.touched))
-            problems += refused
-            warnings += map(str, accepted)
+    for checkpoint, names in zip((plan.base, *plan.tasks.values()), nonfinite, strict=True):
+        refused, accepted = _nonfinite_problems(checkpoint, names, set(plan.selection.touched))
+        problems += refused
+        warnings += map(str, accepted)
     raise_all(CheckpointError, problems)
     merged = {} if plan.recorded is None else {task.name: dict(task.sha256 or {}) for task in plan.recorded.tasks}
     return Inspection(base_sha256, merged | hashes, tuple(warnings))
+
+
+def _read_all(plan: Plan) -> tuple[list[dict[str, str]], list[list[str]]]:
+    """Hashes, and names of tensors that are not finite, of the base and the plan's tasks; several files at a time."""
+    checkpoints = (plan.base, *plan.tasks.values())
+    stop = threading.Event()
+
+    def nonfinite(checkpoint: Checkpoint) -> list[str]:
+        return [] if plan.is_finished else nonfinite_tensors(checkpoint, checkpoint.tensors, stop=stop)
+
+    with ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1), thread_name_prefix="inspect") as pool:
+        try:
+            hashes = pool.map(lambda checkpoint: checkpoint.sha256(stop=stop), checkpoints)
+            return list(hashes), list(pool.map(nonfinite, checkpoints))
+        finally:
+            stop.set()
 
 
 def _changes(plan: Plan, base_sha256: dict[str, str], hashes: dict[str, dict[str, str]]) -> Iterator[Problem]:
@@ -58,10 +77,12 @@ def _changes(plan: Plan, base_sha256: dict[str, str], hashes: dict[str, dict[str
             yield found
 
 
-def _nonfinite(checkpoint: Checkpoint, touched: set[str]) -> tuple[list[Problem], list[Problem]]:
+def _nonfinite_problems(
+    checkpoint: Checkpoint, names: Iterable[str], touched: set[str]
+) -> tuple[list[Problem], list[Problem]]:
     """Tensors with non-finite numbers: those that the merge would use, and those that it leaves alone."""
     refused, accepted = [], []
-    for name in nonfinite_tensors(checkpoint, checkpoint.tensors):
+    for name in names:
         info = checkpoint.tensors[name]
         if name in touched:
             fix = "fine-tune again, or exclude it with --layers"

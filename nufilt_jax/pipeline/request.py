@@ -8,7 +8,6 @@ from nufilt_jax.checkpoints import open_checkpoint, parse_source
 from nufilt_jax.checkpoints.place import OutputPlace
 from nufilt_jax.config import option, problem
 from nufilt_jax.errors import ConfigError, NufiltError, OutputError, Problem, UsageError, raise_all
-from nufilt_jax.pipeline import tiny
 from nufilt_jax.pipeline.arguments import Arguments
 from nufilt_jax.pipeline.job import Job, Source
 from nufilt_jax.pipeline.problems import gathering
@@ -127,7 +126,9 @@ def _preset(arguments: Arguments, order: int | None, zoo: Path | None) -> Preset
         return clip_preset(arguments.model, arguments.group, order)
     if arguments.group is not None:
         raise ConfigError(problem("group", "the built-in model has one group only", "leave it out"))
-    return tiny.tiny_preset(order, zoo)
+    from nufilt_jax.pipeline.tiny import tiny_preset  # with models and training, which no other merge needs
+
+    return tiny_preset(order, zoo)
 
 
 def _default_out(arguments: Arguments, order: int | None) -> Path | None:

@@ -1,22 +1,30 @@
 """Runs a plan: step after step, each one kept, until the model stands in its place."""
 
+import contextlib
 import dataclasses
+import functools
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import jax
 import numpy as np
 
 from nufilt_jax import methods
-from nufilt_jax.checkpoints import write_checkpoint
+from nufilt_jax.checkpoints import Checkpoint, write_checkpoint
 from nufilt_jax.checkpoints.place import OutputPlace
 from nufilt_jax.errors import CheckpointError, NufiltError, OutputError, Problem
+from nufilt_jax.methods.stacked import Names, TaskVector, stacked, task_vector
 from nufilt_jax.methods.state import LayerReport, MergeState, merged_tensor
+from nufilt_jax.pipeline.ahead import read_ahead
 from nufilt_jax.pipeline.card import model_card
 from nufilt_jax.pipeline.inspection import Inspection
+from nufilt_jax.pipeline.journal import Journal
 from nufilt_jax.pipeline.plan import Plan
 from nufilt_jax.pipeline.recipe import forecast_entry, new_recipe, step_entry
+from nufilt_jax.pipeline.timing import Clock, CompileLog
 
 Evaluate = Callable[[Mapping[str, Any]], dict[str, float]]
 Finish = Callable[[Path, dict[str, Any]], None]
@@ -44,6 +52,7 @@ def run(
     inspection: Inspection,
     place: OutputPlace,
     watcher: Watcher,
+    clock: Clock,
     *,
     evaluate: Evaluate | None = None,
     finish: Finish | None = None,
@@ -55,6 +64,7 @@ def run(
       inspection: of the same plan.
       place: where to.
       watcher: is told of every step and stack.
+      clock: gets the time of what does not belong to one step.
       evaluate: measures the merged model after every step, for the recipe.
       finish: adds files to the finished folder before it gets its name.
 
@@ -67,32 +77,34 @@ def run(
     recipe = new_recipe(plan, inspection)
     if plan.is_finished:
         return recipe
+    compiled = CompileLog()
     forecast = place.forecast(plan.done)
     try:
-        state = _merge(plan, place, recipe, forecast, watcher, evaluate)
-        watcher.phase("writing the model")
-        like, settings = plan.base, plan.settings
-        write_checkpoint(_merged(state), place.staging, like=like, format=settings.format, dtype=settings.dtype)
-        if finish is not None:
-            finish(place.staging, recipe)
+        with compiled.listening(), Journal(place, recipe, forecast, clock) as journal:
+            state = _merge(plan, place, journal, watcher, evaluate)
+            watcher.phase("writing the model")
+            with clock.spent_on("write_model"):
+                like, settings = plan.base, plan.settings
+                write_checkpoint(_merged(state), place.staging, like=like, format=settings.format, dtype=settings.dtype)
+            if finish is not None:
+                finish(place.staging, recipe)
+            with clock.spent_on("wait_for_state"):
+                journal.wait()
     except OutputError:  # full or gone: what is done can be gone on with
         raise
     except NufiltError:  # the same command would fail again, and another could not use what is done
         place.discard()
         raise
+    recipe |= {"timings": clock.as_dict(), "compiled": compiled.as_dict()}
     place.publish(recipe, forecast, model_card(recipe))
     return recipe
 
 
-def _merge(
-    plan: Plan,
-    place: OutputPlace,
-    recipe: dict[str, Any],
-    forecast: dict[str, Any],
-    watcher: Watcher,
-    evaluate: Evaluate | None,
-) -> MergeState:
-    """The state after all tasks; recipe and forecast get an entry for each task merged here."""
+def _merge(plan: Plan, place: OutputPlace, journal: Journal, watcher: Watcher, evaluate: Evaluate | None) -> MergeState:
+    """The state after all tasks; the journal gets an entry for each task merged here.
+
+    While a task is merged, the next one is read and the state after the one before is written.
+    """
     settings = plan.settings
     rule = methods.get(
         settings.method,
@@ -104,20 +116,23 @@ def _merge(
     state = rule.init(plan.base.read(plan.selection.touched))
     if plan.done:
         state = _restored(state, place, plan.done)
-    if plan.done < len(plan.sources):
-        place.record(recipe, forecast, None)
-    for index, source in enumerate(plan.sources[plan.done :], plan.done):
-        watcher.step(source.name, index, len(plan.sources))
-        start = time.perf_counter()
-        state = _update(rule, state, plan, source.name, watcher)
-        arrays = {"delta": {name: np.asarray(x) for name, x in state.delta.items()}, "extra": state.extra}
-        entry = step_entry(source.name, time.perf_counter() - start, state.report)
-        if evaluate is not None:
-            watcher.phase(f"evaluating after {source.name}")
-            entry["accuracy"] = evaluate({**plan.base.read(), **_merged(state)})
-        recipe["steps"].append(entry)
-        forecast["steps"].append(forecast_entry(source.name, state.report))
-        place.record(recipe, forecast, arrays)
+    pending = [source.name for source in plan.sources[plan.done :]]
+    if pending:
+        journal.begin()
+    load = functools.partial(_load, plan, state.delta.names)
+    with contextlib.closing(read_ahead(load, pending)) as tasks:
+        for index, name in enumerate(pending, plan.done):
+            watcher.step(name, index, len(plan.sources))
+            start = time.perf_counter()
+            task = next(tasks)
+            task.clock.add("wait", time.perf_counter() - start)
+            state = _update(rule, state, task, watcher)
+            entry = step_entry(name, time.perf_counter() - start, state.report) | {"timings": task.clock.as_dict()}
+            del task  # before the one after the next is read
+            if evaluate is not None:
+                watcher.phase(f"evaluating after {name}")
+                entry["accuracy"] = evaluate({**plan.base.read(), **_merged(state)})
+            journal.add(entry, forecast_entry(name, state.report), state)
     return state
 
 
@@ -128,19 +143,39 @@ def _restored(state: MergeState, place: OutputPlace, done: int) -> MergeState:
       CheckpointError: it is damaged.
     """
     arrays = place.load_state(done)
-    expected = {name: x.shape for name, x in state.delta.items()}
-    if {name: x.shape for name, x in arrays.get("delta", {}).items()} != expected:
+    delta = arrays.get("delta", {})
+    if {name: x.shape for name, x in delta.items()} != state.delta.shapes:
         what = "the state of the merge does not hold the tensors that the recipe selects"
         raise CheckpointError(Problem(str(place.out), what, "merge again from the start"))
-    return dataclasses.replace(state, delta=arrays["delta"], extra=arrays.get("extra", {}), step=done)
+    return dataclasses.replace(state, delta=stacked(delta, state.delta.names), extra=arrays.get("extra", {}), step=done)
 
 
-def _update(rule: methods.Merger, state: MergeState, plan: Plan, name: str, watcher: Watcher) -> MergeState:
-    task = plan.tasks[name]
+class Task(NamedTuple):
+    """A task that is ready to be merged, and the time that reading it took."""
+
+    name: str
+    checkpoint: Checkpoint
+    vector: TaskVector
+    clock: Clock
+
+
+def _load(plan: Plan, names: Names, name: str, stop: threading.Event) -> Task:
+    """Forms a task vector on the device, tensor by tensor from the files."""
+    checkpoint, clock = plan.tasks[name], Clock()
+    wanted = plan.selection.touched
+    with clock.spent_on("read"):
+        vector = task_vector(plan.base.unread(wanted, stop=stop), checkpoint.unread(wanted, stop=stop), names)
+    with clock.spent_on("put"):
+        jax.block_until_ready(vector.stacks)
+    return Task(name, checkpoint, vector, clock)
+
+
+def _update(rule: methods.Merger, state: MergeState, task: Task, watcher: Watcher) -> MergeState:
     try:
-        return rule.update(state, task.read(plan.selection.touched), on_stack=watcher.stack)
+        with task.clock.spent_on("solve"):
+            return rule.update(state, task.vector, on_stack=watcher.stack, donate=True)
     except NufiltError as error:  # a rule knows canonical names only, and no files
-        infos = [task.tensors[problem.tensor] for problem in error.problems]
+        infos = [task.checkpoint.tensors[problem.tensor] for problem in error.problems]
         pairs = zip(infos, error.problems, strict=True)
         raise type(error)(*(Problem(str(i.file), p.what, p.fix, i.stored_name) for i, p in pairs)) from error
 
@@ -148,6 +183,6 @@ def _update(rule: methods.Merger, state: MergeState, plan: Plan, name: str, watc
 def _merged(state: MergeState) -> dict[str, np.ndarray]:
     """The touched tensors in float32: rounded once, when written."""
     return {
-        name: np.asarray(merged_tensor(state.base[name], np.asarray(delta), np.dtype(np.float32)))
-        for name, delta in state.delta.items()
+        name: np.asarray(merged_tensor(state.base[name], delta, np.dtype(np.float32)))
+        for name, delta in state.delta.copied().on_host().items()
     }

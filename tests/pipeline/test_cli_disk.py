@@ -27,7 +27,7 @@ def test_no_room_for_the_state(shared_models, tmp_path, nufilt, command, monkeyp
     assert nufilt(*argv).code == 0
 
 
-@pytest.mark.parametrize("fails", ["os.replace", "nufilt_jax.checkpoints.safetensors_files.write_file"])
+@pytest.mark.parametrize("fails", ["os.replace", "nufilt_jax.checkpoints.writer._write_shards"])
 def test_disk_full_while_writing(shared_models, tmp_path, nufilt, command, monkeypatch, fails):
     argv = command(shared_models, tmp_path / "out", *FAST)
     with monkeypatch.context() as patch:

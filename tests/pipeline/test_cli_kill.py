@@ -18,7 +18,7 @@ MERGE_POINTS = {
     "the state is saved and the recipe is not": f"{PLACE}:save_state:2:after",
     "the forecast is written and the recipe is not": f"{PLACE}:write_json:5:after",
     "a step is recorded": f"{PLACE}:OutputPlace.record:3:after",
-    "the model is half written": "nufilt_jax.checkpoints.safetensors_files:write_file:1:after",
+    "the model is half written": "nufilt_jax.checkpoints.safetensors_files:write_file:out.partial/output:after",
 }
 SWAP_POINTS = {
     "in the middle of the swap": "os:replace:out.partial/previous:after",
@@ -73,7 +73,7 @@ def test_killed_add_shows_one_whole_model_or_none(shared_models, tmp_path, nufil
 def test_ctrl_c_and_the_lock(shared_models, tmp_path, nufilt, spawn, command):
     out = tmp_path / "out"
     argv = command(shared_models, out, *FAST)
-    first = spawn(KILLER, f"{PLACE}:OutputPlace.record:3:after", "wait", *argv)
+    first = spawn(KILLER, "nufilt_jax.pipeline.run:_update:3:before", "wait", *argv)
     assert first.stdout.readline() == "waiting\n"
     second = nufilt(*argv)
     assert (second.code, second.lines) == (

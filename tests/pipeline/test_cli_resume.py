@@ -30,10 +30,10 @@ def stop_after(monkeypatch):
     def arm(task):
         update = pipeline_run._update
 
-        def interrupted(rule, state, plan, name, watcher):
-            if name == task:
+        def interrupted(rule, state, ready, watcher):
+            if ready.name == task:
                 raise KeyboardInterrupt
-            return update(rule, state, plan, name, watcher)
+            return update(rule, state, ready, watcher)
 
         monkeypatch.setattr(pipeline_run, "_update", interrupted)
         return lambda: monkeypatch.setattr(pipeline_run, "_update", update)

@@ -1,0 +1,76 @@
+"""Where the time of a run goes, and what it compiled."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from jax import monitoring
+
+_COMPILE_EVENTS = "/jax/core/compile/"
+_PROGRAM_EVENT = "/jax/core/compile/backend_compile_duration"  # comes for programs found in the cache too
+_HIT_EVENT = "/jax/compilation_cache/cache_hits"
+
+
+class Clock:
+    """Adds up seconds by what they were spent on."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def spent_on(self, what: str) -> Iterator[None]:
+        """Counts the time inside, however it ends."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(what, time.perf_counter() - start)
+
+    def add(self, what: str, seconds: float) -> None:
+        """Counts time measured elsewhere."""
+        self._seconds[what] = self._seconds.get(what, 0.0) + seconds
+
+    def as_dict(self) -> dict[str, float]:
+        """For the recipe."""
+        return {what: round(seconds, 3) for what, seconds in self._seconds.items()}
+
+
+class CompileLog:
+    """The programs that JAX traced and compiled, or found in its cache on disk."""
+
+    def __init__(self) -> None:
+        self._programs = self._cached = 0
+        self._spans: list[tuple[float, float]] = []
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Counts what is compiled inside."""
+        monitoring.register_event_duration_secs_listener(self._on_duration)
+        monitoring.register_event_listener(self._on_event)
+        try:
+            yield
+        finally:
+            monitoring.unregister_event_duration_listener(self._on_duration)
+            monitoring.unregister_event_listener(self._on_event)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the recipe."""
+        return {"programs": self._programs, "from_cache": self._cached, "seconds": round(self._seconds(), 3)}
+
+    def _on_duration(self, event: str, duration_secs: float, **_: str | int) -> None:
+        if event.startswith(_COMPILE_EVENTS):
+            now = time.perf_counter()
+            self._spans.append((now - duration_secs, now))
+        self._programs += event == _PROGRAM_EVENT
+
+    def _on_event(self, event: str, **_: str | int) -> None:
+        self._cached += event == _HIT_EVENT
+
+    def _seconds(self) -> float:
+        """Length of the union of all spans: the tracing of a function holds that of the functions it calls."""
+        total, reached = 0.0, 0.0
+        for start, end in sorted(self._spans):
+            total += max(0.0, end - max(start, reached))
+            reached = max(reached, end)
+        return total
