@@ -32,7 +32,7 @@ interop-flax: $(FLAX_VENV)/.done
 	$(FLAX_VENV)/bin/python -m pytest --quiet tests/interop/test_flax_classes.py
 
 interop-torch: $(TORCH_VENV)/.done
-	$(TORCH_VENV)/bin/python -m pytest --quiet tests/interop/test_torch_classes.py
+	$(TORCH_VENV)/bin/python -m pytest --quiet tests/interop/test_torch_classes.py tests/interop/test_torch_reference.py
 
 check: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .

@@ -14,8 +14,6 @@ from nufilt_jax.errors import CheckpointError, OutputError, Problem
 
 _ROOM = 1.1  # free space asked for, per byte of state
 _SLACK = 1 << 17  # bytes that orbax writes whatever the size: measured at 30 kB
-# Not compressed: float32 task vectors hardly shrink, and the processor is busy merging.
-_LAYOUT = {"use_zarr3": True, "use_compression": False}
 
 
 def save_state(folder: Path, arrays: Mapping[str, Mapping[str, AnyArray]], step: int) -> None:
@@ -34,7 +32,9 @@ def save_state(folder: Path, arrays: Mapping[str, Mapping[str, AnyArray]], step:
     groups = {group: {name: np.asarray(x) for name, x in named.items()} for group, named in arrays.items()}
     _require_room(folder.parent, sum(x.nbytes for named in groups.values() for x in named.values()))
     try:
-        with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**_LAYOUT)) as checkpointer:
+        # Not compressed: float32 task vectors hardly shrink, and the processor is busy merging.
+        handler = ocp.PyTreeCheckpointHandler(use_zarr3=True, use_compression=False)
+        with _quiet(), ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(folder.absolute(), {**groups, "step": step})
     except (OSError, ValueError, RuntimeError) as error:
         what = f"the state cannot be written: {error}"

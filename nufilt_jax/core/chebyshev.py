@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from nufilt_jax.core.grams import Gram
-from nufilt_jax.core.linalg import eigh_descending, gram, matmul, orthonormalize, transpose
+from nufilt_jax.core.linalg import after, eigh_descending, gram, matmul, orthonormalize, transpose
 
 # Vectors in the block beyond those wanted: a wider block converges in fewer passes, each of which costs more.
 LEAST_SURPLUS = 24
@@ -26,7 +26,7 @@ MOST_ROUNDS = 4
 # The root of the polynomial 2x² − 1.
 ROOT = 0.5**0.5
 # How much faster than the weakest wanted direction the strongest may grow in one product before float32 loses the
-# former: beyond this, columns are separated after every product instead of every other.
+# former: beyond this, columns are made independent after every product instead of every other.
 MOST_GROWTH = 600.0
 
 
@@ -78,7 +78,7 @@ def _ritz(grams: Gram, y: Float[Array, "layers n b"], rank: int, rounds: Int[Arr
     """Rayleigh-Ritz on the span of `y`, and how far it is from invariant."""
     eps = jnp.finfo(y.dtype).eps
     n, b = y.shape[-2:]
-    q = orthonormalize(_condition(_condition(y)), 2)
+    q = orthonormalize(_condition(_condition(y)), 1)
     image = grams.times(q)
     values, u = eigh_descending(matmul(transpose(q), image))
     values = jnp.maximum(values, 0)
@@ -113,7 +113,7 @@ def _round(grams: Gram, block: _Block, rank: int) -> _Block:
     per_edge = (2 / edge)[:, None, None]
     scaled = grams.scaled(per_edge)
     y = _second_factor(scaled, block.image * per_edge - (1 + ROOT) * block.vectors, steep)
-    y = jax.lax.fori_loop(1, filters, lambda _, y: _filter(scaled, _separate(y), steep), y)
+    y = jax.lax.fori_loop(1, filters, lambda _, y: _filter(scaled, _condition(y), steep), y)
     found = _ritz(grams, y, rank, block.rounds + 1)
     improves = jnp.any((found.angle > found.goal) & (found.angle < 0.5 * block.angle))
     return found._replace(rounds=jnp.where(improves, found.rounds, MOST_ROUNDS))
@@ -125,24 +125,27 @@ def _filter(scaled: Gram, y: Float[Array, "layers n b"], steep: Bool[Array, ""])
 
 
 def _second_factor(scaled: Gram, y: Float[Array, "layers n b"], steep: Bool[Array, ""]) -> Float[Array, "layers n b"]:
-    y = jax.lax.cond(steep, _separate, lambda y: y, y)
+    y = jax.lax.cond(steep, _condition, lambda y: y, y)
     return scaled.times(y) - (1 - ROOT) * y
 
 
-def _separate(y: Float[Array, "layers n b"]) -> Float[Array, "layers n b"]:
-    """Columns of their own again, after a product has turned them all towards the strongest directions."""
-    return orthonormalize(_condition(y), 1)
-
-
 def _condition(y: Float[Array, "layers n b"]) -> Float[Array, "layers n b"]:
-    """The same span in better conditioned columns: one pass of Cholesky-QR, shifted so that it cannot fail."""
+    """The same span in better conditioned columns: one pass of Cholesky-QR.
+
+    Where the columns nearly depend on each other, the factorisation needs a shift to succeed, and the pass improves
+    them by a factor of some hundreds only.
+    """
     b = y.shape[-1]
+    eps = float(jnp.finfo(y.dtype).eps)
     eye = jnp.eye(b, dtype=y.dtype)[None]
     overlap = gram(y)
     size = jnp.diagonal(overlap, axis1=-2, axis2=-1)
     scale = jnp.where(size > 0, jax.lax.rsqrt(jnp.where(size > 0, size, 1)), 0)
-    scaled = overlap * scale[:, :, None] * scale[:, None, :] + 2 * b * jnp.finfo(y.dtype).eps * eye
-    factor = jax.lax.linalg.cholesky(scaled, symmetrize_input=False)
+    overlap = overlap * scale[:, :, None] * scale[:, None, :]
+    sharp = jax.lax.linalg.cholesky(overlap + 16 * eps * eye, symmetrize_input=False)
+    safe = jax.lax.linalg.cholesky(after(overlap, sharp) + 2 * b * eps * eye, symmetrize_input=False)
+    failed = jnp.any(jnp.isnan(sharp), axis=(1, 2), keepdims=True)
+    factor = jnp.where(failed, safe, sharp)
     inverse = jax.lax.linalg.triangular_solve(factor, scale[:, None, :] * eye, left_side=True, lower=True)
     return matmul(y, transpose(inverse))
 

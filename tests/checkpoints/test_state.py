@@ -35,6 +35,6 @@ def test_a_damaged_state_is_refused(tmp_path):
 
 def test_a_state_without_room_is_refused_beforehand(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10}))
-    with pytest.raises(OutputError, match="the state needs .* MB and 0.0 MB are free"):
+    with pytest.raises(OutputError, match=r"the state needs .* MB and 0\.0 MB are free"):
         save_state(tmp_path / "state", STATE, 1)
     assert list(tmp_path.iterdir()) == []

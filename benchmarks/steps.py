@@ -1,0 +1,85 @@
+"""Prints the paper's Table 5 (arXiv:2509.21413v2; ViT-B/32, 8 tasks) beside a merge of the same size on this machine.
+
+The merge is in memory: synthetic task vectors (benchmarks/shapes.py) on the device, one solve after another. Its
+solving time is that of the Adam steps alone, as in the paper; its total is the whole merge.
+"""
+
+import argparse
+import csv
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import measure
+import shapes
+from measure import Json
+from package_solve import Merge, stages, to_device
+from shapes import Inputs
+from solve import add_problem_options, merge_inputs
+
+from nufilt_jax.config import NufiltConfig
+
+TABLE_5 = Path(__file__).parent / "paper" / "table5_overhead.csv"
+MODEL = "vit-b32"
+ITERATIONS = (25, 50, 100)
+COLUMNS = ("method", "iterations", "solve s", "total s", "where")
+
+
+def main() -> None:
+    """Parses the command line."""
+    measure.prepare_process()
+    parser = measure.Parser(__doc__, "steps_PLATFORM.json")
+    add_problem_options(parser)
+    parser.add_argument(
+        "--iterations", type=measure.at_least(1), nargs="+", default=list(ITERATIONS), help="Adam steps of each merge"
+    )
+    parser.add_argument("--tasks", type=measure.at_least(2), default=8, help="tasks to merge (default: 8)")
+    options = parser.parse_args()
+    document = run(options)
+    measure.finish(document, options.json or measure.RESULTS / f"steps_{jax.default_backend()}.json")
+
+
+def paper_rows(path: Path = TABLE_5) -> list[list[Any]]:
+    """Table 5 as published; what it leaves open stays empty."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [
+        [row["model"], *(float(row[key]) if row[key] else None for key in ("iters", "solve_s", "total_s")), "paper"]
+        for row in rows
+    ]
+
+
+def run(options: argparse.Namespace) -> Json:
+    """Merges once per number of iterations."""
+    environment, neighbours = measure.environment(), measure.Neighbours()
+    layers = shapes.layer_shapes(MODEL, options.layers)
+    config = NufiltConfig(decomposition=options.decomposition)
+    first = shapes.inputs(layers, config.adapter_rank, alpha=options.alpha)
+    tasks = merge_inputs(layers, first, config, options)
+    rows = []
+    for iterations in options.iterations:
+        measure.say(f"{iterations} iterations")
+        settings = dataclasses.replace(config, steps=iterations)
+        rows.append(["nufilt_jax", iterations, *_seconds(tasks, settings, options.repeats), measure.where(environment)])
+    blocks = f", {options.layers} blocks alone" if options.layers else ""
+    title = f"Table 5, ViT-B/32, 8 tasks; nufilt_jax: {options.tasks} tasks in memory{blocks}"
+    return {
+        "benchmark": "steps",
+        "config": dataclasses.asdict(config),
+        "environment": environment,
+        "layers": shapes.shape_counts(layers.values()),
+        "percent_cpu_of_others": neighbours.percent(),
+        "settings": {key: value for key, value in vars(options).items() if key != "json"},
+        "tables": [measure.table(title, COLUMNS, paper_rows() + rows)],
+    }
+
+
+def _seconds(tasks: list[Inputs], config: NufiltConfig, repeats: int) -> tuple[float, float]:
+    """Of all Adam steps of a merge, and of the whole merge; medians."""
+    adam = stages(to_device(tasks[0]), config, repeats, count=False)["adam"]
+    return adam.times.median * len(tasks), Merge(tasks, config).times(repeats).median
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Each script from its arguments to its results, at the smallest sizes that do something."""
+
+import json
+import re
+
+import decompositions
+import measure
+import numpy as np
+import pytest
+import shapes
+import solve
+import steps
+
+SCRIPTS = {"solve": solve, "decompositions": decompositions, "steps": steps}
+TINY = (shapes.Tower("vision_model.encoder.layers.{}.", 2, {"a.weight": (40, 32), "b.weight": (32, 32)}),)
+
+
+def call(script, monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", [f"{script}.py", *map(str, arguments)])
+    SCRIPTS[script].main()
+
+
+def refused(script, monkeypatch, capsys, *arguments):
+    with pytest.raises(SystemExit) as left:
+        call(script, monkeypatch, *arguments)
+    return left.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_explains_every_option(script, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as left:
+        call(script, monkeypatch, "--help")
+    told = capsys.readouterr().out
+    assert left.value.code == 0
+    for option in re.findall(r"^  (--[a-z-]+)", told, re.MULTILINE):
+        assert re.search(rf"^  {option}\b.*\s{{2,}}\w|^  {option}\b.*\n\s{{10,}}\w", told, re.MULTILINE), option
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("solve", ["--model", "gpt"], "argument --model: invalid choice: 'gpt'"),
+        ("solve", ["--model", "vit-b32", "--repeats", "0"], "argument --repeats: must be at least 1, got 0"),
+        ("solve", ["--model", "vit-b32", "--layers", "two"], "argument --layers: invalid whole_number value: 'two'"),
+        ("decompositions", ["--routes", "qr"], "argument --routes: invalid choice: 'qr'"),
+        ("steps", ["--tasks", "1"], "argument --tasks: must be at least 2, got 1"),
+    ],
+)
+def test_wrong_usage_is_one_line(script, arguments, message, monkeypatch, capsys):
+    code, told = refused(script, monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert told.startswith(f"{script}.py: {message}") and told.count("\n") == 1
+
+
+def test_missing_torch_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(solve.importlib.util, "find_spec", lambda name: None)
+    code, told = refused("solve", monkeypatch, capsys, "--model", "vit-b32", "--against", "torch")
+    assert (code, told) == (1, "solve.py: --against: PyTorch is not installed (pip install torch)\n")
+
+
+def test_solve(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(shapes.MODELS, "vit-b32", TINY)
+    monkeypatch.setattr(measure, "machine_rates", lambda: measure.Machine(100.0, 10.0))
+    out = tmp_path / "solve.json"
+    quickly = ("--layers", 1, "--decomposition", "svd")
+    call("solve", monkeypatch, "--model", "vit-b32", *quickly, "--repeats", 2, "--tasks", 2, "--json", out)
+    stored = json.loads(out.read_text())
+    assert capsys.readouterr().out.strip() == measure.markdown(stored)
+    assert stored["layers"] == {"32x32": 1, "40x32": 1}
+    assert stored["settings"]["layers"] == 1
+    titles = [table["title"] for table in stored["tables"]]
+    assert titles[0] == "One task's solve, vit-b32, 1 blocks of each tower"
+    stages = measure.rows(stored, titles[1])
+    assert [row["stage"] for row in stages] == ["decompose D", "decompose τ", "reduce", "adam", "fuse"]
+    assert all(row["GFLOP"] > 0 and row["min s"] <= row["median s"] for row in stages)
+    [plain] = measure.rows(stored, "Relative difference of our updates")
+    assert plain["contender"] == "nufilt_jax, svd" and plain["max"] < 5e-5
+    [merge] = measure.rows(stored, "Merge in memory")
+    assert merge["tasks"] == 2
+
+
+def test_decompositions(monkeypatch, tmp_path):
+    out = tmp_path / "decompositions.json"
+    monkeypatch.setattr(decompositions, "DIRECTIONS", {"V2": 4})
+    routes = ("svd", "subspace", "cholqr", "lobpcg")  # eigh shares its code with subspace
+    case = ("--n", 25, "--batch", 2, "--spectra", "k^-1", "--routes", *routes)
+    call("decompositions", monkeypatch, *case, "--repeats", 1, "--json", out)
+    rows = measure.rows(json.loads(out.read_text()), "V2: 4 directions")
+    assert tuple(row["route"] for row in rows) == routes
+    for row in rows:
+        assert (row["n"], row["batch"], row["reference"], row["remark"]) == (25, 2, "float64", "")
+        assert row["projector error"] < 1e-3 and row["captured energy"] == pytest.approx(1, abs=1e-5)
+    assert [row["certified"] for row in rows] == ["2 of 2"] * 2 + [None] * 2
+
+
+@pytest.mark.parametrize("spectrum", decompositions.SPECTRA)
+def test_large_matrices_have_a_reference_too(spectrum, monkeypatch):
+    exact = decompositions.case(20, 1, spectrum)
+    monkeypatch.setattr(decompositions, "LARGEST_FLOAT64", 19)
+    large = decompositions.case(20, 1, spectrum)
+    assert (exact.reference, large.reference) == ("float64", "svd" if spectrum == "flat" else "as built")
+    if large.truth is not None:
+        angle, energy = decompositions.errors(exact.matrices[0], large.truth[:, :4], exact.truth[:, :4])
+        assert angle < 1e-5 and energy == pytest.approx(1)
+
+
+def test_a_route_that_cannot_run_says_why():
+    row, vectors = decompositions.Bench(1, 1.0).row(decompositions.case(20, 1, "flat"), "lobpcg", 4)
+    assert row[-1] == "needs n > 20" and vectors is None
+
+
+def test_a_route_beyond_the_budget_is_left_out():
+    bench = decompositions.Bench(repeats=1, budget=1e-9)
+    case = decompositions.case(8, 1, "flat")
+    first, vectors = bench.row(case, "svd", 2)
+    second, nothing = bench.row(case, "svd", 2)
+    assert vectors.shape == (8, 2) and nothing is None
+    assert first[-1] == "" and second[-1].startswith("left out: about 1 s")
+
+
+def test_errors_of_directions():
+    x = np.diag([3.0, 2.0, 1.0])
+    eye = np.eye(3)
+    assert decompositions.errors(x, eye[:, :2], eye[:, :2]) == (0.0, 1.0)
+    angle, energy = decompositions.errors(x, eye[:, [0, 2]], eye[:, :2])
+    assert angle == pytest.approx(1) and energy == pytest.approx(10 / 13)
+
+
+def test_steps(monkeypatch, tmp_path):
+    monkeypatch.setitem(shapes.MODELS, "vit-b32", TINY)
+    monkeypatch.setattr(steps, "_seconds", lambda tasks, config, repeats: (config.steps / 10, 10.0 * len(tasks)))
+    out = tmp_path / "steps.json"
+    call("steps", monkeypatch, "--iterations", 2, 3, "--tasks", 3, "--layers", 1, "--json", out)
+    stored = json.loads(out.read_text())
+    [title] = [table["title"] for table in stored["tables"]]
+    rows = measure.rows(stored, title)
+    ours = [row for row in rows if row["method"] == "nufilt_jax"]
+    assert [(row["iterations"], row["solve s"], row["total s"]) for row in ours] == [(2, 0.2, 20), (3, 0.3, 20)]
+    published = {row["iterations"]: row["total s"] for row in rows if row["method"] == "NUFILT"}
+    assert published == {25: 129.8, 50: 138.9, 100: 156.4}
