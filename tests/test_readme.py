@@ -23,12 +23,15 @@ def test_its_python_runs():
     assert doctest.DocTestRunner().run(test).failed == 0
 
 
-def test_its_numbers_are_those_of_the_results_file():
+def test_its_numbers_are_those_of_the_results_files():
+    import measure
     import tiny
 
-    results = json.loads(tiny.RESULTS.read_text())
-    quoted = re.search(r"<!-- results: .* -->\n(.*?)\n<!-- end of results -->", README, re.DOTALL)
-    assert quoted[1] == tiny.markdown(results)
+    quoted = re.findall(r"<!-- results: (\S+) -->\n(.*?)\n<!-- end of results -->", README, re.DOTALL)
+    assert len(quoted) == README.count("<!-- results:") > 1
+    for path, text in quoted:
+        results = json.loads((ROOT / path).read_text())
+        assert text == (tiny.markdown(results) if ROOT / path == tiny.RESULTS else measure.markdown(results))
 
 
 def test_its_options_exist():
