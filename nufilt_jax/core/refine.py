@@ -23,7 +23,7 @@ WORST_ANGLE = 1e-2
 
 def refine(
     x: Float[Array, "m n"], block: Float[Array, "n b"], rank: int
-) -> tuple[Float[Array, "n k"], Float[Array, ""], Bool[Array, ""]]:
+) -> tuple[Float[Array, "n b"], Float[Array, ""], Bool[Array, ""]]:
     """Separates the leading `rank` right singular vectors of X from the rest of a block that nearly contains them.
 
     Within the block, sweeps over the b x b matrix of responses: a small eigenproblem for the directions next to the
@@ -36,7 +36,8 @@ def refine(
       rank: how many to keep; less than b, or all n.
 
     Returns:
-      The fields of `Directions` for one layer.
+      The block, nearly orthonormal, its first `rank` columns corrected and orthonormal; the relative gap at the cut;
+      and whether the corrected columns are certified. Where they are not, once more may help.
     """
     eps = jnp.finfo(x.dtype).eps
     b = block.shape[1]
@@ -50,7 +51,7 @@ def refine(
         step, size = _sweep(coupling, rank, float(max(x.shape) * eps))
         turn, coupling = matmul(turn, step), matmul(step.T, matmul(coupling, step))
     squares = jnp.diagonal(coupling) * scale
-    kept, kept_response = matmul(block, turn[:, :rank]), matmul(response, turn[:, :rank])
+    block, kept_response = matmul(block, turn), matmul(response, turn[:, :rank])
     top, following, least = jnp.max(squares[:rank]), jnp.max(squares[rank:]), jnp.maximum(jnp.min(squares[rank:]), 0)
     used = squares[:rank] > (max(x.shape) * eps) ** 2 * top
     outside = matmul(x.T, kept_response)
@@ -60,16 +61,16 @@ def refine(
     nearest = jnp.maximum(squares[:rank] - least, eps * top)
     missing = jnp.where(used[None], outside / jnp.where(middle > 0, middle, 1)[None], 0)
     left = jnp.where(used[None], outside / jnp.where(nearest > 0, nearest, 1)[None], 0) * (least / 2 / middle)[None]
-    last = jnp.sqrt(jnp.min(jnp.where(used, squares[:rank], top)))
-    following = jnp.sqrt(following)
-    # The second term is what float32 rounding of X V leaves at this gap, in any route.
-    rounding = eps * jnp.sqrt(top) / jnp.maximum(last - following, eps * jnp.sqrt(top))
-    bound = jnp.minimum(CERTIFIED_ANGLE * rank**0.5 + rounding, WORST_ANGLE)
-    certified = (
-        (size + jnp.linalg.norm(left) <= bound) & (jnp.linalg.norm(missing) <= WORST_ANGLE) & (last >= following)
-    )
+    root, last = jnp.sqrt(top), jnp.sqrt(jnp.min(jnp.where(used, squares[:rank], top)))
+    following, outer = jnp.sqrt(following), jnp.sqrt(least)
+    # What float32 rounding of X V leaves at these distances, in any route: within the block and outside it.
+    within, beyond = (eps * root / jnp.maximum(last - other, eps * root) for other in (following, outer))
+    angle = CERTIFIED_ANGLE * rank**0.5
+    certified = (size <= jnp.minimum(angle + within, WORST_ANGLE)) & (last >= following)
+    certified &= jnp.linalg.norm(left) <= jnp.minimum(angle + beyond, WORST_ANGLE)
     gap = jnp.where(jnp.all(used) & (last > 0), (last - following) / jnp.where(last > 0, last, 1), 1)
-    return orthonormalize(kept + missing, 2), gap, certified
+    kept = orthonormalize(block[:, :rank] + missing, 2)
+    return jnp.concatenate([kept, block[:, rank:]], axis=1), gap, certified
 
 
 def _sweep(coupling: Float[Array, "b b"], rank: int, threshold: float) -> tuple[Float[Array, "b b"], Float[Array, ""]]:

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float
 from nufilt_jax.config import Decomposition
 from nufilt_jax.core.chebyshev import block_width, leading_block
 from nufilt_jax.core.grams import Gram
-from nufilt_jax.core.linalg import after, eigh_descending, matmul
+from nufilt_jax.core.linalg import after, eigh_descending, matmul, orthonormalize
 from nufilt_jax.core.refine import refine
 
 # Up to this many inputs `auto` takes a full decomposition: see `route`.
@@ -74,10 +74,23 @@ def leading(stacks: Stacks, grams: Gram, rank: int, chosen: Decomposition) -> Di
     else:
         blocks = leading_block(grams, n, rank)
 
-    def refined(x: Float[Array, "layers m n"], i: int, j: int) -> Directions:
+    found = _refined(stacks, blocks, rank)
+    # Spectra that fall steeply need the correction twice.
+    found = jax.lax.cond(
+        jnp.all(found.certified),
+        lambda: found,
+        lambda: _refined(stacks, orthonormalize(after(found.vectors, found.gap)), rank),
+    )
+    return _certified_or_svd(found._replace(vectors=found.vectors[:, :, :rank]), stacks, rank)
+
+
+def _refined(stacks: Stacks, blocks: Float[Array, "layers n b"], rank: int) -> Directions:
+    """Whole blocks, refined, with the gap and certificate of their leading directions."""
+
+    def one(x: Float[Array, "layers m n"], i: int, j: int) -> Directions:
         return Directions(*jax.vmap(lambda x, block: refine(x, block, rank))(x, blocks[i:j]))
 
-    return _certified_or_svd(_in_turn(refined, stacks), stacks, rank)
+    return _in_turn(one, stacks)
 
 
 def leading_by_svd(stacks: Stacks, rank: int) -> Directions:
