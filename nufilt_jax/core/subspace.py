@@ -163,9 +163,12 @@ def rank_mask(x: Float[Array, "m n"], vectors: Float[Array, "n k"]) -> tuple[Flo
 def route(decomposition: Decomposition, width: int) -> Decomposition:
     """The route that `auto` takes.
 
-    Up to `FULL_WIDTH` inputs the full decomposition, whose cost is then small; beyond it the filtered iteration,
-    which costs O(n² k) products instead of an O(n³) reduction that no device does fast. Both are refined, certified
-    to the same angle and replaced by the SVD where that fails.
+    | inputs n | V2 and V1, on every platform |
+    | --- | --- |
+    | up to `FULL_WIDTH` | `eigh`: a full decomposition is cheap |
+    | more | `subspace`: the fastest of all routes (benchmarks/results/decompositions.json), O(n² k) products |
+
+    Both are refined, certified to the same angle and replaced by the SVD where that fails.
 
     Args:
       decomposition: what the user asked for.
