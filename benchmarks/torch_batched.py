@@ -2,11 +2,11 @@
 
 import dataclasses
 import itertools
-import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+import measure
 import torch  # pyright: ignore[reportMissingImports]
 from shapes import grouped
 from torch_common import Clock, Contender, Outcome, Tensor, Tensors
@@ -222,7 +222,7 @@ def _choose(group: Group, config: NufiltConfig, device: str) -> tuple[Plan, Tria
     trials = Trials(device)
     head = group.head(max(1, min(TRIAL_LAYERS, TRIAL_NUMBERS // group.start.shape[-1] ** 2)))
     merged, task = _grams(head.merged), _grams(head.task)
-    threads = sorted({1, _cores()}) if device == "cpu" else [1]
+    threads = sorted({1, measure.cores()}) if device == "cpu" else [1]
     routes = itertools.starmap(Plan, itertools.product((False, True), threads))
     plan = trials.fastest("decompose", routes, lambda plan: _decompose(merged, task, plan, config))
     prior, new = _decompose(merged, task, plan, config)
@@ -237,10 +237,6 @@ def _choose(group: Group, config: NufiltConfig, device: str) -> tuple[Plan, Tria
 
     plan = trials.fastest("adam", [plan._replace(chunk=chunk) for chunk in chunks], train)
     return trials.fastest("adam", [plan, plan._replace(compiled=True)], train), trials
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _in_threads(function: Callable[[Any], Any], items: Sequence[Any], threads: int) -> list[Any]:

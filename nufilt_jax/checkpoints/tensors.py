@@ -98,11 +98,6 @@ class UnreadTensors(Mapping[str, Any]):  # not of arrays: a type checker at run 
         stored = b"".join(stream_bytes(info, stop=self._stop))
         return _as_array(np.frombuffer(stored, np.uint8), info)
 
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of each tensor, by name; nothing is read."""
-        return {name: info.shape for name, info in self._infos.items()}
-
     def __iter__(self) -> Iterator[str]:
         return iter(self._infos)
 

@@ -39,8 +39,8 @@ def on_cpu(tree: Any) -> bool:
 def _blas() -> ThreadpoolController:
     """The BLAS threads of this process.
 
-    XLA spreads the matrices of one LAPACK call over the cores. With threads of its own inside each, OpenBLAS is twice
-    as slow.
+    XLA spreads the matrices of one LAPACK call over the cores. With threads of its own inside each, OpenBLAS is
+    slower.
     """
     return ThreadpoolController()
 

@@ -33,7 +33,7 @@ def refine(
     Args:
       x: the matrix.
       block: orthonormal columns, approximate singular vectors, the strongest first.
-      rank: how many to keep; less than b, or all n.
+      rank: how many to keep; less than b.
 
     Returns:
       The block, nearly orthonormal, its first `rank` columns corrected and orthonormal; the relative gap at the cut;

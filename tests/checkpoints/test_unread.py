@@ -18,7 +18,7 @@ def checkpoint(tmp_path, request):
 def test_unread_tensors_are_those_that_read_gives(checkpoint):
     unread, read = checkpoint.unread(checkpoint.tensors), checkpoint.read()
     assert list(unread) == list(read) and len(unread) == len(read)
-    assert unread.shapes == {name: x.shape for name, x in read.items()}
+    assert {name: x.shape for name, x in unread.items()} == {name: x.shape for name, x in read.items()}
     assert all(bits_equal(unread[name], read[name]) for name in read)
     with pytest.raises(CheckpointError, match="is not in this checkpoint"):
         checkpoint.unread(["nothing"])
