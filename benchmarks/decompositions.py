@@ -150,11 +150,13 @@ class Bench:
         times = measure.time_it(lambda: run_alone(program, x), self._repeats, warm_up=False)
         self._last[route, wanted] = (n, times.median / batch)
         vectors = np.asarray(found.vectors[0])
+        broken = not np.isfinite(vectors).all()
         truth = None if one.truth is None else one.truth[:, :rank]
-        accuracy = (None, None) if truth is None else errors(one.matrices[0], vectors, truth)
+        accuracy = (None, None) if truth is None or broken else errors(one.matrices[0], vectors, truth)
         certified = None if found.certified is None else f"{int(jnp.sum(found.certified))} of {batch}"
         seconds = [compile_seconds, times.minimum, times.median, times.median / batch]
-        return [*head, *seconds, *accuracy, certified, one.reference, ""], vectors
+        remark = "broke down: NaN" if broken else ""
+        return [*head, *seconds, *accuracy, certified, one.reference, remark], vectors
 
     def _why_not(self, route: str, n: int, batch: int, wanted: int) -> str:
         if route == "lobpcg" and n <= 5 * wanted:

@@ -2,13 +2,38 @@
 
 import dataclasses
 import math
-from typing import Literal, get_args
+import operator
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 from nufilt_jax.errors import ConfigError, Problem, raise_all
 
 Decomposition = Literal["auto", "eigh", "svd", "subspace"]
 FirstTask = Literal["paper", "authors"]
 OtherParams = Literal["pretrained", "first", "average"]
+Variant = Literal["code", "text"]
+Entropy = Literal["of_each", "of_mean"]
+
+
+def number(
+    default: float,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
+) -> Any:
+    """A numeric field with its range; whole numbers are at least 0 without saying so."""
+    limits = {"above": above, "at least": at_least, "below": below, "at most": at_most}
+    return dataclasses.field(default=default, metadata={k: v for k, v in limits.items() if v is not None})
+
+
+_HOLDS: dict[str, Callable[[float, float], bool]] = {
+    "above": operator.gt,
+    "at least": operator.ge,
+    "below": operator.lt,
+    "at most": operator.le,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,20 +49,24 @@ class MethodConfig:
 
     def problems(self) -> list[Problem]:
         """Every field out of range."""
-        found = []
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if choices := get_args(field.type):
-                if value not in choices:
-                    found.append(problem(field.name, f"must be one of {', '.join(choices)}, got {value!r}"))
-            elif field.type is int:
-                if isinstance(value, bool) or not isinstance(value, int):
-                    found.append(problem(field.name, f"must be a whole number, got {value!r}"))
-                elif value < 0:
-                    found.append(problem(field.name, f"must be at least 0, got {value}"))
-            elif isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                found.append(problem(field.name, f"must be a finite number, got {value!r}"))
-        return found
+        fields = dataclasses.fields(self)
+        found = ((field.name, _fault(field, getattr(self, field.name))) for field in fields)
+        return [problem(name, f"must be {fault}") for name, fault in found if fault]
+
+
+def _fault(field: dataclasses.Field, value: object) -> str:
+    """What a field's value must be and is not, with the value; empty if all is well."""
+    if choices := get_args(field.type):
+        return "" if value in choices else f"one of {', '.join(choices)}, got {value!r}"
+    if field.type is bool:
+        return "" if isinstance(value, bool) else f"true or false, got {value!r}"
+    if field.type is int and (isinstance(value, bool) or not isinstance(value, int)):
+        return f"a whole number, got {value!r}"
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return f"a finite number, got {value!r}"
+    limits = {"at least": 0} if field.type is int else {}
+    broken = [f"{word} {limit}" for word, limit in (limits | field.metadata).items() if not _HOLDS[word](value, limit)]
+    return f"{broken[0]}, got {value}" if broken else ""
 
 
 def option(field_name: str) -> str:
@@ -81,14 +110,7 @@ class NufiltConfig(NullSpaceConfig):
     adapter_rank: int = 64
     task_rank: int = 8
     steps: int = 50
-    learning_rate: float = 1e-3
-
-    def problems(self) -> list[Problem]:
-        """Every field out of range."""
-        found = super().problems()
-        if option("learning_rate") not in (p.where for p in found) and self.learning_rate <= 0:
-            found.append(problem("learning_rate", f"must be above 0, got {self.learning_rate}"))
-        return found
+    learning_rate: float = number(1e-3, above=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,11 +124,191 @@ class WeightAverageConfig(MethodConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterOnlyConfig(MethodConfig):
+    """NUFILT's objective without its filter: row 3 of Table 4, arXiv:2509.21413v2.
+
+    Attributes:
+      filter_rank: r_p, directions of the earlier tasks on which the loss asks for no change (Table 9).
+      adapter_rank: r_l, rank of B A.
+      task_rank: r_v, directions of the new task on which it should keep its answer.
+      steps: Adam steps on the data-free loss.
+      learning_rate: Adam's; constant.
+      decomposition: route to the leading directions, see `NullSpaceConfig`.
+      variant: `code` adds τ (I + BA), what the authors' program does without the filter; `text` adds τ B A.
+    """
+
+    filter_rank: int = 128
+    adapter_rank: int = 64
+    task_rank: int = 8
+    steps: int = 50
+    learning_rate: float = number(1e-3, above=0)
+    decomposition: Decomposition = "auto"
+    variant: Variant = "code"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskArithmeticConfig(MethodConfig):
     """Task arithmetic.
 
     Attributes:
-      scale: factor on each task vector; 0.3 for 8 tasks, 0.1 for 14 and 20 (Table 9).
+      scale: factor on each task vector; 0.3 for 8 tasks, 0.1 for 14 and 20, 0.3 for Flan-T5 (Table 9).
+      accumulate: adds to what is merged. False starts from the backbone at every step, as the authors' program for
+        Flan-T5 does (Table 2): nothing but the last task remains.
     """
 
     scale: float = 0.3
+    accumulate: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TiesConfig(MethodConfig):
+    """TIES-Merging, continual.
+
+    Attributes:
+      scale: factor on what is added; 0.3 for 8 tasks, 0.1 for 14 and 20, 0.3 for Flan-T5 (Table 9).
+      density: share of the entries that trimming keeps (Table 9); above 1 it is read as a percentage.
+      variant: `code` trims and elects between D and τ, as the authors' program does; `text` between the previous
+        TIES output and τ (Appendix B.3), which is one more vector to remember.
+      merge_first: merges the first task. False leaves it out, as the authors' program for Flan-T5 does (Table 2).
+      embedding_copies: how often a T5's token embedding counts and is updated; 3 in that program, which knows it
+        under three names.
+    """
+
+    scale: float = 0.3
+    density: float = number(0.2, at_least=0, at_most=100)
+    variant: Variant = "code"
+    merge_first: bool = True
+    embedding_copies: int = number(1, at_least=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MagmaxConfig(MethodConfig):
+    """MagMax-Ind.
+
+    Attributes:
+      scale: factor on the entries of largest magnitude; 0.5 for all task counts (Table 9).
+      variant: `code` sets D to the running maximum, scaled; `text` adds it at every step (Appendix B.3).
+    """
+
+    scale: float = 0.5
+    variant: Variant = "code"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WudiConfig(MethodConfig):
+    """WUDI-Merging.
+
+    Attributes:
+      learning_rate: Adam's; constant (Table 9).
+      steps: Adam steps (Table 9): an early stop, on which the result depends.
+      variant: `code` optimises every matrix, embeddings included; `text` linear layers alone.
+    """
+
+    learning_rate: float = number(1e-5, above=0)
+    steps: int = 50
+    variant: Variant = "code"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IsoCConfig(MethodConfig):
+    """Iso-C, isotropic merging.
+
+    Attributes:
+      scale: factor on the isotropic sum; 1 in the authors' settings, absent from Table 9.
+    """
+
+    scale: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KnotsConfig(MethodConfig):
+    """KnOTS-TIES.
+
+    Attributes:
+      scale: factor on what is added; 0.3 for 8 tasks, 0.1 for 14 and 20 in the authors' settings.
+      density: share of the entries that trimming keeps, as in `TiesConfig`.
+      cutoff: singular values up to this are dropped.
+    """
+
+    scale: float = 0.3
+    density: float = number(0.2, at_least=0, at_most=100)
+    cutoff: float = number(1e-4, at_least=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TsvMConfig(MethodConfig):
+    """TSV-M, merging by task singular vectors.
+
+    Attributes:
+      scale: factor on the merged vector; 1 in the authors' settings, absent from Table 9.
+    """
+
+    scale: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OpcmConfig(MethodConfig):
+    """OPCM, orthogonal projection.
+
+    Attributes:
+      alpha: share of the nuclear norm of D whose directions the new task may not touch (Table 9). At 1, rounding
+        would decide.
+      mask_diagonal: also removes the diagonal beyond the leading block, which the authors' program means to do and
+        does not.
+      skip_class_embedding: adds no task to a CLIP's class embedding, as the authors' program does by accident: it
+        keeps the first task's, rescaled.
+      embedding_copies: how often a T5's token embedding counts in the norms; 3 in the authors' program.
+    """
+
+    alpha: float = number(0.5, at_least=0, below=1)
+    mask_diagonal: bool = False
+    skip_class_embedding: bool = True
+    embedding_copies: int = number(1, at_least=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdaMergingConfig(MethodConfig):
+    """Layer-wise AdaMerging: one coefficient per tensor, trained on unlabelled examples.
+
+    Attributes:
+      init: start of every coefficient (Table 9).
+      learning_rate: Adam's; constant (Table 9); 1e-3 for Flan-T5 in the authors' settings.
+      steps: Adam steps (Table 9); 100 for Flan-T5.
+      batch_size: examples per step; 8 for Flan-T5.
+      examples_per_class: size of the seed set.
+      variant: `code` starts from the backbone with the newest task alone; `text` adds to what is merged (§3.2).
+      entropy: of each example's prediction, or of the batch's mean logits, as the authors' program for Flan-T5 does.
+    """
+
+    init: float = 0.3
+    learning_rate: float = number(1e-4, above=0)
+    steps: int = 50
+    batch_size: int = number(16, at_least=1)
+    examples_per_class: int = number(5, at_least=1)
+    variant: Variant = "code"
+    entropy: Entropy = "of_each"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WemoeConfig(MethodConfig):
+    """LoRA-WEMoE: attention by task arithmetic, feed-forward weights as gated low-rank experts.
+
+    Attributes:
+      scale: factor on the attention's task vectors, and start of the gates (Table 9).
+      learning_rate: Adam's; constant (Table 9); 1e-3 for Flan-T5 in the authors' settings.
+      steps: Adam steps on the gates (Table 9); 100 for Flan-T5.
+      batch_size: examples per step; 8 for Flan-T5.
+      examples_per_class: size of the seed set.
+      first_rank: r_l of the first task's experts (Table 9).
+      later_rank: of all later ones. Table 9 says 64; the authors' program takes 16, and Table 5 counts so.
+      entropy: as in `AdaMergingConfig`.
+    """
+
+    scale: float = 0.3
+    learning_rate: float = number(1e-4, above=0)
+    steps: int = 50
+    batch_size: int = number(16, at_least=1)
+    examples_per_class: int = number(5, at_least=1)
+    first_rank: int = 64
+    later_rank: int = 16
+    entropy: Entropy = "of_each"

@@ -38,6 +38,14 @@ def eigh_descending(
     return values[..., ::-1], vectors[..., ::-1]
 
 
+def thin_svd(
+    x: Float[Array, "*batch m n"],
+) -> tuple[Float[Array, "*batch m r"], Float[Array, "*batch r"], Float[Array, "*batch r n"]]:
+    """U, σ in falling order and Vᵀ, with r = min(m, n)."""
+    u, s, vt = jnp.linalg.svd(x, full_matrices=False)
+    return u, s, vt
+
+
 def orthonormalize(v: Float[Array, "*batch n k"], steps: int = 3) -> Float[Array, "*batch n k"]:
     """Makes nearly orthonormal columns orthonormal (Newton-Schulz)."""
     for _ in range(steps):

@@ -6,6 +6,7 @@ from typing import get_args
 from nufilt_jax.config import MethodConfig, OtherParams, problem
 from nufilt_jax.errors import ConfigError, Problem
 from nufilt_jax.methods import nufilt, null_space, sum, task_arithmetic, weight_average
+from nufilt_jax.methods.data import TaskData as TaskData
 from nufilt_jax.methods.elementwise import move_others
 from nufilt_jax.methods.selection import select
 from nufilt_jax.methods.stacked import Names, Params, TaskVector, stack_names, task_vector, zeros
@@ -39,7 +40,7 @@ def get(
       name: one of `RULES`.
       config: its settings; None for the defaults.
       seed: of the adapter's start.
-      layers: regular expression searched in the names of matrices; None for the published choice.
+      layers: regular expression searched in the names of matrices; None for the rule's own choice.
       other_params: what becomes of the parameters outside the selected layers: they stay `pretrained`, stay as the
         `first` task has them, or are the running `average` of the tasks'.
 
@@ -64,7 +65,7 @@ def get(
 
     def choose(base: Params) -> tuple[Names, Names]:
         """The stacks that the rule works on, and those that follow `other_params`."""
-        chosen = select(base, layers=layers, other_params=other_params, every_tensor=rule.every_tensor)
+        chosen = select(base, layers=layers, other_params=other_params, scope=rule.scope)
         shapes = {name: base[name].shape for name in chosen.touched}
         return stack_names(shapes, chosen.layers), stack_names(shapes, chosen.other)
 
@@ -73,16 +74,24 @@ def get(
         return MergeState(dict(base), zeros({name: x.shape for name, x in base.items()}, mine + others))
 
     def update(
-        state: MergeState, task: Params | TaskVector, on_stack: OnStack | None = None, *, donate: bool = False
+        state: MergeState,
+        task: Params | TaskVector,
+        on_stack: OnStack | None = None,
+        *,
+        donate: bool = False,
+        data: TaskData | None = None,
     ) -> MergeState:
+        if rule.needs_data and data is None:
+            raise ConfigError(Problem("data", f"{name} needs examples of each task", "give update its `data`"))
         mine, others = choose(state.base)
         if not isinstance(task, TaskVector):
             check_task(state.base, task, state.delta)
             task = task_vector(state.base, task, mine + others)
         delta = state.delta if donate else state.delta.copied()
         own = dataclasses.replace(state, delta=delta.only(mine))
-        done = rule.advance(own, task.only(mine), Context(config, seed, on_stack))
+        done = rule.advance(own, task.only(mine), Context(config, seed, on_stack, data))
         moved = move_others(delta.only(others), task.only(others), state.step, other_params)
-        return MergeState(state.base, done.delta + moved, state.step + 1, dict(done.extra), dict(done.report))
+        extra, added, report = dict(done.extra), dict(done.added), dict(done.report)
+        return MergeState(state.base, done.delta + moved, state.step + 1, extra, added, report)
 
     return Merger(init, update)

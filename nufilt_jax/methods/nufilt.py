@@ -17,6 +17,7 @@ from nufilt_jax.core.stacks import Group, group_layers
 from nufilt_jax.core.subspace import Stacks
 from nufilt_jax.errors import Problem, SolveError, raise_all
 from nufilt_jax.methods.elementwise import blend
+from nufilt_jax.methods.selection import published_layers
 from nufilt_jax.methods.stacked import Array, Stacked, TaskVector
 from nufilt_jax.methods.state import Advance, Context, LayerReport, MergeState, OnStack, Rule
 
@@ -87,4 +88,13 @@ def adapter_keys(seed: int, step: int, names: tuple[str, ...]) -> UInt32[np.ndar
     return np.frombuffer(b"".join(digests), dtype="<u4").reshape(-1, 2).astype(np.uint32)
 
 
-RULE = Rule("nufilt", NufiltConfig, advance)
+RULE = Rule(
+    name="nufilt",
+    config=NufiltConfig,
+    advance=advance,
+    scope=published_layers,
+    update="θ + τ (P + BA): P removes the input directions that D uses most, BA is trained without data",
+    touches="attention and first feed-forward matrices",
+    cost="2 leading subspaces, Adam steps of O(n²)",
+    source="Qiu et al., arXiv:2509.21413v2",
+)

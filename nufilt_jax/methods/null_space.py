@@ -5,6 +5,7 @@ from typing import cast
 
 from nufilt_jax.config import NufiltConfig, NullSpaceConfig
 from nufilt_jax.methods import nufilt
+from nufilt_jax.methods.selection import published_layers
 from nufilt_jax.methods.stacked import TaskVector
 from nufilt_jax.methods.state import Advance, Context, MergeState, Rule
 
@@ -16,4 +17,13 @@ def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
     return nufilt.advance(state, task, dataclasses.replace(context, config=bare))
 
 
-RULE = Rule("null_space", NullSpaceConfig, advance)
+RULE = Rule(
+    name="null_space",
+    config=NullSpaceConfig,
+    advance=advance,
+    scope=published_layers,
+    update="θ + τ P",
+    touches=nufilt.RULE.touches,
+    cost="1 leading subspace",
+    source="Qiu et al., arXiv:2509.21413v2, Table 4 row 2",
+)

@@ -20,6 +20,29 @@ DEFAULT_LAYERS = (
 )
 CLIP_VISION = "vision_model."
 
+# Matrices that are looked up and not multiplied with: embeddings, and T5's tables of relative positions.
+_LOOKUP = re.compile(
+    r"(.*\.)?(shared|embed_tokens|wte|wpe|relative_attention_bias|[a-z_]*(embedding|embeddings|embed))\.weight"
+)
+
+# Which of a model's tensors a rule works on, by name and shape.
+Scope = Callable[[str, tuple[int, ...]], bool]
+
+
+def published_layers(name: str, shape: tuple[int, ...]) -> bool:
+    """The layers that the paper merges by NUFILT, see `DEFAULT_LAYERS`."""
+    return len(shape) == 2 and any(re.fullmatch(pattern, name) for pattern in DEFAULT_LAYERS)
+
+
+def linear_layers(name: str, shape: tuple[int, ...]) -> bool:
+    """Weights of linear layers: matrices that are no embeddings."""
+    return len(shape) == 2 and not _LOOKUP.fullmatch(name)
+
+
+def every_tensor(name: str, shape: tuple[int, ...]) -> bool:
+    """All."""
+    return True
+
 
 @runtime_checkable
 class TensorLike(Protocol):
@@ -58,7 +81,7 @@ def select(
     *,
     layers: str | None = None,
     other_params: OtherParams = "pretrained",
-    every_tensor: bool = False,
+    scope: Scope = published_layers,
 ) -> Selection:
     """Selects from a model.
 
@@ -66,18 +89,16 @@ def select(
 
     Args:
       base: the model's tensors by canonical name.
-      layers: regular expression searched in the names of matrices; None for the published choice.
+      layers: regular expression searched in the names of matrices; None for the rule's own choice.
       other_params: whether the unselected tensors are touched too.
-      every_tensor: the rule works on every tensor, not only on selected matrices, unless `layers` narrows it.
+      scope: the rule's own choice.
 
     Raises:
       ConfigError: a broken expression, or one that selects nothing.
     """
     in_scope = [name for name in _scope(base) if is_float(base[name].dtype)]
-    if layers is None and every_tensor:
-        return Selection(tuple(in_scope), ())
-    wanted = _matcher(layers)
-    chosen = tuple(name for name in in_scope if len(base[name].shape) == 2 and wanted(name))
+    wanted = scope if layers is None else _matrices(layers)
+    chosen = tuple(name for name in in_scope if wanted(name, base[name].shape))
     if not chosen:
         what = (
             "no matrix of this model is among the known layers" if layers is None else f"no matrix matches {layers!r}"
@@ -97,14 +118,12 @@ def _scope(names: Iterable[str]) -> list[str]:
     return [name for name in names if name.startswith(CLIP_VISION)] or names
 
 
-def _matcher(layers: str | None) -> Callable[[str], object]:
-    if layers is None:
-        known = [re.compile(pattern) for pattern in DEFAULT_LAYERS]
-        return lambda name: any(pattern.fullmatch(name) for pattern in known)
+def _matrices(layers: str) -> Scope:
     try:
-        return re.compile(layers).search
+        pattern = re.compile(layers)
     except re.error as error:
         raise ConfigError(Problem("--layers", f"{layers!r} is no regular expression: {error}")) from error
+    return lambda name, shape: len(shape) == 2 and pattern.search(name) is not None
 
 
 def _example(base: Mapping[str, TensorLike]) -> str:

@@ -1,6 +1,7 @@
 """What every merging rule shares: a pair of pure functions over one kind of state."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -11,28 +12,30 @@ import numpy as np
 
 from nufilt_jax.config import MethodConfig
 from nufilt_jax.errors import CheckpointError, Problem, raise_all
+from nufilt_jax.methods.data import TaskData
+from nufilt_jax.methods.selection import Scope
 from nufilt_jax.methods.stacked import Array, Params, Stacked, TaskVector
 
 
 class LayerReport(NamedTuple):
-    """What one step says about one layer; `core.solve.Forecast` explains the shares.
+    """What one step says about one layer; `core.solve.Forecast` explains the shares, NaN for rules without a filter.
 
     Attributes:
-      losses: the data-free loss before each Adam step and after the last; empty for rules without one.
+      losses: the loss before each Adam step and after the last; empty for rules without one.
     """
 
     losses: Array
-    removed_share: Array
-    restored_share: Array
-    drift: Array
-    cut_gap: Array
-    certified: Array
+    removed_share: Array | float = math.nan
+    restored_share: Array | float = math.nan
+    drift: Array | float = math.nan
+    cut_gap: Array | float = math.nan
+    certified: Array | bool = True
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MergeState:
-    """A merge after `step` tasks. A pytree: saving `delta`, `extra` and `step` is saving the merge.
+    """A merge after `step` tasks. A pytree: saving `delta`, `extra`, `added` and `step` is saving the merge.
 
     Attributes:
       base: θ0 by canonical name, as given and in its own dtypes.
@@ -40,6 +43,7 @@ class MergeState:
         rounding θ^m would cost more than everything else together.
       step: number of tasks merged.
       extra: what else a rule has to remember; empty for most.
+      added: parameters that the rule adds to the model, by names that the base does not have; empty for most.
       report: what the last step said about its layers.
     """
 
@@ -47,12 +51,14 @@ class MergeState:
     delta: Stacked
     step: int = 0
     extra: dict[str, Array] = dataclasses.field(default_factory=dict)
+    added: dict[str, Array] = dataclasses.field(default_factory=dict)
     report: dict[str, LayerReport] = dataclasses.field(default_factory=dict)
 
     @property
     def merged(self) -> dict[str, Array]:
-        """θ^m: every tensor of the base, in its own dtype."""
-        return self.base | {name: merged_tensor(self.base[name], self.delta[name]) for name in self.delta}
+        """θ^m: every tensor of the base, in its own dtype, and what the rule added."""
+        moved = {name: merged_tensor(self.base[name], self.delta[name]) for name in self.delta}
+        return self.base | moved | self.added
 
 
 def merged_tensor(base: Array, delta: Array, dtype: np.dtype | None = None) -> Array:
@@ -69,7 +75,13 @@ class Update(Protocol):
     """Merges one more task."""
 
     def __call__(
-        self, state: MergeState, task: Params | TaskVector, on_stack: OnStack | None = None, *, donate: bool = False
+        self,
+        state: MergeState,
+        task: Params | TaskVector,
+        on_stack: OnStack | None = None,
+        *,
+        donate: bool = False,
+        data: TaskData | None = None,
     ) -> MergeState:
         """The state after the task.
 
@@ -79,8 +91,10 @@ class Update(Protocol):
             the rule does not touch may be missing.
           on_stack: called after each group of layers with its description and its layers' reports, stacked.
           donate: gives up `state.delta`, so that the new D can take its memory; else `state` is left as it is.
+          data: unlabelled examples of the task, for the rules that need them.
 
         Raises:
+          ConfigError: the rule needs data, and there are none.
           CheckpointError: tensors that are missing or of another shape, all listed.
           SolveError: layers whose result is not finite, all listed.
         """
@@ -102,11 +116,13 @@ class Context:
       config: its settings, of the class that its file names.
       seed: of everything random.
       on_stack: progress callback.
+      data: of the task, for rules that need it.
     """
 
     config: MethodConfig
     seed: int
     on_stack: OnStack | None
+    data: TaskData | None
 
 
 class Advance(NamedTuple):
@@ -115,22 +131,42 @@ class Advance(NamedTuple):
     delta: Stacked
     report: Mapping[str, LayerReport] = MappingProxyType({})
     extra: Mapping[str, Array] = MappingProxyType({})
+    added: Mapping[str, Array] = MappingProxyType({})
 
 
-class Rule(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rule:
     """One merging rule, as its file states it.
 
     Attributes:
       name: as on the command line.
       config: class of its settings.
       advance: one step, from state and τ of the tensors it works on; may take the memory of the state's D.
-      every_tensor: whether it works on every tensor instead of the selected layers.
+      scope: the tensors it works on.
+      update: what it does to θ^m, in a line.
+      touches: `scope` in words.
+      cost: of one task, for a layer of m outputs and n inputs.
+      source: where it was published.
+      needs_data: whether it needs unlabelled examples of each task.
+      adds_parameters: whether the merged model has more parameters than the base.
     """
 
     name: str
     config: type[MethodConfig]
     advance: Callable[[MergeState, TaskVector, Context], Advance]
-    every_tensor: bool = False
+    scope: Scope
+    update: str
+    touches: str
+    cost: str
+    source: str
+    needs_data: bool = False
+    adds_parameters: bool = False
+
+    @property
+    def needs(self) -> str:
+        """What it asks for beside the weights."""
+        wanted = [(self.needs_data, "unlabelled examples"), (self.adds_parameters, "extra parameters")]
+        return ", ".join(text for is_needed, text in wanted if is_needed) or "nothing"
 
 
 def check_task(base: Params, task: Params, touched: Iterable[str]) -> None:

@@ -2,6 +2,7 @@
 
 from nufilt_jax.config import SumConfig
 from nufilt_jax.methods.elementwise import blend
+from nufilt_jax.methods.selection import published_layers
 from nufilt_jax.methods.stacked import TaskVector
 from nufilt_jax.methods.state import Advance, Context, MergeState, Rule
 
@@ -11,4 +12,13 @@ def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
     return Advance(blend(state.delta, task, keep=1.0, gain=1.0))
 
 
-RULE = Rule("sum", SumConfig, advance)
+RULE = Rule(
+    name="sum",
+    config=SumConfig,
+    advance=advance,
+    scope=published_layers,
+    update="θ + τ",
+    touches="attention and first feed-forward matrices",
+    cost="O(mn)",
+    source="Qiu et al., arXiv:2509.21413v2, Table 4 row 1",
+)

@@ -4,6 +4,7 @@ from typing import cast
 
 from nufilt_jax.config import TaskArithmeticConfig
 from nufilt_jax.methods.elementwise import blend
+from nufilt_jax.methods.selection import every_tensor
 from nufilt_jax.methods.stacked import TaskVector
 from nufilt_jax.methods.state import Advance, Context, MergeState, Rule
 
@@ -11,7 +12,16 @@ from nufilt_jax.methods.state import Advance, Context, MergeState, Rule
 def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
     """θ^m_t = θ^m_{t−1} + λ τ_t."""
     config = cast(TaskArithmeticConfig, context.config)
-    return Advance(blend(state.delta, task, keep=1.0, gain=config.scale))
+    return Advance(blend(state.delta, task, keep=float(config.accumulate), gain=config.scale))
 
 
-RULE = Rule("task_arithmetic", TaskArithmeticConfig, advance, every_tensor=True)
+RULE = Rule(
+    name="task_arithmetic",
+    config=TaskArithmeticConfig,
+    advance=advance,
+    scope=every_tensor,
+    update="θ + λ τ",
+    touches="every tensor",
+    cost="O(mn)",
+    source="Ilharco et al., arXiv:2212.04089",
+)

@@ -2,6 +2,7 @@
 
 from nufilt_jax.config import WeightAverageConfig
 from nufilt_jax.methods.elementwise import blend
+from nufilt_jax.methods.selection import every_tensor
 from nufilt_jax.methods.stacked import TaskVector
 from nufilt_jax.methods.state import Advance, Context, MergeState, Rule
 
@@ -12,4 +13,13 @@ def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
     return Advance(blend(state.delta, task, keep=(t - 1) / t, gain=1 / t))
 
 
-RULE = Rule("weight_average", WeightAverageConfig, advance, every_tensor=True)
+RULE = Rule(
+    name="weight_average",
+    config=WeightAverageConfig,
+    advance=advance,
+    scope=every_tensor,
+    update="running mean of the models",
+    touches="every tensor",
+    cost="O(mn)",
+    source="Wortsman et al., arXiv:2203.05482",
+)

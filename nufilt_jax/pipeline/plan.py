@@ -35,7 +35,7 @@ class Plan:
       tasks: the checkpoints opened, by task name: all, or under --add those still to be merged.
       settings: how.
       selection: the tensors touched.
-      groups: the selected layers, as the solver batches them.
+      groups: the matrices among them, as the solver batches them.
       out: the output folder; None if only a plan is wanted.
       recorded: the same merge, as far as an earlier run came; None if there is none.
       warnings: what the user should know and may accept.
@@ -88,7 +88,7 @@ def make_plan(job: Job, *, offline: bool = False, headers_only: bool = False) ->
     if problems or base is None:
         raise NufiltError(*dict.fromkeys(problems))
     matrices = {name: base.tensors[name].shape for name in selection.layers if len(base.tensors[name].shape) == 2}
-    groups = () if find(job.settings.method).every_tensor else group_layers(matrices)
+    groups = group_layers(matrices)
     return Plan(
         base=base,
         sources=job.sources,
@@ -138,8 +138,8 @@ def _select(base: Checkpoint, settings: Settings) -> Selection:
         name: jax.ShapeDtypeStruct(info.shape, numpy_dtype(info.dtype) or np.dtype(np.uint8))
         for name, info in base.tensors.items()
     }
-    every_tensor = find(settings.method).every_tensor
-    return select(tensors, layers=settings.layers, other_params=settings.other_params, every_tensor=every_tensor)
+    scope = find(settings.method).scope
+    return select(tensors, layers=settings.layers, other_params=settings.other_params, scope=scope)
 
 
 def _output_problems(base: Checkpoint, settings: Settings, place: OutputPlace | None) -> list[Problem]:
