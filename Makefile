@@ -29,10 +29,10 @@ test: $(VENV)/.dev
 interop: interop-flax interop-torch
 
 interop-flax: $(FLAX_VENV)/.done
-	$(FLAX_VENV)/bin/python -m pytest --quiet tests/interop/test_flax_classes.py
+	$(FLAX_VENV)/bin/python -m pytest --quiet $(wildcard tests/interop/test_flax_*.py)
 
 interop-torch: $(TORCH_VENV)/.done
-	$(TORCH_VENV)/bin/python -m pytest --quiet tests/interop/test_torch_classes.py tests/interop/test_torch_reference.py
+	$(TORCH_VENV)/bin/python -m pytest --quiet $(wildcard tests/interop/test_torch_*.py)
 
 check: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .

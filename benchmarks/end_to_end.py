@@ -86,12 +86,21 @@ def write_model(folder: Path, tower: Tower, task: int | None) -> None:
 
 
 def _content(name: str, shape: tuple[int, ...], task: int | None) -> Iterator[memoryview]:
-    seed = list(name.encode())
-    tensor = 0.02 * np.random.default_rng(seed).standard_normal(shape, np.float32)
+    tensor = pretrained(name, shape)
     if task is not None:
-        rng = np.random.default_rng([task, *seed])
-        tensor += _moved(shape, rng) if len(shape) == 2 else 1e-4 * rng.standard_normal(shape, np.float32)
+        tensor += task_vector(name, shape, task)
     yield tensor.reshape(-1).view(np.uint8).data
+
+
+def pretrained(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A tensor of the base, float32."""
+    return 0.02 * np.random.default_rng(list(name.encode())).standard_normal(shape, np.float32)
+
+
+def task_vector(name: str, shape: tuple[int, ...], task: int) -> np.ndarray:
+    """What a task adds to it, float32."""
+    rng = np.random.default_rng([task, *name.encode()])
+    return _moved(shape, rng) if len(shape) == 2 else 1e-4 * rng.standard_normal(shape, np.float32)
 
 
 @functools.cache

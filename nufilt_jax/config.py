@@ -13,6 +13,7 @@ FirstTask = Literal["paper", "authors"]
 OtherParams = Literal["pretrained", "first", "average"]
 Variant = Literal["code", "text"]
 Entropy = Literal["of_each", "of_mean"]
+RightFactor = Literal["P + BA", "I + BA", "BA"]
 
 
 def number(
@@ -112,6 +113,11 @@ class NufiltConfig(NullSpaceConfig):
     steps: int = 50
     learning_rate: float = number(1e-3, above=0)
 
+    @property
+    def right_factor(self) -> RightFactor:
+        """What τ is multiplied with to give the update."""
+        return "P + BA"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SumConfig(MethodConfig):
@@ -144,6 +150,11 @@ class AdapterOnlyConfig(MethodConfig):
     learning_rate: float = number(1e-3, above=0)
     decomposition: Decomposition = "auto"
     variant: Variant = "code"
+
+    @property
+    def right_factor(self) -> RightFactor:
+        """What τ is multiplied with to give the update."""
+        return "I + BA" if self.variant == "code" else "BA"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

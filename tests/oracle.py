@@ -42,11 +42,12 @@ def adam(x, gradient, moments, step, learning_rate):
     return x - learning_rate * direction, (first, second)
 
 
-def nufilt_update(d, tau, start, *, filter_rank, task_rank, steps=50, learning_rate=1e-3):
-    """Δ = τ(P + BA) of one layer after Adam on (A, B), and the losses on the way."""
+def nufilt_update(d, tau, start, *, filter_rank, task_rank, steps=50, learning_rate=1e-3, p=None):
+    """Δ = τ(P + BA) of one layer after Adam on (A, B), and the losses on the way; any other matrix for P if given."""
     d, tau, a = (np.asarray(x, np.float64) for x in (d, tau, start))
     b = np.zeros(a.T.shape)
-    v2, v1, p = leading(d, filter_rank), leading(tau, task_rank), projector(d, filter_rank)
+    v2, v1 = leading(d, filter_rank), leading(tau, task_rank)
+    p = projector(d, filter_rank) if p is None else p
     moments_a, moments_b = (np.zeros_like(a),) * 2, (np.zeros_like(b),) * 2
     losses = [loss(d, tau, p, b, a, v1, v2)]
     for step in range(1, steps + 1):

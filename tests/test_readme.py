@@ -38,3 +38,15 @@ def test_its_options_exist():
         [sys.executable, "-m", "nufilt_jax.merge", "--help"], capture_output=True, text=True, check=True
     )
     assert set(re.findall(r"--[a-z][a-z-]+", README)) <= set(re.findall(r"--[a-z][a-z-]+", told.stdout))
+
+
+def test_its_table_of_methods_is_that_of_the_rules():
+    from nufilt_jax.methods import RULES
+
+    [table] = re.findall(r"<!-- methods -->\n(.*?)\n<!-- end of methods -->", README, re.DOTALL)
+    head, _, *rows = table.split("\n")
+    assert head == "| `--method` | θᵐ after the step | touches | needs | cost of a layer | source |"
+    assert rows == [
+        f"| `{rule.name}` | {rule.update} | {rule.touches} | {rule.needs} | {rule.cost} | {rule.source} |"
+        for rule in RULES.values()
+    ]

@@ -1,5 +1,7 @@
 """Model folders read and written: the only code that touches weights, on disk or on the Hub."""
 
+from nufilt_jax.checkpoints.added import read_added as read_added
+from nufilt_jax.checkpoints.added import write_added as write_added
 from nufilt_jax.checkpoints.finite import nonfinite_tensors as nonfinite_tensors
 from nufilt_jax.checkpoints.flax_trees import from_flax as from_flax
 from nufilt_jax.checkpoints.flax_trees import to_flax as to_flax

@@ -12,6 +12,7 @@ from nufilt_jax.errors import Problem
 
 SAFETENSORS = "safetensors"
 FLAX = "flax"
+ADDED = "added_parameters.safetensors"  # what a merge added to its model, see `added`
 
 _SINGLE = {SAFETENSORS: "model.safetensors", FLAX: "flax_model.msgpack"}
 _INDEX = {SAFETENSORS: "model.safetensors.index.json", FLAX: "flax_model.msgpack.index.json"}
@@ -115,7 +116,7 @@ def is_weight_file(name: str) -> bool:
 
 def is_wanted_beside(name: str) -> bool:
     """Whether a Hub repository's file is worth fetching with the weights: config, tokenizer and the like."""
-    return "/" not in name and bool(_SMALL.search(name)) and not is_weight_file(name)
+    return name == ADDED or ("/" not in name and bool(_SMALL.search(name)) and not is_weight_file(name))
 
 
 def files_to_copy(root: Path) -> Iterator[Path]:

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterable, Iterator
 
 from nufilt_jax.checkpoints.dtypes import FLOATS, INTEGERS
+from nufilt_jax.checkpoints.folders import ADDED
 from nufilt_jax.checkpoints.reader import Checkpoint
 from nufilt_jax.checkpoints.tensors import TensorInfo
 from nufilt_jax.checkpoints.ties import is_copy
@@ -16,7 +17,8 @@ def partner_problems(base: Checkpoint, task: Checkpoint, touched: Collection[str
     """Everything that keeps a task from being merged into a base.
 
     A task may lack tensors that are not touched, integer buffers, and copies of tied tensors. It may hold
-    nothing that the base has no place for, integer buffers apart. Float types may differ.
+    nothing that the base has no place for, integer buffers apart. Float types may differ. Neither may have parameters
+    that a merge added.
 
     Args:
       base: the base.
@@ -24,10 +26,18 @@ def partner_problems(base: Checkpoint, task: Checkpoint, touched: Collection[str
       touched: canonical names of the tensors that the merge reads.
     """
     return [
+        *_mixtures(base, task),
         *_missing(base, task, touched),
         *_unequal(base, task, touched),
         *_homeless(base, task),
     ]
+
+
+def _mixtures(*models: Checkpoint) -> Iterator[Problem]:
+    for model in models:
+        if model.has_added:
+            what = f"has weights that are mixed anew for every batch ({ADDED}), and these cannot be merged"
+            yield Problem(model.source, what, "continue that merge with --add, or merge the models that it came from")
 
 
 def _missing(base: Checkpoint, task: Checkpoint, touched: Iterable[str]) -> Iterator[Problem]:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from nufilt_jax.checkpoints import flax_files, safetensors_files
 from nufilt_jax.checkpoints.dtypes import Array, numpy_dtype
-from nufilt_jax.checkpoints.folders import FLAX, Folder, Layout, find_weights, no_weights_problem
+from nufilt_jax.checkpoints.folders import ADDED, FLAX, Folder, Layout, find_weights, no_weights_problem
 from nufilt_jax.checkpoints.hub import Place, locate
 from nufilt_jax.checkpoints.index import Index, disagreements, missing_shards, parse_index
 from nufilt_jax.checkpoints.names import canonical_names, flax_axes, from_flax_name
@@ -38,6 +38,7 @@ class Checkpoint:
       index_file: name of the index if the model is sharded.
       index_metadata: what the index says beside the weight map.
       is_local: False if only headers were fetched from the Hub, so that no weight can be read.
+      has_added: whether parameters that a merge added stand beside its weights.
     """
 
     source: str
@@ -51,6 +52,7 @@ class Checkpoint:
     index_file: str | None = None
     index_metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     is_local: bool = True
+    has_added: bool = False
 
     def read(self, names: Iterable[str] | None = None) -> dict[str, Array]:
         """Weights by canonical name, in canonical orientation and in the file's own type.
@@ -154,6 +156,7 @@ def _open_at(place: Place, source: str, role: Role) -> Checkpoint:
         index_file=layout.file if layout.is_index else None,
         index_metadata=index.metadata,
         is_local=place.is_local,
+        has_added=ADDED in present,
     )
 
 
@@ -215,7 +218,7 @@ def _infos(
     infos: dict[str, TensorInfo] = {}
     problems = []
     for (file, entry), torch_name in zip(rows, torch_names, strict=True):
-        info = _info(canonical[torch_name], entry, root / file, kind)
+        info = tensor_info(canonical[torch_name], entry, root / file, kind)
         if info.name in infos and entry.name != infos[info.name].stored_name:
             what = f"means the same tensor as {infos[info.name].stored_name}"
             problems.append(Problem(f"{where}/{file}", what, "keep one of the two", entry.name))
@@ -223,7 +226,8 @@ def _infos(
     return infos, problems
 
 
-def _info(name: str, entry: Entry, file: Path, kind: str) -> TensorInfo:
+def tensor_info(name: str, entry: Entry, file: Path, kind: str) -> TensorInfo:
+    """A tensor by its canonical name, from its entry in a file of that kind."""
     rank = len(entry.shape)
     axes = flax_axes(entry.name, rank) if kind == FLAX else tuple(range(rank))
     return TensorInfo(

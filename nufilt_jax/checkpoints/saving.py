@@ -6,15 +6,17 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from nufilt_jax.checkpoints.added import added_problems, is_added, read_added, write_added
 from nufilt_jax.checkpoints.dtypes import AnyArray, Array
+from nufilt_jax.checkpoints.folders import ADDED
 from nufilt_jax.checkpoints.hub import parse_source
 from nufilt_jax.checkpoints.reader import Checkpoint, open_checkpoint
 from nufilt_jax.checkpoints.writer import output_error, sync, write_checkpoint
-from nufilt_jax.errors import OutputError, Problem
+from nufilt_jax.errors import CheckpointError, OutputError, Problem, raise_all
 
 
 def load(source: str, *, offline: bool = False) -> dict[str, Array]:
-    """Weights of a model by canonical name, every linear weight `[d_out, d_in]`.
+    """Weights of a model by canonical name, every linear weight `[d_out, d_in]`; also what a merge added to them.
 
     Args:
       source: `PATH_OR_HUB[@REV]`.
@@ -24,7 +26,10 @@ def load(source: str, *, offline: bool = False) -> dict[str, Array]:
       CheckpointError: with everything that is wrong with the folder.
     """
     name, revision = parse_source(source)
-    return open_checkpoint(name, revision=revision, offline=offline).read()
+    model = open_checkpoint(name, revision=revision, offline=offline)
+    added = read_added(model.path)
+    raise_all(CheckpointError, added_problems(added, model, str(model.path / ADDED)))
+    return model.read() | added
 
 
 def save(
@@ -39,7 +44,8 @@ def save(
     """Writes a model folder, whole or not at all: beside its place, then renamed.
 
     Args:
-      params: values by canonical name; tensors that are not given are copied from `like`.
+      params: values by canonical name; tensors that are not given are copied from `like`. Gates and experts that a
+        merge added go into a file of their own, in float32.
       out: a folder that does not exist or is empty.
       like: the model whose names, sharding, types and other files to take, as a source or opened.
       format: `safetensors` or `flax`; None for that of `like`.
@@ -54,10 +60,16 @@ def save(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(Problem(str(out), "exists and is not an empty folder", "choose another, or remove it"))
     model = _opened(like, offline) if isinstance(like, str) else like
+    known = {copy.name for info in model.tensors.values() for copy in info.copies}
+    own = {name: x for name, x in params.items() if name in known or not is_added(name)}
+    added = read_added(model.path) | {name: x for name, x in params.items() if name not in own}
+    raise_all(CheckpointError, added_problems(added, model, "params"))
     staging = out.parent / f".{out.name}.{secrets.token_hex(4)}"
     try:
         staging.mkdir(parents=True)
-        write_checkpoint(params, staging, like=model, format=format, dtype=dtype)
+        write_checkpoint(own, staging, like=model, format=format, dtype=dtype)
+        if added:
+            write_added(staging, added)
         os.replace(staging, out)
         sync(out.parent)
     except OSError as error:

@@ -1,14 +1,12 @@
 """Step 2, the adapter: B A trained for a few Adam steps on a loss that needs no data and no weight matrix.
 
-The surrogate of Eqs. (9) and (15)-(17), arXiv:2509.21413v2,
+The surrogate of Eqs. (9) and (15)-(17), arXiv:2509.21413v2, is L(A, B) = ‖τ B A V − C‖² for V = [V2 V1] and the
+target C of `core.filter`. With G = τᵀτ, K = τᵀ C and Z = A V it becomes
 
-    L(A, B) = ‖(τ − D − τ(P + BA)) V1‖² + ‖τ(P + BA) V2‖²,
+    L = ‖C‖² − 2⟨K, B Z⟩ + ⟨BᵀGB, Z Zᵀ⟩,
 
-with P V2 = 0 becomes, for G = τᵀτ, C1 = τ V2 V2ᵀ V1 − D V1, K = τᵀ C1, V = [V2 V1] and Z = A V = [Z2 Z1],
-
-    L = ‖C1‖² − 2⟨K, B Z1⟩ + ⟨BᵀGB, Z Zᵀ⟩,
-
-so that no step depends on the layer's number of outputs: layers with different outputs share one batch.
+so that no step depends on the layer's number of outputs: layers with different outputs share one batch. With the
+filter, P V2 = 0 and the columns of V2 have a target of zero: C and K leave them out.
 """
 
 from typing import NamedTuple
@@ -29,14 +27,14 @@ class Problem(NamedTuple):
 
     Attributes:
       gram: G = τᵀτ.
-      pull: K = τᵀ C1, where the loss wants B A to go.
-      constant: ‖C1‖², the loss without an adapter.
+      pull: K = τᵀ C, where the loss wants B A to go, for as many of the last columns of [V2 V1] as have a target.
+      constant: ‖C‖², the loss without an adapter.
       prior: V2, directions of the earlier tasks.
       task: V1, directions of the new task.
     """
 
     gram: Gram
-    pull: Float[Array, "*layers n r_v"]
+    pull: Float[Array, "*layers n pulled"]
     constant: Float[Array, "*layers"]
     prior: Float[Array, "*layers n r_p"]
     task: Float[Array, "*layers n r_v"]
@@ -52,23 +50,20 @@ class Adapter(NamedTuple):
 def reduce(
     gram: Gram,
     task_delta: Float[Array, "m n"],
-    removed: Float[Array, "m r_p"],
+    target: Float[Array, "m pulled"],
     prior: Float[Array, "n r_p"],
     task: Float[Array, "n r_v"],
-    merged_response: Float[Array, "m r_v"],
 ) -> Problem:
     """Builds one layer's `Problem`.
 
     Args:
       gram: τᵀτ.
       task_delta: τ.
-      removed: τ V2.
+      target: C, without leading columns that are zero.
       prior: V2.
       task: V1.
-      merged_response: D V1.
     """
-    missing = matmul(removed, matmul(prior.T, task)) - merged_response  # C1
-    return Problem(gram, matmul(task_delta.T, missing), jnp.sum(missing**2), prior, task)
+    return Problem(gram, matmul(task_delta.T, target), jnp.sum(target**2), prior, task)
 
 
 def draw_start(key: UInt32[Array, "2"], rank: int, width: int) -> Float[Array, "r_l n"]:
@@ -79,17 +74,17 @@ def draw_start(key: UInt32[Array, "2"], rank: int, width: int) -> Float[Array, "
 
 def loss_and_gradients(problem: Problem, adapter: Adapter) -> tuple[Float[Array, ""], Adapter]:
     """The surrogate and its gradients, written out: they share G B, which is most of the work."""
-    n_prior = problem.prior.shape[1]
     directions = jnp.concatenate([problem.prior, problem.task], axis=1)
+    free = directions.shape[1] - problem.pull.shape[1]  # columns without a target
     z = matmul(adapter.a, directions)
-    z_task = z[:, n_prior:]
+    z_pulled = z[:, free:]
     overlap = matmul(z, z.T)
     gb = problem.gram.times(adapter.b)
     bgb = matmul(adapter.b.T, gb)
     b_pull = matmul(adapter.b.T, problem.pull)
-    loss = problem.constant - 2 * jnp.sum(b_pull * z_task) + jnp.sum(bgb * overlap)
-    grad_b = 2 * (matmul(gb, overlap) - matmul(problem.pull, z_task.T))
-    grad_z = matmul(bgb, z).at[:, n_prior:].add(-b_pull)
+    loss = problem.constant - 2 * jnp.sum(b_pull * z_pulled) + jnp.sum(bgb * overlap)
+    grad_b = 2 * (matmul(gb, overlap) - matmul(problem.pull, z_pulled.T))
+    grad_z = matmul(bgb, z).at[:, free:].add(-b_pull)
     return loss, Adapter(2 * matmul(grad_z, directions.T), grad_b)
 
 

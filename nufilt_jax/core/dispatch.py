@@ -12,17 +12,19 @@ outside it. These are different traces, and a value of one cannot be handed to t
 import functools
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import numpy as np
 import scipy.linalg.cython_lapack  # noqa: F401  what XLA calls on CPU, loaded before its threads are asked for
 from jax.core import Tracer
 from jax.extend.core import get_opaque_trace_state
 from jax.interpreters.partial_eval import DynamicJaxprTracer
 from threadpoolctl import ThreadpoolController
 
-from nufilt_jax.core.linalg import after
+from nufilt_jax.core.linalg import after, layers_at_once
 from nufilt_jax.errors import ConfigError, Problem
 
 _alone = threading.RLock()
@@ -66,6 +68,16 @@ def run_alone(program: Callable[..., Any], *arrays: Any) -> Any:
     with _alone, _blas().limit(limits=1, user_api="blas"):
         jax.block_until_ready(arrays)
         return jax.block_until_ready(program(*arrays))
+
+
+def each_on_host(function: Callable[..., Any], *stacks: np.ndarray) -> Iterator[Any]:
+    """`function` of each layer of host arrays, in their order.
+
+    A layer to each core, with one BLAS thread: decompositions by all cores, one after another, take several times
+    longer.
+    """
+    with _blas().limit(limits=1, user_api="blas"), ThreadPoolExecutor(layers_at_once()) as pool:
+        yield from pool.map(function, *stacks)
 
 
 def _inline(program: Callable[..., Any], tracers: list[Tracer], arrays: tuple) -> Any:

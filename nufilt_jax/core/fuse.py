@@ -7,17 +7,17 @@ from nufilt_jax.core.linalg import matmul
 
 
 def fuse(
-    task_delta: Float[Array, "m n"], filtered: Float[Array, "m n"], adapter: Adapter
+    task_delta: Float[Array, "m n"], kept: Float[Array, "m n"], adapter: Adapter
 ) -> tuple[Float[Array, "m n"], Float[Array, "m n"]]:
     """Update of one layer's merged weights: τ P + (τ B) A. Neither projector nor B A is ever built.
 
     Args:
       task_delta: τ.
-      filtered: τ P.
+      kept: τ P, or what stands in its place.
       adapter: B and A.
 
     Returns:
       The update, and the part of it that the adapter put there.
     """
     restored = matmul(matmul(task_delta, adapter.b), adapter.a)
-    return filtered + restored, restored
+    return kept + restored, restored

@@ -11,16 +11,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from nufilt_jax.config import NufiltConfig
+from nufilt_jax.config import AdapterOnlyConfig, NufiltConfig, RightFactor
 from nufilt_jax.core import adapt as adapting
 from nufilt_jax.core import subspace
 from nufilt_jax.core.dispatch import run_alone
-from nufilt_jax.core.filter import null_space_filter
+from nufilt_jax.core.filter import Kept, keep
+from nufilt_jax.core.forecast import Forecast, share
 from nufilt_jax.core.fuse import fuse
 from nufilt_jax.core.grams import Gram, gram_of
 from nufilt_jax.core.linalg import after, in_chunks, layers_at_once, matmul
 from nufilt_jax.core.subspace import Directions, Stacks, rank_mask
 from nufilt_jax.errors import ConfigError, Problem, raise_all
+
+SolveConfig = NufiltConfig | AdapterOnlyConfig
+Shares = tuple[Float[Array, "*layers"], ...]  # removed, restored, drift, captured: see `Forecast`
 
 
 class LayerSolution(NamedTuple):
@@ -37,24 +41,6 @@ class LayerSolution(NamedTuple):
     ok: Bool[Array, "*layers"]
 
 
-class Forecast(NamedTuple):
-    """What can be told of a layer's step without any data. Shares are of squared Frobenius norms.
-
-    Attributes:
-      removed_share: of τ that the filter removes, ‖τ V2‖² / ‖τ‖².
-      restored_share: of τ that the adapter adds, ‖τ B A‖² / ‖τ‖².
-      drift: change of the merged model's response on its kept directions, ‖Δ V2‖² / ‖D V2‖².
-      cut_gap: relative gap of D's spectrum at the cut; near 0 the choice of directions is arbitrary.
-      certified: whether all directions were certified, so that no SVD was needed.
-    """
-
-    removed_share: Float[Array, " layers"]
-    restored_share: Float[Array, " layers"]
-    drift: Float[Array, " layers"]
-    cut_gap: Float[Array, " layers"]
-    certified: Bool[Array, " layers"]
-
-
 class GroupSolution(NamedTuple):
     """Updates stack by stack; everything else over all layers of the group, in the same order."""
 
@@ -65,7 +51,7 @@ class GroupSolution(NamedTuple):
 
 
 def solve_group(
-    merged: Stacks, task: Stacks, start: Float[Array, "layers r_l n"], *, config: NufiltConfig
+    merged: Stacks, task: Stacks, start: Float[Array, "layers r_l n"], *, config: SolveConfig
 ) -> GroupSolution:
     """One step for all layers of one input width, as one program.
 
@@ -85,7 +71,7 @@ def solve_group(
     )
 
 
-def _solve_in_turn(merged: Stacks, task: Stacks, start: Array, *, config: NufiltConfig) -> GroupSolution:
+def _solve_in_turn(merged: Stacks, task: Stacks, start: Array, *, config: SolveConfig) -> GroupSolution:
     """`solve_group`, one stack after another, chunk by chunk."""
 
     def one(d: Array, t: Array, a: Array) -> GroupSolution:
@@ -100,52 +86,59 @@ def _solve_in_turn(merged: Stacks, task: Stacks, start: Array, *, config: Nufilt
     return joined._replace(updates=tuple(part.updates[0] for part in parts))
 
 
-def _solve_at_once(merged: Stacks, task: Stacks, start: Array, *, config: NufiltConfig) -> GroupSolution:
+def _solve_at_once(merged: Stacks, task: Stacks, start: Array, *, config: SolveConfig) -> GroupSolution:
     """`solve_group`, the layers of all stacks side by side: its stages, one after another."""
     prior = prior_directions(merged, config=config)
     task = tuple(after(x, prior.vectors) for x in task)  # no two LAPACK calls at once
     grams = gram_of(task)
     new = task_directions(task, grams, config=config)
-    parts, problems = reduce(merged, task, grams, prior, new)
+    parts, problems = reduce(merged, task, grams, prior, new, right_factor=config.right_factor)
     adapters, losses = train(problems, start, config=config)
-    updates, shares = fuse_updates(task, parts, adapters)
+    updates, (removed, restored, drift, captured) = fuse_updates(task, parts, adapters)
     finite = [jnp.all(jnp.isfinite(update), axis=(1, 2)) for update in updates]
     return GroupSolution(
         updates=updates,
         losses=losses,
         ok=jnp.concatenate(finite) & jnp.all(jnp.isfinite(losses), axis=1),
-        forecast=Forecast(*shares, prior.gap, prior.certified & new.certified),
+        forecast=Forecast(removed, restored, drift, prior.gap, captured, prior.certified & new.certified),
     )
 
 
-def prior_directions(merged: Stacks, *, config: NufiltConfig) -> Directions:
+def prior_directions(merged: Stacks, *, config: SolveConfig) -> Directions:
     """Stage 1, V2: the leading directions of D, the Gram matrices included."""
     chosen = subspace.route(config.decomposition, merged[0].shape[-1])
     return subspace.leading(merged, gram_of(merged), config.filter_rank, chosen)
 
 
-def task_directions(task: Stacks, grams: Gram, *, config: NufiltConfig) -> Directions:
+def task_directions(task: Stacks, grams: Gram, *, config: SolveConfig) -> Directions:
     """Stage 2, V1: the leading directions of τ, from τᵀτ, which the adapter needs anyway."""
     return subspace.leading(task, grams, config.task_rank, subspace.route(config.decomposition, task[0].shape[-1]))
 
 
 def reduce(
-    merged: Stacks, task: Stacks, grams: Gram, prior: Directions, new: Directions
+    merged: Stacks,
+    task: Stacks,
+    grams: Gram,
+    prior: Directions,
+    new: Directions,
+    *,
+    right_factor: RightFactor = "P + BA",
 ) -> tuple[list["_Filtered"], adapting.Problem]:
     """Stage 3: filters τ and reduces the adapter's objective to the n inputs.
 
     Returns:
       The filtered stacks, and the problems of all layers.
     """
+    filter_layer = functools.partial(_filter_layer, right_factor=right_factor)
     parts = [
-        jax.vmap(_filter_layer)(d, t, *jax.tree.map(lambda x, i=i, j=j: x[i:j], (grams, prior.vectors, new.vectors)))
+        jax.vmap(filter_layer)(d, t, *jax.tree.map(lambda x, i=i, j=j: x[i:j], (grams, prior.vectors, new.vectors)))
         for d, t, (i, j) in zip(merged, task, subspace.bounds(merged), strict=True)
     ]
     return parts, jax.tree.map(lambda *xs: jnp.concatenate(xs), *(part.problem for part in parts))
 
 
 def train(
-    problems: adapting.Problem, start: Float[Array, "layers r_l n"], *, config: NufiltConfig
+    problems: adapting.Problem, start: Float[Array, "layers r_l n"], *, config: SolveConfig
 ) -> tuple[adapting.Adapter, Float[Array, "layers steps_and_one"]]:
     """Stage 4: all Adam steps of all layers."""
     return jax.vmap(functools.partial(adapting.adapt, steps=config.steps, learning_rate=config.learning_rate))(
@@ -153,25 +146,22 @@ def train(
     )
 
 
-def fuse_updates(
-    task: Stacks, parts: list["_Filtered"], adapters: adapting.Adapter
-) -> tuple[Stacks, tuple[Float[Array, " layers"], Float[Array, " layers"], Float[Array, " layers"]]]:
+def fuse_updates(task: Stacks, parts: list["_Filtered"], adapters: adapting.Adapter) -> tuple[Stacks, Shares]:
     """Stage 5: the updates τ (P + BA), and the shares of the forecast."""
     fused = [
         jax.vmap(_fuse_layer)(t, part, jax.tree.map(lambda x, i=i, j=j: x[i:j], adapters))
         for t, part, (i, j) in zip(task, parts, subspace.bounds(task), strict=True)
     ]
-    removed, restored, drift = (jnp.concatenate(share) for share in zip(*(f[1] for f in fused), strict=True))
-    return tuple(f[0] for f in fused), (removed, restored, drift)
+    return tuple(f[0] for f in fused), jax.tree.map(lambda *xs: jnp.concatenate(xs), *(f[1] for f in fused))
 
 
 class _Filtered(NamedTuple):
-    """One layer after the filter, and the problem its adapter has to solve."""
+    """One layer after the filter, and the problem that its adapter has to solve."""
 
-    update: Float[Array, "*layers m n"]
+    kept: Kept
     problem: adapting.Problem
-    removed: Float[Array, "*layers"]  # ‖τ V2‖²
     prior_response: Float[Array, "*layers"]  # ‖D V2‖²
+    merged: Float[Array, "*layers"]  # ‖D‖²
 
 
 def _filter_layer(
@@ -180,30 +170,31 @@ def _filter_layer(
     task_gram: Gram,
     prior: Float[Array, "n r_p"],
     new: Float[Array, "n r_v"],
+    *,
+    right_factor: RightFactor,
 ) -> _Filtered:
     prior, prior_response = rank_mask(merged, prior)
-    new, _ = rank_mask(task, new)
-    filtered, removed = null_space_filter(task, prior)
-    problem = adapting.reduce(task_gram, task, removed, prior, new, matmul(merged, new))
-    return _Filtered(filtered, problem, jnp.sum(removed**2), jnp.sum(prior_response**2))
+    new, new_response = rank_mask(task, new)
+    kept = keep(right_factor, task, prior, new, new_response, matmul(merged, new))
+    problem = adapting.reduce(task_gram, task, kept.target, prior, new)
+    return _Filtered(kept, problem, jnp.sum(prior_response**2), jnp.sum(merged**2))
 
 
 def _fuse_layer(
     task: Float[Array, "m n"], filtered: _Filtered, adapter: adapting.Adapter
-) -> tuple[Float[Array, "m n"], tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]]:
-    update, restored = fuse(task, filtered.update, adapter)
+) -> tuple[Float[Array, "m n"], Shares]:
+    update, restored = fuse(task, filtered.kept.update, adapter)
     size = jnp.sum(task**2)
-    drift = jnp.sum(matmul(restored, filtered.problem.prior) ** 2)  # τ P has no part in these directions
+    felt = matmul(restored, filtered.problem.prior)
+    if filtered.kept.felt is not None:
+        felt += filtered.kept.felt
     shares = (
-        _share(filtered.removed, size),
-        _share(jnp.sum(restored**2), size),
-        _share(drift, filtered.prior_response),
+        share(filtered.kept.removed, size),
+        share(jnp.sum(restored**2), size),
+        share(jnp.sum(felt**2), filtered.prior_response),
+        share(filtered.prior_response, filtered.merged, of_nothing=1),
     )
     return update, shares
-
-
-def _share(part: Float[Array, ""], whole: Float[Array, ""]) -> Float[Array, ""]:
-    return jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1), 0)
 
 
 _solve_group = jax.jit(solve_group, static_argnames="config")

@@ -8,7 +8,9 @@ from jaxtyping import Array, Float
 from nufilt_jax.errors import ConfigError, Problem
 
 
-def class_logits(features: Float[Array, "b d"], head: Float[Array, "c d"], scale: float = 100.0) -> Float[Array, "b c"]:
+def class_logits(
+    features: Float[Array, "b d"], head: Float[Array, "c d"], scale: float | Float[Array, ""] = 100.0
+) -> Float[Array, "b c"]:
     """`scale` times the cosine between every image and every class.
 
     Args:

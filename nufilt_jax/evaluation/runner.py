@@ -16,6 +16,10 @@ from nufilt_jax.evaluation.heads import class_logits
 from nufilt_jax.models.clip import vision_features
 from nufilt_jax.models.clip_config import ClipVisionConfig, parse_vision_config
 from nufilt_jax.models.clip_names import to_flax_tree
+from nufilt_jax.models.experts import has_experts
+
+_BATCH = 256
+_MIXED_BATCH = 128  # of models with experts, whose answers depend on it (the baselines' evaluation settings)
 
 # Heads are padded to a power of two of at least this, so that tasks of few classes share one program.
 _FEWEST_SLOTS = 64
@@ -57,11 +61,12 @@ def accuracy(
     labels: Int[np.ndarray, " n"],
     head: Float[np.ndarray, "c d"],
     *,
-    batch_size: int = 256,
+    batch_size: int | None = None,
 ) -> float:
     """Share of images whose nearest class embedding is the right one.
 
-    The result does not depend on `batch_size`: the last batch is filled with images that count for nothing.
+    The result does not depend on `batch_size`, but for models with experts: an image's answer is then that of its
+    batch. They see the images in their order, and what is left over as a batch of its own.
 
     Args:
       params: flat dict under canonical names, as `clip_image_features` takes it.
@@ -69,7 +74,7 @@ def accuracy(
       images: normalised as the model's preprocessor does.
       labels: index into `head`.
       head: class embeddings of unit length.
-      batch_size: images per call of the compiled program.
+      batch_size: images per call of the compiled program; None for 256, or 128 for models with experts.
 
     Returns:
       Accuracy in [0, 1]. On a tie the class that comes first is taken.
@@ -88,7 +93,7 @@ def evaluate_tasks(
     config: Mapping[str, Any],
     tasks: Sequence[Task],
     *,
-    batch_size: int = 256,
+    batch_size: int | None = None,
 ) -> dict[str, float]:
     """Accuracy of one model on every task, in [0, 1], by task name.
 
@@ -96,7 +101,7 @@ def evaluate_tasks(
       params: flat dict under canonical names, as `clip_image_features` takes it.
       config: the model's `config.json`.
       tasks: with names of their own.
-      batch_size: images per call of the compiled program.
+      batch_size: see `accuracy`.
 
     Raises:
       CheckpointError: parameters and config do not fit; see `clip_image_features`.
@@ -105,15 +110,21 @@ def evaluate_tasks(
     repeated = sorted({task.name for task in tasks if sum(task.name == other.name for other in tasks) > 1})
     if repeated:
         raise ConfigError(Problem("tasks", f"names stand twice: {', '.join(repeated)}"))
+    is_mixed = has_experts(params)
+    if batch_size is None:
+        batch_size = _MIXED_BATCH if is_mixed else _BATCH
     if batch_size < 1:
         raise ConfigError(Problem("batch_size", f"must be at least 1, got {batch_size}"))
     vision = parse_vision_config(config)
     tree = to_flax_tree(params, vision, whole_model=config.get("model_type") == "clip")
     slots = max([_FEWEST_SLOTS, *(1 << (len(task.head) - 1).bit_length() for task in tasks)])
-    return {task.name: _score(tree, vision, task, slots, batch_size) for task in tasks}
+    return {task.name: _score(tree, vision, task, slots, batch_size, is_filled=not is_mixed) for task in tasks}
 
 
-def _score(tree: Mapping[str, Any], config: ClipVisionConfig, task: Task, slots: int, batch_size: int) -> float:
+def _score(
+    tree: Mapping[str, Any], config: ClipVisionConfig, task: Task, slots: int, batch_size: int, *, is_filled: bool
+) -> float:
+    """Accuracy in batches of one size, the last one filled with images that count for nothing if `is_filled`."""
     dim = tree["visual_projection"]["kernel"].shape[1] if "visual_projection" in tree else config.hidden_size
     if task.head.shape[1] != dim:
         what = f"class embeddings have {task.head.shape[1]} dimensions, the model's features {dim}"
@@ -125,8 +136,10 @@ def _score(tree: Mapping[str, Any], config: ClipVisionConfig, task: Task, slots:
     # Left on the device and summed at the end: waiting for every batch would leave the device idle.
     hits: list[Int[Array, ""]] = []
     for start in range(0, len(task.labels), batch_size):
-        images = _fill(task.images[start : start + batch_size], batch_size, 0)
-        labels = _fill(task.labels[start : start + batch_size].astype(np.int32), batch_size, -1)
+        images = task.images[start : start + batch_size]
+        labels = task.labels[start : start + batch_size].astype(np.int32)
+        if is_filled:
+            images, labels = _fill(images, batch_size, 0), _fill(labels, batch_size, -1)
         hits.append(_count_hits(tree, images, labels, head, is_class, mean, std, config=config))
     return sum(int(count) for count in hits) / len(task.labels)
 

@@ -5,14 +5,49 @@ from typing import get_args
 
 from nufilt_jax.config import MethodConfig, OtherParams, problem
 from nufilt_jax.errors import ConfigError, Problem
-from nufilt_jax.methods import nufilt, null_space, sum, task_arithmetic, weight_average
+from nufilt_jax.methods import (
+    adamerging,
+    adapter_only,
+    iso_c,
+    knots,
+    magmax,
+    nufilt,
+    null_space,
+    opcm,
+    sum,
+    task_arithmetic,
+    ties,
+    tsv_m,
+    weight_average,
+    wemoe,
+    wudi,
+)
 from nufilt_jax.methods.data import TaskData as TaskData
 from nufilt_jax.methods.elementwise import move_others
 from nufilt_jax.methods.selection import select
 from nufilt_jax.methods.stacked import Names, Params, TaskVector, stack_names, task_vector, zeros
 from nufilt_jax.methods.state import Context, Merger, MergeState, OnStack, Rule, check_task
 
-RULES = {module.RULE.name: module.RULE for module in (nufilt, null_space, sum, weight_average, task_arithmetic)}
+RULES = {
+    module.RULE.name: module.RULE
+    for module in (
+        nufilt,
+        null_space,
+        adapter_only,
+        sum,
+        weight_average,
+        task_arithmetic,
+        ties,
+        knots,
+        magmax,
+        iso_c,
+        opcm,
+        tsv_m,
+        wudi,
+        adamerging,
+        wemoe,
+    )
+}
 
 
 def find(name: str) -> Rule:

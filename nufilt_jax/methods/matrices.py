@@ -2,30 +2,28 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from nufilt_jax.config import MethodConfig
 from nufilt_jax.core.dispatch import run_alone
 from nufilt_jax.core.linalg import LAPACK_BATCH, in_chunks, layers_at_once
-from nufilt_jax.methods.stacked import Array, Names, Stacked
+from nufilt_jax.errors import Problem, SolveError, raise_all
+from nufilt_jax.methods.elementwise import blend
+from nufilt_jax.methods.stacked import Array, Names, Stacked, TaskVector
 
-
-@runtime_checkable
-class LayerRule(Protocol):
-    """The mathematics of one layer. A function of a module, so that its program is compiled once."""
-
-    def __call__(self, *arrays: Array, config: Any) -> Any:
-        """A pytree of arrays from one layer's; decompositions inside it wait for one another (`linalg.after`)."""
-        ...
+# The mathematics of one layer: arrays in, a pytree of arrays out, its config by keyword.
+LayerRule = Callable[..., Any]
 
 
 def each_layer(rule: LayerRule, *stacks: Array, config: MethodConfig) -> Any:
     """`rule` for every layer of a stack, as one program; on CPU a few layers at a time.
 
     Args:
-      rule: for one layer.
+      rule: for one layer. A function of a module, so that its program is compiled once; decompositions inside it wait
+        for one another (`linalg.after`).
       *stacks: arrays with a leading layer axis. The program may take the memory of the first one.
       config: static.
 
@@ -45,6 +43,28 @@ def _program(*stacks: Array, rule: LayerRule, config: MethodConfig) -> Any:
     return jax.lax.platform_dependent(*stacks, cpu=chunked(layers_at_once), default=chunked(lambda: LAPACK_BATCH))
 
 
+def require_finite(merged: Stacked, fix: str = "") -> None:
+    """Refuses a result with NaN or infinite numbers, as a decomposition leaves that has failed.
+
+    Raises:
+      SolveError: the tensors, all listed.
+    """
+    flags = jax.device_get(_is_finite(merged.stacks))
+    finite = {
+        name: ok
+        for members, row in zip(merged.names, flags, strict=True)
+        for name, ok in zip(members, row, strict=True)
+    }
+    broken = (name for name, ok in finite.items() if not ok)
+    raise_all(SolveError, (Problem("task", "the solution is not finite", fix, name) for name in broken))
+
+
+@jax.jit
+def _is_finite(stacks: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Of every tensor of every stack, whether all its numbers are finite."""
+    return tuple(jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim))) for x in stacks)
+
+
 def split(delta: Stacked, is_first: Callable[[str, tuple[int, ...]], bool]) -> tuple[Names, Names]:
     """The stacks that hold a tensor of which `is_first(name, shape)` is true, and the others."""
     shapes = delta.shapes
@@ -55,3 +75,25 @@ def split(delta: Stacked, is_first: Callable[[str, tuple[int, ...]], bool]) -> t
 def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
     """Any tensor of two dimensions, embeddings included."""
     return len(shape) == 2
+
+
+def matrices_or_mean(
+    rule: LayerRule, delta: Stacked, task: TaskVector, *, scale: float, config: MethodConfig
+) -> Stacked:
+    """`rule` of D and τ for every matrix, λ (D + τ)/2 for all other tensors; may take the memory of D.
+
+    Args:
+      rule: for one layer, of D and τ.
+      delta: D.
+      task: τ.
+      scale: λ.
+      config: of the rule.
+
+    Raises:
+      SolveError: matrices whose result is not finite, all listed.
+    """
+    matrices, others = split(delta, is_matrix)
+    pairs = zip(delta.only(matrices).stacks, task.only(matrices).stacks, strict=True)
+    merged = Stacked(tuple(each_layer(rule, d, t, config=config) for d, t in pairs), matrices)
+    require_finite(merged)
+    return merged + blend(delta.only(others), task.only(others), keep=scale / 2, gain=scale / 2)

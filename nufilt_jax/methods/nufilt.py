@@ -12,7 +12,7 @@ from nufilt_jax.config import NufiltConfig
 from nufilt_jax.core.adapt import draw_start
 from nufilt_jax.core.dispatch import run_alone
 from nufilt_jax.core.filter import authors_first_filter
-from nufilt_jax.core.solve import GroupSolution, solve_group
+from nufilt_jax.core.solve import GroupSolution, SolveConfig, solve_group
 from nufilt_jax.core.stacks import Group, group_layers
 from nufilt_jax.core.subspace import Stacks
 from nufilt_jax.errors import Problem, SolveError, raise_all
@@ -27,6 +27,16 @@ def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
     config = cast(NufiltConfig, context.config)
     if state.step == 0:
         return Advance(_first(state.delta, task, config))
+    return solve_task(state, task, context)
+
+
+def solve_task(state: MergeState, task: TaskVector, context: Context) -> Advance:
+    """θ^m_t = θ^m_{t−1} + τ times the right factor of the settings, for any t.
+
+    Raises:
+      SolveError: layers whose solution is not finite, all listed.
+    """
+    config = cast(SolveConfig, context.config)
     merged: list[jax.Array] = []
     waiting: list[tuple[Group, GroupSolution]] = []
     report: dict[str, LayerReport] = {}
@@ -68,7 +78,7 @@ def _told(group: Group, solution: GroupSolution, on_stack: OnStack | None) -> di
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnums=0)
 def _step(
-    deltas: Stacks, task: Stacks, keys: UInt32[Array, "layers 2"], *, config: NufiltConfig
+    deltas: Stacks, task: Stacks, keys: UInt32[Array, "layers 2"], *, config: SolveConfig
 ) -> tuple[Stacks, GroupSolution]:
     """D + τ (P + BA) for the layers of one width; takes the memory of D."""
     width = deltas[0].shape[-1]

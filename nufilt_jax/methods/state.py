@@ -18,10 +18,11 @@ from nufilt_jax.methods.stacked import Array, Params, Stacked, TaskVector
 
 
 class LayerReport(NamedTuple):
-    """What one step says about one layer; `core.solve.Forecast` explains the shares, NaN for rules without a filter.
+    """What one step says about one layer; `core.forecast.Forecast` explains the shares, NaN for rules without a filter.
 
     Attributes:
-      losses: the loss before each Adam step and after the last; empty for rules without one.
+      losses: the loss before each Adam step and, where it needs no more examples, after the last; empty for rules
+        without one.
     """
 
     losses: Array
@@ -29,6 +30,7 @@ class LayerReport(NamedTuple):
     restored_share: Array | float = math.nan
     drift: Array | float = math.nan
     cut_gap: Array | float = math.nan
+    captured: Array | float = math.nan
     certified: Array | bool = True
 
 

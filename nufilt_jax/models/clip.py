@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from nufilt_jax.errors import CheckpointError, Problem
-from nufilt_jax.models.clip_config import ClipVisionConfig, parse_vision_config
+from nufilt_jax.models.clip_config import ClipTowerConfig, ClipVisionConfig, parse_vision_config
 from nufilt_jax.models.clip_names import to_flax_tree
+from nufilt_jax.models.experts import gate_weights, mixed_dense
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -26,7 +27,8 @@ def clip_image_features(
 
     Args:
       params: the flat dict of a checkpoint, under the canonical (PyTorch) names, weights `[d_out, d_in]`.
-        Of a whole CLIP model, the text tower's tensors are left aside.
+        Of a whole CLIP model, the text tower's tensors are left aside. If they hold gates and experts, the features
+        of an image depend on the whole batch, see `models.experts`.
       pixel_values: normalised images; `h` and `w` are the config's `image_size`.
       config: `config.json` of a CLIP vision model, or of a whole CLIP model.
 
@@ -59,7 +61,8 @@ def vision_features(
     return features
 
 
-def _norm(eps: float, name: str) -> nn.LayerNorm:
+def layer_norm(eps: float, name: str) -> nn.LayerNorm:
+    """Layer norm of both towers."""
     # Not E[x²] − E[x]²: that loses digits where the mean is large, as in CLIP's few outlier channels.
     return nn.LayerNorm(eps, use_fast_variance=False, name=name)
 
@@ -86,9 +89,9 @@ class _Transformer(nn.Module):
     def __call__(self, pixel_values: Float[Array, "b c h w"]) -> Float[Array, "b d"]:
         hidden = _Embeddings(self.config, name="embeddings")(pixel_values)
         # The misspelt name is the checkpoints' own.
-        hidden = _norm(self.config.layer_norm_eps, name="pre_layrnorm")(hidden)
-        hidden = _Encoder(self.config, name="encoder")(hidden)
-        return _norm(self.config.layer_norm_eps, name="post_layernorm")(hidden[:, 0])
+        hidden = layer_norm(self.config.layer_norm_eps, name="pre_layrnorm")(hidden)
+        hidden = ClipEncoder(self.config, name="encoder")(hidden)
+        return layer_norm(self.config.layer_norm_eps, name="post_layernorm")(hidden[:, 0])
 
 
 class _Embeddings(nn.Module):
@@ -125,41 +128,52 @@ class _PatchEmbedding(nn.Module):
         return tokens.reshape(-1, n_side * n_side, self.config.hidden_size)
 
 
-class _Encoder(nn.Module):
-    config: ClipVisionConfig
+class ClipEncoder(nn.Module):
+    """The layers of either tower; `visible` says which tokens each token may see, all of them if it is left out."""
+
+    config: ClipTowerConfig
 
     @nn.compact
-    def __call__(self, hidden: Float[Array, "b tokens d"]) -> Float[Array, "b tokens d"]:
-        return _LayerCollection(self.config, name="layers")(hidden)
+    def __call__(
+        self, hidden: Float[Array, "b tokens d"], visible: Bool[Array, "b tokens tokens"] | None = None
+    ) -> Float[Array, "b tokens d"]:
+        """States after the last layer."""
+        return _LayerCollection(self.config, name="layers")(hidden, visible)
 
 
 class _LayerCollection(nn.Module):
-    config: ClipVisionConfig
+    config: ClipTowerConfig
 
     @nn.compact
-    def __call__(self, hidden: Float[Array, "b tokens d"]) -> Float[Array, "b tokens d"]:
+    def __call__(
+        self, hidden: Float[Array, "b tokens d"], visible: Bool[Array, "b tokens tokens"] | None
+    ) -> Float[Array, "b tokens d"]:
         for index in range(self.config.num_hidden_layers):
-            hidden = _Layer(self.config, name=str(index))(hidden)
+            hidden = _Layer(self.config, name=str(index))(hidden, visible)
         return hidden
 
 
 class _Layer(nn.Module):
-    config: ClipVisionConfig
+    config: ClipTowerConfig
 
     @nn.compact
-    def __call__(self, hidden: Float[Array, "b tokens d"]) -> Float[Array, "b tokens d"]:
+    def __call__(
+        self, hidden: Float[Array, "b tokens d"], visible: Bool[Array, "b tokens tokens"] | None
+    ) -> Float[Array, "b tokens d"]:
         eps = self.config.layer_norm_eps
-        normed = _norm(eps, name="layer_norm1")(hidden)
-        hidden = hidden + _Attention(self.config, name="self_attn")(normed)
-        normed = _norm(eps, name="layer_norm2")(hidden)
+        normed = layer_norm(eps, name="layer_norm1")(hidden)
+        hidden = hidden + _Attention(self.config, name="self_attn")(normed, visible)
+        normed = layer_norm(eps, name="layer_norm2")(hidden)
         return hidden + _Mlp(self.config, name="mlp")(normed)
 
 
 class _Attention(nn.Module):
-    config: ClipVisionConfig
+    config: ClipTowerConfig
 
     @nn.compact
-    def __call__(self, hidden: Float[Array, "b tokens d"]) -> Float[Array, "b tokens d"]:
+    def __call__(
+        self, hidden: Float[Array, "b tokens d"], visible: Bool[Array, "b tokens tokens"] | None
+    ) -> Float[Array, "b tokens d"]:
         n_batch, n_tokens, width = hidden.shape
         n_heads = self.config.num_attention_heads
 
@@ -169,18 +183,28 @@ class _Attention(nn.Module):
 
         query, key, value = project("q_proj"), project("k_proj"), project("v_proj")
         scores = jnp.einsum("bqhe,bkhe->bhqk", query, key, precision=_HIGHEST) * (width // n_heads) ** -0.5
+        if visible is not None:
+            # Finite: a token that sees nothing, as padding on the left, must not become NaN.
+            scores = jnp.where(visible[:, None], scores, jnp.finfo(scores.dtype).min)
         weights = jax.nn.softmax(scores, axis=-1)
         mixed = jnp.einsum("bhqk,bkhe->bqhe", weights, value, precision=_HIGHEST)
         return nn.Dense(width, precision=_HIGHEST, name="out_proj")(mixed.reshape(hidden.shape))
 
 
 class _Mlp(nn.Module):
-    config: ClipVisionConfig
+    config: ClipTowerConfig
 
     @nn.compact
     def __call__(self, hidden: Float[Array, "b tokens d"]) -> Float[Array, "b tokens d"]:
+        if self.has_variable("params", "gate"):
+            return self._mixed(hidden)
         inner = nn.Dense(self.config.intermediate_size, precision=_HIGHEST, name="fc1")(hidden)
         return nn.Dense(self.config.hidden_size, precision=_HIGHEST, name="fc2")(self._activate(inner))
+
+    def _mixed(self, hidden: Float[Array, "b tokens d"]) -> Float[Array, "b tokens d"]:
+        gate, first, last = (self.get_variable("params", name) for name in ("gate", "fc1", "fc2"))
+        weights = gate_weights(gate, hidden)
+        return mixed_dense(last, weights, self._activate(mixed_dense(first, weights, hidden)))
 
     def _activate(self, inner: Float[Array, "b tokens i"]) -> Float[Array, "b tokens i"]:
         if self.config.hidden_act == "quick_gelu":

@@ -10,8 +10,10 @@ from flax import traverse_util
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from nufilt_jax.errors import CheckpointError, Problem, raise_all
+from nufilt_jax.errors import CheckpointError, raise_all
 from nufilt_jax.models.clip_config import ClipVisionConfig
+from nufilt_jax.models.experts import expert_shapes
+from nufilt_jax.models.trees import tensor_problems
 
 _PROJECTION = "visual_projection.weight"
 _POSITION_IDS = "vision_model.embeddings.position_ids"  # a buffer of old checkpoints: 0, 1, 2, ...
@@ -55,7 +57,7 @@ def to_flax_tree(
       whole_model: whether `params` are a whole CLIP model's: then the text half is left aside, else refused.
 
     Returns:
-      Nested dict; kernels `[d_in, d_out]`, the patch kernel `[kh, kw, c, d_out]`.
+      Nested dict; kernels `[d_in, d_out]`, the patch kernel `[kh, kw, c, d_out]`, experts as they are.
 
     Raises:
       CheckpointError: tensors are missing, unknown or of another shape; all of them are listed.
@@ -65,24 +67,14 @@ def to_flax_tree(
         for name, value in params.items()
         if name != _POSITION_IDS and not (whole_model and name.startswith(_OTHER_HALF))
     }
-    raise_all(CheckpointError, _problems(tower, config))
+    expected = canonical_shapes(config)
+    given = {name: np.shape(value) for name, value in tower.items()}
+    if len(given.get(_PROJECTION, ())) == 2:
+        expected[_PROJECTION] = (given[_PROJECTION][0], config.hidden_size)
+    expected |= expert_shapes(given, expected, config.hidden_size)
+    raise_all(CheckpointError, tensor_problems(tower, expected, "CLIP vision model"))
     flat = {_flax_path(name, np.ndim(value)): _flax_value(name, value) for name, value in tower.items()}
     return traverse_util.unflatten_dict(flat)
-
-
-def _problems(tower: Mapping[str, ArrayLike], config: ClipVisionConfig) -> list[Problem]:
-    expected = canonical_shapes(config)
-    if _PROJECTION in tower and np.ndim(tower[_PROJECTION]) == 2:
-        expected[_PROJECTION] = (np.shape(tower[_PROJECTION])[0], config.hidden_size)
-    where = "CLIP vision model"
-    found = [Problem(where, "missing", tensor=name) for name in expected if name not in tower]
-    for name, value in tower.items():
-        if name not in expected:
-            found.append(Problem(where, "no such tensor in the model that config.json describes", tensor=name))
-        elif np.shape(value) != expected[name]:
-            what = f"shape is {np.shape(value)}, config.json describes {expected[name]}"
-            found.append(Problem(where, what, tensor=name))
-    return found
 
 
 def _flax_path(name: str, n_axes: int) -> tuple[str, ...]:
@@ -98,5 +90,5 @@ def _flax_value(name: str, value: ArrayLike) -> Float[Array, "..."]:
     array = jnp.asarray(value).astype(jnp.float32)
     if array.ndim == 4:
         return jnp.transpose(array, (2, 3, 1, 0))
-    is_kernel = array.ndim == 2 and not name.endswith("position_embedding.weight")
+    is_kernel = array.ndim == 2 and name.endswith(".weight") and not name.endswith("position_embedding.weight")
     return jax.lax.transpose(array, (1, 0)) if is_kernel else array

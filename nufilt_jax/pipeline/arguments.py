@@ -24,15 +24,17 @@ class Arguments:
     """The command line; what an option leaves out is None.
 
     Attributes:
-      model: A preset: tiny (built in, needs no network), vit-b32, vit-b16, vit-l14.
+      model: A preset: tiny (built in, needs no network), vit-b32, vit-b16, vit-l14, flan-t5-base.
       group: Size of the preset's task group: 8, 14 or 20. Without it, 8.
-      order: The paper's k-th order of the tasks, or "given". Presets: 1. Tasks given by hand: given.
+      order: The paper's k-th order of the tasks, or "given". CLIP presets: 1. All else: given.
+      preset_table: With flan-t5-base: 2 takes the settings that reproduce Table 2 of the paper.
       base: The pre-trained model: a folder or Hub id, as PATH_OR_HUB[@REV].
       task: A fine-tuned model, as NAME=PATH_OR_HUB[@REV]; once per task, in order.
       out: The output folder.
       add: Continue the finished or interrupted merge in this folder, with one more --task.
-      method: nufilt, null_space, sum, weight_average or task_arithmetic.
+      method: nufilt, or another: help lists them all.
       method_args: Settings of the method, as KEY=VALUE ...
+      data: Folder with unlabelled examples of each task, for the methods that learn from them: NAME.safetensors.
       filter_rank: Directions of earlier tasks that a new task may not touch (r_p).
       adapter_rank: Rank of the trained correction (r_l).
       task_rank: Directions of the new task whose answer should stay (r_v).
@@ -55,6 +57,7 @@ class Arguments:
     model: str | None = None
     group: Whole = None
     order: str | None = None
+    preset_table: Whole = None
     base: str | None = None
     task: Annotated[tuple[str, ...], Parameter(consume_multiple=False, negative="", show_default=False)] = ()
     out: Path | None = None
@@ -63,6 +66,7 @@ class Arguments:
     method_args: Annotated[
         tuple[str, ...], Parameter(consume_multiple=True, negative="", show_default=False), _METHOD
     ] = ()
+    data: Annotated[Path | None, _METHOD] = None
     filter_rank: Annotated[Whole, _METHOD] = None
     adapter_rank: Annotated[Whole, _METHOD] = None
     task_rank: Annotated[Whole, _METHOD] = None

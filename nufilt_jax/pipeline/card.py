@@ -3,11 +3,21 @@
 from collections.abc import Mapping
 from typing import Any
 
+from nufilt_jax.methods import find
+
 _OTHERS = {
     "pretrained": "stay as the base has them",
     "first": "stay as the first task's model has them",
     "average": "are the running average of the tasks' models",
 }
+
+_LEARNED = """
+The method learned from unlabelled examples of every task; `nufilt.json` names their files, with SHA-256.
+"""
+_ADDED = """
+The method adds parameters, which are in `added_parameters.safetensors`: `transformers` does not know them and would run
+the model without; `nufilt_jax.load` reads them, and the forward passes of `nufilt_jax.models` use them.
+"""
 
 
 def model_card(recipe: Mapping[str, Any]) -> str:
@@ -22,11 +32,13 @@ def model_card(recipe: Mapping[str, Any]) -> str:
         f"| {number} | {task['name']} | {_place(task)} |" for number, task in enumerate(recipe["tasks"], 1)
     )
     selected = recipe["selected"]
+    rule = find(recipe["method"])
+    remarks = (_LEARNED if rule.needs_data else "") + (_ADDED if rule.adds_parameters else "")
     return f"""{header}---
 
 # {_title(recipe)}
 
-Merged without data, one task after another, by nufilt_jax (arXiv:2509.21413v2), method `{recipe["method"]}`.
+Merged one task after another by nufilt_jax, method `{rule.name}` ({rule.source}).
 
 Base: {_place(base)}
 
@@ -39,6 +51,7 @@ Base: {_place(base)}
 {config}
 
 {selected["layers"]} tensors were merged by the method. All other parameters {_OTHERS[recipe["other_params"]]}.
+{remarks}
 Inputs with their SHA-256, versions, device, times and losses of every step are in `nufilt.json`; what each step did to
 each layer is in `forecast.json`. `state/` lets one more task be added:
 

@@ -10,6 +10,7 @@ from nufilt_jax.checkpoints.place import OutputPlace, read_json
 from nufilt_jax.pipeline import console as show
 from nufilt_jax.pipeline.arguments import Arguments
 from nufilt_jax.pipeline.inspection import inspect
+from nufilt_jax.pipeline.method_help import method_documents, method_lines
 from nufilt_jax.pipeline.plan import Plan, make_plan
 from nufilt_jax.pipeline.request import check_usage, continued_job, new_job
 from nufilt_jax.pipeline.run import run
@@ -26,6 +27,9 @@ def execute(arguments: Arguments, stdout: Console, stderr: Console) -> int:
     Raises:
       NufiltError: with every problem found.
     """
+    if arguments.method == "help":
+        _help(arguments, stdout)
+        return 0
     check_usage(arguments)
     if arguments.plan:
         with tempfile.TemporaryDirectory(prefix="nufilt-") as scratch:
@@ -33,6 +37,14 @@ def execute(arguments: Arguments, stdout: Console, stderr: Console) -> int:
     else:
         _run(arguments, stdout, stderr)
     return 0
+
+
+def _help(arguments: Arguments, stdout: Console) -> None:
+    if arguments.json:
+        show.show_json(stdout, {"methods": method_documents()})
+    else:
+        for line in method_lines():
+            show.show_line(stdout, line)
 
 
 def _plan(arguments: Arguments, scratch: Path, stdout: Console, stderr: Console) -> None:

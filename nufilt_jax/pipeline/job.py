@@ -86,6 +86,7 @@ class Job:
       sources: all tasks in order, those that `continues` has merged included.
       settings: how; a refused value is replaced by its default, so that the search for problems can go on.
       out: the output folder; None if only a plan is wanted.
+      data: folder with examples of each task; None if there is none.
       continues: the merge that --add continues: of the tasks that it has merged, no file is needed.
       warnings: what the user should know and may accept.
       problems: what is wrong so far.
@@ -95,6 +96,7 @@ class Job:
     sources: tuple[Source, ...]
     settings: Settings
     out: Path | None
+    data: Path | None = None
     continues: Recorded | None = None
     warnings: tuple[str, ...] = ()
     problems: tuple[Problem, ...] = ()

@@ -33,7 +33,8 @@ class Journal:
         with self.clock.spent_on("copy_state"):
             self.wait()
             # A copy: the next step takes the memory of D.
-            arrays = {"delta": state.delta.copied().on_host(), "extra": dict(state.extra)}
+            delta = state.delta.copied().on_host()
+            arrays = {"delta": delta, "extra": dict(state.extra), "added": dict(state.added)}
             self._last = self._pool.submit(self._write, recipe, told, arrays)
 
     def _write(self, recipe: dict[str, Any], forecast: dict[str, Any], arrays: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from nufilt_jax.checkpoints.outputs import plan_shards
 from nufilt_jax.checkpoints.place import OutputPlace
 from nufilt_jax.config import MethodConfig, option, problem
 from nufilt_jax.core.stacks import Group, group_layers
-from nufilt_jax.errors import NufiltError, Problem
+from nufilt_jax.errors import ConfigError, NufiltError, Problem
 from nufilt_jax.methods import find
 from nufilt_jax.methods.selection import Selection, select
 from nufilt_jax.pipeline.job import Job, Recorded, Settings, Source
@@ -36,6 +36,7 @@ class Plan:
       settings: how.
       selection: the tensors touched.
       groups: the matrices among them, as the solver batches them.
+      examples: the files with examples of the tasks still to be merged, by task name; none for most methods.
       out: the output folder; None if only a plan is wanted.
       recorded: the same merge, as far as an earlier run came; None if there is none.
       warnings: what the user should know and may accept.
@@ -47,6 +48,7 @@ class Plan:
     settings: Settings
     selection: Selection
     groups: tuple[Group, ...]
+    examples: Mapping[str, Path]
     out: Path | None
     recorded: Recorded | None
     warnings: tuple[str, ...]
@@ -77,10 +79,12 @@ def make_plan(job: Job, *, offline: bool = False, headers_only: bool = False) ->
     place = None if job.out is None else OutputPlace(job.out)
     recorded = job.continues or _recorded(job, place, problems)
     base, tasks = _open_all(job, problems, offline=offline, headers_only=headers_only)
-    selection = Selection((), ())
+    selection, examples = Selection((), ()), {}
     if base is not None:
         with gathering(problems):
             selection = _select(base, job.settings)
+        with gathering(problems):
+            examples = _examples(job, base, tuple(tasks), problems)
         for task in tasks.values():
             problems += partner_problems(base, task, selection.touched)
         with gathering(problems):
@@ -96,6 +100,7 @@ def make_plan(job: Job, *, offline: bool = False, headers_only: bool = False) ->
         settings=job.settings,
         selection=selection,
         groups=groups,
+        examples=examples,
         out=None if place is None else place.out,
         recorded=recorded,
         warnings=(*job.warnings, *_width_warnings(groups, job.settings.config)),
@@ -140,6 +145,20 @@ def _select(base: Checkpoint, settings: Settings) -> Selection:
     }
     scope = find(settings.method).scope
     return select(tensors, layers=settings.layers, other_params=settings.other_params, scope=scope)
+
+
+def _examples(job: Job, base: Checkpoint, names: tuple[str, ...], problems: list[Problem]) -> dict[str, Path]:
+    """The files from which the method learns."""
+    if not find(job.settings.method).needs_data:
+        return {}
+    if job.data is None:
+        what = f"is missing: {job.settings.method} learns from examples of each task"
+        raise ConfigError(problem("data", what, "give a folder with NAME.safetensors for every task"))
+    from nufilt_jax.pipeline.examples import example_files, example_problems  # with models, which no other merge needs
+
+    files = example_files(job.data, names)
+    problems += example_problems(files, base)
+    return files
 
 
 def _output_problems(base: Checkpoint, settings: Settings, place: OutputPlace | None) -> list[Problem]:

@@ -62,6 +62,8 @@ def forecast_entry(task: str, report: Mapping[str, LayerReport]) -> dict[str, An
             "restored_share": _number(row.restored_share),
             "drift": _number(row.drift),
             "cut_gap": _number(row.cut_gap),
+            "captured_share": _number(row.captured),
+            "certified": bool(row.certified),
             "loss_before": _number(row.losses[0]) if len(row.losses) else None,
             "loss_after": _number(row.losses[-1]) if len(row.losses) else None,
         }

@@ -8,14 +8,15 @@ from nufilt_jax.checkpoints import open_checkpoint, parse_source
 from nufilt_jax.checkpoints.place import OutputPlace
 from nufilt_jax.config import option, problem
 from nufilt_jax.errors import ConfigError, NufiltError, OutputError, Problem, UsageError, raise_all
+from nufilt_jax.methods import RULES
 from nufilt_jax.pipeline.arguments import Arguments
 from nufilt_jax.pipeline.job import Job, Source
 from nufilt_jax.pipeline.problems import gathering
 from nufilt_jax.pipeline.recorded import current, other_weights_problem
 from nufilt_jax.pipeline.settings import DEFAULT_METHOD, changed_settings, read_settings
-from nufilt_jax.presets import TINY, Preset, check_model, clip_preset, shuffled
+from nufilt_jax.presets import CLIP_BASES, FLAN_T5, Preset, check_model, clip_preset, flan_t5_preset, shuffled
 
-_NOT_WITH_ADD = ("model", "base", "group", "order", "out")
+_NOT_WITH_ADD = ("model", "base", "group", "order", "preset_table", "out")
 _NOT_WITH_MODEL = ("base", "task")
 
 
@@ -36,8 +37,9 @@ def check_usage(arguments: Arguments) -> None:
         missing = [option(name) for name in needed if not getattr(arguments, name)]
         fix = "give --model, or --base, --task NAME=PATH_OR_HUB[@REV] and --out, or --add"
         problems = [Problem(", ".join(missing), "missing", fix)] if missing else []
-        if arguments.group is not None and not missing:
-            problems.append(problem("group", "belongs to --model", "leave it out"))
+        if not missing:
+            alone = _given(arguments, ("group", "preset_table"))
+            problems += [problem(name, "belongs to --model", "leave it out") for name in alone]
     pairs = [(text, *text.partition("=")) for text in arguments.task]
     bad = [text for text, name, _, source in pairs if not (name.strip() and source)]
     problems += [problem("task", f"{text!r} is not of the form NAME=PATH_OR_HUB[@REV]") for text in bad]
@@ -74,7 +76,8 @@ def new_job(arguments: Arguments, zoo: Path | None = None) -> Job:
         sources=_sources(preset.tasks),
         settings=settings,
         out=arguments.out or _default_out(arguments, order),
-        warnings=tuple(warnings),
+        data=arguments.data or preset.data,
+        warnings=(*warnings, *_idle_data(arguments, settings.method)),
         problems=tuple(problems),
     )
 
@@ -101,7 +104,9 @@ def continued_job(arguments: Arguments, place: OutputPlace) -> Job:
         sources=recorded.tasks + new[n_known:],
         settings=recorded.settings,
         out=place.out,
+        data=arguments.data,
         continues=recorded,
+        warnings=_idle_data(arguments, recorded.settings.method),
         problems=tuple(problems),
     )
 
@@ -122,13 +127,27 @@ def _preset(arguments: Arguments, order: int | None, zoo: Path | None) -> Preset
     if arguments.model is None:
         return Preset(cast(str, arguments.base), shuffled(_tasks(arguments), order or 0), {})
     check_model(arguments.model)
-    if arguments.model != TINY:
+    if arguments.model != FLAN_T5 and arguments.preset_table is not None:
+        raise ConfigError(problem("preset_table", f"belongs to --model {FLAN_T5}", "leave it out"))
+    if arguments.model in CLIP_BASES:
         return clip_preset(arguments.model, arguments.group, order)
     if arguments.group is not None:
-        raise ConfigError(problem("group", "the built-in model has one group only", "leave it out"))
+        raise ConfigError(problem("group", f"{arguments.model} has one group of tasks only", "leave it out"))
+    if arguments.model == FLAN_T5:
+        return flan_t5_preset(order, arguments.preset_table)
     from nufilt_jax.pipeline.tiny import tiny_preset  # with models and training, which no other merge needs
 
-    return tiny_preset(order, zoo)
+    return tiny_preset(order, zoo, examples=_needs_data(arguments.method))
+
+
+def _needs_data(method: str | None) -> bool:
+    return method in RULES and RULES[method].needs_data
+
+
+def _idle_data(arguments: Arguments, method: str) -> tuple[str, ...]:
+    if arguments.data is None or _needs_data(method):
+        return ()
+    return (f"--data: no effect: {method} learns from no examples",)
 
 
 def _default_out(arguments: Arguments, order: int | None) -> Path | None:
@@ -136,9 +155,11 @@ def _default_out(arguments: Arguments, order: int | None) -> Path | None:
     if arguments.model is None:
         return None
     parts = [arguments.method or DEFAULT_METHOD, arguments.model]
-    if arguments.model != TINY:
+    if arguments.model in CLIP_BASES:
         parts.append(str(arguments.group or 8))
-    if arguments.model != TINY or order is not None:
+    if arguments.preset_table is not None:
+        parts.append(f"table{arguments.preset_table}")
+    if arguments.model in CLIP_BASES or order is not None:
         parts.append("given" if order == 0 else f"order{order or 1}")
     return Path("-".join(parts))
 

@@ -3,18 +3,20 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import jax
 import numpy as np
 
 from nufilt_jax import methods
-from nufilt_jax.checkpoints import Checkpoint, write_checkpoint
+from nufilt_jax.checkpoints import Checkpoint, write_added, write_checkpoint
 from nufilt_jax.checkpoints.place import OutputPlace
+from nufilt_jax.config import AdaMergingConfig, WemoeConfig
 from nufilt_jax.errors import CheckpointError, NufiltError, OutputError, Problem
 from nufilt_jax.methods.stacked import Names, TaskVector, stacked, task_vector
 from nufilt_jax.methods.state import LayerReport, MergeState, merged_tensor
@@ -86,6 +88,8 @@ def run(
             with clock.spent_on("write_model"):
                 like, settings = plan.base, plan.settings
                 write_checkpoint(_merged(state), place.staging, like=like, format=settings.format, dtype=settings.dtype)
+                if state.added:
+                    write_added(place.staging, state.added)
             if finish is not None:
                 finish(place.staging, recipe)
             with clock.spent_on("wait_for_state"):
@@ -113,7 +117,8 @@ def _merge(plan: Plan, place: OutputPlace, journal: Journal, watcher: Watcher, e
         layers=settings.layers,
         other_params=settings.other_params,
     )
-    state = rule.init(plan.base.read(plan.selection.touched))
+    # Only a rule that runs the model needs the tensors that it does not touch.
+    state = rule.init(plan.base.read(None if plan.examples else plan.selection.touched))
     if plan.done:
         state = _restored(state, place, plan.done)
     pending = [source.name for source in plan.sources[plan.done :]]
@@ -126,12 +131,14 @@ def _merge(plan: Plan, place: OutputPlace, journal: Journal, watcher: Watcher, e
             start = time.perf_counter()
             task = next(tasks)
             task.clock.add("wait", time.perf_counter() - start)
-            state = _update(rule, state, task, watcher)
+            state = _update(rule, state, task, watcher, _examples(plan, name, index + 1))
             entry = step_entry(name, time.perf_counter() - start, state.report) | {"timings": task.clock.as_dict()}
+            if plan.examples:
+                entry["examples"] = _examples_entry(plan.examples[name])
             del task  # before the one after the next is read
             if evaluate is not None:
                 watcher.phase(f"evaluating after {name}")
-                entry["accuracy"] = evaluate({**plan.base.read(), **_merged(state)})
+                entry["accuracy"] = evaluate({**plan.base.read(), **_merged(state), **state.added})
             journal.add(entry, forecast_entry(name, state.report), state)
     return state
 
@@ -147,7 +154,8 @@ def _restored(state: MergeState, place: OutputPlace, done: int) -> MergeState:
     if {name: x.shape for name, x in delta.items()} != state.delta.shapes:
         what = "the state of the merge does not hold the tensors that the recipe selects"
         raise CheckpointError(Problem(str(place.out), what, "merge again from the start"))
-    return dataclasses.replace(state, delta=stacked(delta, state.delta.names), extra=arrays.get("extra", {}), step=done)
+    delta, extra, added = stacked(delta, state.delta.names), arrays.get("extra", {}), arrays.get("added", {})
+    return dataclasses.replace(state, delta=delta, extra=extra, added=added, step=done)
 
 
 class Task(NamedTuple):
@@ -170,14 +178,34 @@ def _load(plan: Plan, names: Names, name: str, stop: threading.Event) -> Task:
     return Task(name, checkpoint, vector, clock)
 
 
-def _update(rule: methods.Merger, state: MergeState, task: Task, watcher: Watcher) -> MergeState:
+def _examples(plan: Plan, name: str, step: int) -> methods.TaskData | None:
+    if not plan.examples:
+        return None
+    from nufilt_jax.pipeline.examples import drawing_seed, load_examples  # with models, which no other merge needs
+
+    config = cast(AdaMergingConfig | WemoeConfig, plan.settings.config)
+    seed = drawing_seed(plan.settings.seed, step, name)
+    return load_examples(plan.examples[name], plan.base.config, config, seed)
+
+
+def _examples_entry(path: Path) -> dict[str, str]:
+    with path.open("rb") as file:
+        return {"file": str(path), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _update(
+    rule: methods.Merger, state: MergeState, task: Task, watcher: Watcher, data: methods.TaskData | None
+) -> MergeState:
     try:
         with task.clock.spent_on("solve"):
-            return rule.update(state, task.vector, on_stack=watcher.stack, donate=True)
+            return rule.update(state, task.vector, on_stack=watcher.stack, donate=True, data=data)
     except NufiltError as error:  # a rule knows canonical names only, and no files
-        infos = [task.checkpoint.tensors[problem.tensor] for problem in error.problems]
-        pairs = zip(infos, error.problems, strict=True)
-        raise type(error)(*(Problem(str(i.file), p.what, p.fix, i.stored_name) for i, p in pairs)) from error
+        raise type(error)(*(_in_file(task.checkpoint, problem) for problem in error.problems)) from error
+
+
+def _in_file(checkpoint: Checkpoint, problem: Problem) -> Problem:
+    info = checkpoint.tensors.get(problem.tensor)
+    return problem if info is None else Problem(str(info.file), problem.what, problem.fix, info.stored_name)
 
 
 def _merged(state: MergeState) -> dict[str, np.ndarray]:

@@ -14,10 +14,10 @@ from nufilt_jax.pipeline.problems import gathering
 T = TypeVar("T")
 
 DEFAULT_METHOD = "nufilt"
-METHODS_TO_COME = ("ties", "magmax", "wudi", "iso_c", "knots", "tsv_m", "opcm", "adamerging", "wemoe")
 _FORMATS = {"safetensors": "safetensors", "flax": "flax", "msgpack": "flax"}
 _DTYPES = {name: name for name in ("float32", "bfloat16", "float16")}
 _OTHER_PARAMS: Mapping[str, OtherParams] = {name: name for name in get_args(OtherParams)}
+_KINDS: Mapping[Any, str] = {bool: "true or false", int: "a whole number", float: "a number"}
 _FLAGS = {option(field.name) for field in dataclasses.fields(Arguments)}
 
 
@@ -37,9 +37,8 @@ def read_settings(
     method = arguments.method or DEFAULT_METHOD
     pairs = arguments.method_args
     if method not in RULES:
-        if method not in METHODS_TO_COME:
-            with gathering(problems):
-                find(method)
+        with gathering(problems):
+            find(method)
         method, pairs = DEFAULT_METHOD, ()
     config, warnings = _config(method, preset.get(method, {}), arguments.config_flags(), pairs, problems)
     if arguments.seed is not None and arguments.seed < 0:
@@ -72,7 +71,7 @@ def changed_settings(arguments: Arguments, settings: Settings) -> list[Problem]:
     problems += [
         problem(key, f"is {there!r} in this merge, got {here!r}", "--add takes all settings from the recipe")
         for key, (here, there) in wanted.items()
-        if here is not None and here != there and here not in METHODS_TO_COME
+        if here is not None and here != there
     ]
     return problems
 
@@ -86,9 +85,6 @@ def _not_available(arguments: Arguments) -> list[Problem]:
         problems.append(problem("devices", "more than one device is not available yet", "leave it out"))
     elif arguments.devices is not None and arguments.devices < 1:
         problems.append(problem("devices", f"must be at least 1, got {arguments.devices}"))
-    if arguments.method in METHODS_TO_COME:
-        fix = f"choose from {', '.join(RULES)}"
-        problems.append(problem("method", f"{arguments.method} is not available yet", fix))
     return problems
 
 
@@ -131,12 +127,15 @@ def _parsed(method: str, pairs: tuple[str, ...], problems: list[Problem]) -> dic
             try:
                 values[key] = _read(fields[key].type, text)
             except ValueError:
-                kind = "a whole number" if fields[key].type is int else "a number"
-                problems.append(problem("method_args", f"{key} must be {kind}, got {text!r}"))
+                problems.append(problem("method_args", f"{key} must be {_KINDS[fields[key].type]}, got {text!r}"))
     return values
 
 
 def _read(kind: object, text: str) -> int | float | str:
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(text)
+        return text.lower() == "true"
     if kind is int:
         return int(text)
     return float(text) if kind is float else text

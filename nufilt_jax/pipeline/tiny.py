@@ -13,6 +13,7 @@ from nufilt_jax.checkpoints import load
 from nufilt_jax.checkpoints.place import read_json, write_json
 from nufilt_jax.errors import MissingExtraError
 from nufilt_jax.evaluation import Task, accuracy_matrix, average_accuracy, backward_transfer, evaluate_tasks
+from nufilt_jax.pipeline.examples import write_examples
 from nufilt_jax.presets import TINY_CONFIG, Preset, shuffled
 from nufilt_jax.zoo import TinyZoo, materialise
 
@@ -21,11 +22,15 @@ PICTURE = "accuracy_matrix.png"
 COMPARED = ("sum", "weight_average", "task_arithmetic")
 
 
-def tiny_preset(order: int | None, folder: Path | None = None) -> Preset:
-    """The built-in checkpoints, written to `folder` or the user's cache on first use; order 1 unless told otherwise."""
+def tiny_preset(order: int | None, folder: Path | None = None, *, examples: bool = False) -> Preset:
+    """The built-in checkpoints, written to `folder` or the user's cache on first use; order 1 unless told otherwise.
+
+    With `examples`, the test draw's images are written too, for the methods that learn from them.
+    """
     zoo = materialise(folder)
     tasks = [(name, str(path)) for name, path in zoo.tasks.items()]
-    return Preset(str(zoo.base), shuffled(tasks, 1 if order is None else order), TINY_CONFIG)
+    data = write_examples(zoo.folder / "examples", zoo.evaluation_tasks()) if examples else None
+    return Preset(str(zoo.base), shuffled(tasks, 1 if order is None else order), TINY_CONFIG, data)
 
 
 class TinyStudy:

@@ -5,13 +5,14 @@ import re
 
 import decompositions
 import measure
+import methods
 import numpy as np
 import pytest
 import shapes
 import solve
 import steps
 
-SCRIPTS = {"solve": solve, "decompositions": decompositions, "steps": steps}
+SCRIPTS = {"solve": solve, "decompositions": decompositions, "steps": steps, "methods": methods}
 TINY = (shapes.Tower("vision_model.encoder.layers.{}.", 2, {"a.weight": (40, 32), "b.weight": (32, 32)}),)
 
 
@@ -138,3 +139,22 @@ def test_steps(monkeypatch, tmp_path):
     assert [(row["iterations"], row["solve s"], row["total s"]) for row in ours] == [(2, 0.2, 20), (3, 0.3, 20)]
     published = {row["iterations"]: row["total s"] for row in rows if row["method"] == "NUFILT"}
     assert published == {25: 129.8, 50: 138.9, 100: 156.4}
+
+
+def test_methods(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(measure, "machine_rates", lambda: measure.Machine(100.0, 10.0))
+    out = tmp_path / "methods.json"
+    chosen = ("weight_average", "iso_c", "wemoe")
+    call("methods", monkeypatch, "--methods", *chosen, "--blocks", 1, "--width", 64, "--repeats", 1, "--json", out)
+    stored = json.loads(out.read_text())
+    assert capsys.readouterr().out.strip() == measure.markdown(stored)
+    rows = {
+        row["method"]: row for row in measure.rows(stored, "One task by every method, a tower of 1 blocks, 64 wide")
+    }
+    assert tuple(rows) == chosen
+    assert all(row["min s"] > 0 and row["peak GiB"] > 0.05 for row in rows.values())
+    # Three numbers of 4 bytes per weight, at the rate that the machine is said to copy with.
+    n_numbers = sum(np.prod(shape) for shape in methods.Tower(width=64, blocks=1).shapes().values())
+    assert rows["weight_average"]["GB/s"] == pytest.approx(12e-9 * n_numbers / rows["weight_average"]["min s"])
+    assert rows["weight_average"]["% of copy rate"] == pytest.approx(10 * rows["weight_average"]["GB/s"])
+    assert rows["iso_c"]["GB/s"] is rows["wemoe"]["GB/s"] is None

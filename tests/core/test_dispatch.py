@@ -5,13 +5,16 @@ import re
 import subprocess
 import sys
 import textwrap
+import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from threadpoolctl import threadpool_info
 
 from nufilt_jax import NufiltConfig, solve_layer, solve_stack
-from nufilt_jax.core import linalg, solve
+from nufilt_jax.core import dispatch, linalg, solve
 from nufilt_jax.errors import ConfigError
 
 CONFIG = NufiltConfig(filter_rank=6, adapter_rank=3, task_rank=2, steps=3)
@@ -211,3 +214,20 @@ def test_on_a_gpu_every_decomposition_is_of_all_layers_at_once():
     assert {name for name, _ in calls} >= {"cusolver_syevd_ffi", "cusolver_potrf_ffi"}
     alone = {name for name, result in calls if not result.startswith("5x")}
     assert all("gesvd" in name or "geqrf" in name or "orgqr" in name for name in alone)
+
+
+def test_layers_on_the_host_keep_their_order_and_have_one_blas_thread_each():
+    def threads():
+        return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
+
+    def layer(x, y):
+        time.sleep(0.02 if x == 0 else 0)
+        return float(x + y), set(threads()) == {1}
+
+    before = threads()
+    stacks = np.arange(5.0), 10 * np.arange(5.0)
+    assert list(dispatch.each_on_host(layer, *stacks)) == [(11.0 * i, True) for i in range(5)]
+    assert threads() == before
+    with pytest.raises(ZeroDivisionError):
+        list(dispatch.each_on_host(lambda x: 1 // int(x), np.arange(3.0)))
+    assert threads() == before

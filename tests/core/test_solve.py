@@ -1,3 +1,5 @@
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,9 @@ import oracle
 import pytest
 
 from nufilt_jax import NufiltConfig, solve_layer, solve_stack
+from nufilt_jax.config import AdapterOnlyConfig
 from nufilt_jax.core import solve
+from nufilt_jax.core.dispatch import run_alone
 from nufilt_jax.errors import ConfigError
 
 # Parity asked for by the specification: float32 against float64, same start, relative to the update.
@@ -62,6 +66,53 @@ def test_low_rank_inputs_equal_the_oracle(ranks, decomposition):
     d = matrices.power_law((320, 320), seed=1, rank=ranks[0])
     tau = matrices.power_law((320, 320), seed=2, rank=ranks[1])
     check_against_oracle(d, tau, config_for(320, decomposition=decomposition))
+
+
+def solve_one(d, tau, a0, config):
+    program = functools.partial(solve._solve_group, config=config)
+    return run_alone(program, (jnp.asarray(d)[None],), (jnp.asarray(tau)[None],), jnp.asarray(a0)[None])
+
+
+def solve_without_filter(d, tau, variant, **changes):
+    """The oracle's update and losses for row 3 of Table 4, and the package's."""
+    config = AdapterOnlyConfig(**{**SMALL, **changes}, decomposition="svd", variant=variant)
+    width = d.shape[1]
+    p = {"code": np.eye(width), "text": np.zeros((width, width))}[variant]
+    a0 = matrices.start(config.adapter_rank, width)
+    ranks = {"filter_rank": config.filter_rank, "task_rank": config.task_rank}
+    return *oracle.nufilt_update(d, tau, a0, **ranks, p=p), solve_one(d, tau, a0, config)
+
+
+@pytest.mark.parametrize("variant", ["code", "text"])
+@pytest.mark.parametrize(
+    ("shape", "ranks"),
+    [((60, 48), (None, None)), ((60, 48), (3, None)), ((60, 48), (0, 2)), ((20, 96), (None, None)), ((1, 6), (1, 1))],
+    ids=str,
+)
+def test_the_objective_alone_equals_the_oracle(shape, ranks, variant):
+    """Row 3: taller, much wider (the Gram matrix in factors), LoRA-like, frozen and single-row layers."""
+    d, tau = (matrices.power_law(shape, seed=seed, rank=rank) for seed, rank in zip((1, 2), ranks, strict=True))
+    expected, losses, found = solve_without_filter(d, tau, variant)
+    assert matrices.relative_error(found.updates[0][0], expected) < PARITY
+    np.testing.assert_allclose(found.losses[0], losses, rtol=0, atol=PARITY * losses[0] + 1e-8 * np.sum(tau**2))
+
+
+@pytest.mark.parametrize("variant", ["code", "text"])
+@pytest.mark.parametrize("empty", ["filter_rank", "task_rank", "adapter_rank"])
+def test_rank_zero_is_legal_without_a_filter(empty, variant):
+    d, tau = (matrices.power_law((60, 48), seed=seed) for seed in (1, 2))
+    expected, losses, found = solve_without_filter(d, tau, variant, **{empty: 0})
+    np.testing.assert_allclose(found.updates[0][0], expected, rtol=0, atol=PARITY * np.linalg.norm(expected))
+    np.testing.assert_allclose(found.losses[0], losses, rtol=0, atol=PARITY * losses[0])
+
+
+@pytest.mark.parametrize("rank", [None, 3, 0])
+def test_the_forecast_tells_how_much_of_the_merged_model_is_kept(rank):
+    d, tau = matrices.power_law((40, 48), seed=1, rank=rank), matrices.power_law((40, 48), seed=2)
+    found = solve_one(d, tau, matrices.start(6, 48), NufiltConfig(**SMALL, decomposition="svd"))
+    kept = np.sum((d @ oracle.leading(d, 12)) ** 2) / np.sum(d**2) if rank != 0 else 1
+    assert float(found.forecast.captured[0]) == pytest.approx(kept, rel=1e-5)
+    assert (kept < 0.9) == (rank is None)  # neither case is the other
 
 
 @pytest.mark.parametrize("empty", ["filter_rank", "task_rank"])

@@ -7,7 +7,7 @@ import pytest
 
 from nufilt_jax.core import linalg, subspace
 from nufilt_jax.core.adapt import Adapter, draw_start, loss_and_gradients, reduce
-from nufilt_jax.core.filter import authors_first_filter, null_space_filter
+from nufilt_jax.core.filter import authors_first_filter, keep, null_space_filter
 from nufilt_jax.core.fuse import fuse
 from nufilt_jax.core.grams import GramFactor, GramMatrix, gram_of
 from nufilt_jax.core.refine import CERTIFIED_ANGLE
@@ -150,16 +150,17 @@ def test_after_changes_nothing_but_the_order():
         np.testing.assert_array_equal(jax.jit(linalg.after)(x, done), x)
 
 
+@pytest.mark.parametrize("right_factor", ["P + BA", "I + BA", "BA"])
 @pytest.mark.parametrize("held", [lambda tau: GramMatrix(tau.T @ tau), GramFactor], ids=["formed", "factor"])
-def test_gradients_are_those_of_the_unreduced_objective(held):
+def test_gradients_are_those_of_the_unreduced_objective(held, right_factor):
     rng = np.random.default_rng(0)
     d, tau = (matrices.power_law((40, 32), seed=s, scale=0.5) for s in (1, 2))
     v2, v1 = oracle.leading(d, 6), oracle.leading(tau, 4)
     a, b = rng.normal(size=(5, 32)) * 0.1, rng.normal(size=(32, 5)) * 0.1
-    p = oracle.projector(d, 6)
+    p = {"P + BA": oracle.projector(d, 6), "I + BA": np.eye(32), "BA": np.zeros((32, 32))}[right_factor]
     expected = oracle.gradients(d.astype(float), tau.astype(float), p, b, a, v1, v2)
-    cast = [jnp.asarray(x, jnp.float32) for x in (tau, tau @ v2, v2, v1, d @ v1)]
-    problem = reduce(held(jnp.asarray(tau, jnp.float32)), *cast)
+    task, prior, new, *responses = (jnp.asarray(x, jnp.float32) for x in (tau, v2, v1, tau @ v1, d @ v1))
+    problem = reduce(held(task), task, keep(right_factor, task, prior, new, *responses).target, prior, new)
     loss, found = loss_and_gradients(problem, Adapter(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)))
     assert float(loss) == pytest.approx(oracle.loss(d, tau, p, b, a, v1, v2), rel=1e-5)
     for one, other in zip(found, expected, strict=True):

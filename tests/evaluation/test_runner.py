@@ -1,3 +1,6 @@
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -58,6 +61,37 @@ def test_accuracy_does_not_depend_on_the_batch_size(batch_size):
     assert 0 < wanted < 1
     scored = accuracy(params, CONFIG, task.images, task.labels, task.head, batch_size=batch_size)
     assert scored == pytest.approx(wanted)
+
+
+def with_experts(params, seed=1):
+    """Two experts in each matrix, with gates so large that every image of a batch matters to all others."""
+    rng = np.random.default_rng(seed)
+    mlp = "vision_model.encoder.layers.0.mlp"
+    shapes = {f"{mlp}.gate.weight": (2, 8), f"{mlp}.gate.bias": (2,)}
+    for part, (m, n) in {"fc1": (12, 8), "fc2": (8, 12)}.items():
+        for i in range(2):
+            shapes |= {f"{mlp}.{part}.experts.{i}.a": (3, n), f"{mlp}.{part}.experts.{i}.b": (m, 3)}
+    return params | {name: rng.normal(0, 2.5, shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def answers(params, images, head):
+    """The best class of every image, all in one batch."""
+    features = jax.jit(lambda p, x: clip_image_features(p, x, CONFIG))(params, images)
+    return np.argmax(np.asarray(features) @ head.T, axis=1)
+
+
+def test_images_that_fill_a_batch_never_reach_a_mixture():
+    """Labels are the answers in batches of 128 images with 22 left over: in other company some come out wrong."""
+    params, task = with_experts(random_params()), random_task(n=150, n_classes=60)
+    # Unlike the others, so that it matters who is in their batch.
+    rest = task.images[128:] + np.linspace(-2, 2, 4, dtype=np.float32)
+    images, filled = np.concatenate([task.images[:128], rest]), np.pad(rest, ((0, 106), (0, 0), (0, 0), (0, 0)))
+    labels = np.concatenate([answers(params, part, task.head) for part in (images[:128], rest)])
+    assert (answers(params, filled, task.head)[:22] != labels[128:]).any()
+    score = functools.partial(accuracy, params, CONFIG, images, labels, task.head)
+    assert score() == score(batch_size=128) == 1.0
+    assert score(batch_size=150) < 1.0
+    assert accuracy(params, CONFIG, rest, labels[128:], task.head, batch_size=64) == 1.0
 
 
 def test_padded_classes_never_win():

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from merging import BASE, TASKS, rule_for, update
 
 from nufilt_jax import methods
 from nufilt_jax.core.stacks import group_layers
@@ -63,15 +64,13 @@ LAYERS = [f"vision_model.encoder.layers.{i}.self_attn.q_proj.weight" for i in ra
 
 @pytest.mark.parametrize("name", methods.RULES)
 def test_giving_up_the_state_changes_no_result(name):
-    rng = np.random.default_rng(0)
-    base = {layer: rng.normal(size=(16, 16)).astype(np.float32) for layer in LAYERS}
-    tasks = [{k: x + 0.1 * rng.normal(size=x.shape).astype(np.float32) for k, x in base.items()} for _ in range(3)]
-    rule = methods.get(name)
-    kept = given_up = rule.init(base)
-    for task in tasks:
-        kept = rule.update(kept, task)
-        before, vector = given_up.delta, task_vector(base, task, given_up.delta.names)
-        given_up = rule.update(given_up, vector, donate=True)
-        assert all(x.is_deleted() for x in before.stacks if isinstance(x, jax.Array))
+    rule = rule_for(name)
+    kept = given_up = rule.init(BASE)
+    for task in TASKS:
+        kept = update(name, rule, kept, task)
+        before, vector = given_up.delta, task_vector(BASE, task, given_up.delta.names)
+        given_up = update(name, rule, given_up, vector, donate=True)
+        if name != "adamerging":  # which reads no D
+            assert all(x.is_deleted() for x in before.stacks if isinstance(x, jax.Array))
     chex.assert_trees_all_equal(dict(given_up.delta), dict(kept.delta))
     assert isinstance(kept.delta, Stacked)

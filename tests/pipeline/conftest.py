@@ -40,6 +40,22 @@ def nufilt(capfd, monkeypatch):
     return run
 
 
+@pytest.fixture
+def refused(nufilt, tmp_path):
+    """Runs a command that must be refused, and returns its lines; checks that it wrote nothing."""
+
+    def run(*argv, code=1):
+        before = build.snapshot(tmp_path)
+        result = nufilt(*argv)
+        assert (result.code, result.out) == (code, ""), result.err
+        assert build.snapshot(tmp_path) == before
+        assert result.lines and all(line.startswith("nufilt: ") for line in result.lines)
+        assert "Traceback" not in result.err
+        return [line for line in result.lines if not line.startswith("nufilt: warning: ")]
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def shared_models(tmp_path_factory):
     """A base and four fine-tuned models, for tests that only read them."""

@@ -73,7 +73,9 @@ def test_card_and_forecast(merged):
     assert all(name in card for name in ("alpha", "beta", "gamma", "nufilt", "stay as the base has them"))
     forecast = json.loads((merged / "forecast.json").read_text())
     assert [step["task"] for step in forecast["steps"]] == ["alpha", "beta", "gamma"]
-    assert set(forecast["steps"][1]["layers"]) == set(build.SELECTED)
+    layers = forecast["steps"][1]["layers"]
+    assert set(layers) == set(build.SELECTED)
+    assert all(0 < layer["captured_share"] < 1 and layer["certified"] is True for layer in layers.values())
 
 
 def test_weights_are_what_the_method_computes(merged, shared_models):

@@ -5,11 +5,13 @@ import random
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pipeline_builders as build
 import pytest
 
-from nufilt_jax.presets import CLIP_BASES, TASKS, clip_preset, shuffled
+from nufilt_jax.presets import CLIP_BASES, GLUE_TASKS, TASKS, clip_preset, flan_t5_preset, shuffled
 
+SCALED = ("task_arithmetic", "ties", "knots")
 PAPER = json.loads((Path(__file__).parents[1] / "data" / "table6_orders.json").read_text())
 COMMITS = {"main": "0123456789abcdef0123456789abcdef01234567", "v2": "89abcdef0123456789abcdef0123456789abcdef"}
 
@@ -41,7 +43,7 @@ def test_all_orders_of_the_paper(group):
         assert [name for name, _ in preset.tasks] == [TASKS[task - 1] for task in order]
         assert all(source == f"tanganke/clip-vit-base-patch16_{name}" for name, source in preset.tasks)
         assert preset.base == "openai/clip-vit-base-patch16"
-        assert preset.settings == {"task_arithmetic": {"scale": {8: 0.3, 14: 0.1, 20: 0.1}[group]}}
+        assert preset.settings == ({} if group == 8 else {name: {"scale": 0.1} for name in SCALED})
     assert [name for name, _ in clip_preset("vit-b16", group, 0).tasks] == list(TASKS[:group])
 
 
@@ -95,11 +97,75 @@ def test_preset_order_given(cached_preset, nufilt):
     assert result.json["out"].endswith("sum-vit-b32-8-given")
 
 
+@pytest.mark.parametrize("method", SCALED)
 @pytest.mark.parametrize(("group", "scale"), [("8", 0.3), ("20", 0.1)])
-def test_preset_takes_the_papers_scale(cached_preset, nufilt, group, scale):
-    argv = ("plan", "--model", "vit-b32", "--group", group, "--method", "task_arithmetic", "--offline", "--json")
-    assert nufilt(*argv).json["config"] == {"scale": scale}
-    assert nufilt(*argv, "--method-args", "scale=0.5").json["config"] == {"scale": 0.5}
+def test_preset_takes_the_papers_scale(cached_preset, nufilt, group, scale, method):
+    argv = ("plan", "--model", "vit-b32", "--group", group, "--method", method, "--offline", "--json")
+    assert nufilt(*argv).json["config"]["scale"] == scale
+    assert nufilt(*argv, "--method-args", "scale=0.5").json["config"]["scale"] == 0.5
+
+
+def t5(seed, base=None):
+    """A T5 of one block a side with a head of its own, embedding stored under one name."""
+    rng = np.random.default_rng(seed)
+    shapes = {"shared.weight": (12, 8), "lm_head.weight": (12, 8), "encoder.final_layer_norm.weight": (8,)}
+    attention = {f"SelfAttention.{part}.weight": (8, 8) for part in "qkvo"}
+    dense = {"DenseReluDense.wi_0.weight": (16, 8), "DenseReluDense.wi_1.weight": (16, 8)}
+    dense |= {"DenseReluDense.wo.weight": (8, 16)}
+    for side, n_layers in (("encoder", 2), ("decoder", 3)):
+        stem = f"{side}.block.0.layer."
+        shapes |= {f"{stem}0.{name}": shape for name, shape in attention.items()}
+        shapes |= {f"{stem}0.SelfAttention.relative_attention_bias.weight": (4, 2)}
+        shapes |= {f"{stem}{n_layers - 1}.{name}": shape for name, shape in dense.items()}
+    near = {name: 0.0 if base is None else base[name] for name in shapes}
+    scale = 1.0 if base is None else 0.05
+    return {k: np.asarray(near[k] + scale * rng.standard_normal(s), np.float32) for k, s in shapes.items()}
+
+
+T5_CONFIG = {"model_type": "t5", "tie_word_embeddings": False}
+
+
+@pytest.fixture
+def cached_t5(hub, tmp_path):
+    """The models of the Flan-T5 preset in the cache, small; gives their parameters by source."""
+    base = t5(0)
+    models = {"google/flan-t5-base": base}
+    models |= {source: t5(seed, base) for seed, (_, source) in enumerate(flan_t5_preset(None, None).tasks, 1)}
+    for number, (source, params) in enumerate(models.items()):
+        hub(source, build.write(tmp_path / f"model{number}", params, **T5_CONFIG))
+    return models
+
+
+def test_flan_t5_merges_the_selected_layers_in_the_papers_order(cached_t5, tmp_path, nufilt):
+    ranks = build.RANKS
+    result = nufilt("merge", "--model", "flan-t5-base", "--offline", "--out", tmp_path / "out", "--json", *ranks)
+    assert result.code == 0, result.err
+    assert [task["name"] for task in result.json["tasks"]] == list(GLUE_TASKS)
+    assert result.json["tasks"][0]["source"] == "tanganke/flan-t5-base_glue-cola"
+    merged, base = build.weights(tmp_path / "out"), cached_t5["google/flan-t5-base"]
+    moved = {name for name in base if not np.array_equal(merged[name], base[name])}
+    assert merged.keys() == base.keys()
+    assert moved == {name for name in base if ".layer." in name and "relative" not in name}
+
+
+def test_flan_t5_is_planned_under_a_name_that_says_how(cached_t5, nufilt):
+    argv = ("plan", "--model", "flan-t5-base", "--offline", "--json")
+    assert nufilt(*argv).json["out"].endswith("nufilt-flan-t5-base")
+    assert (
+        nufilt(*argv, "--order", "2", "--preset-table", "2").json["out"].endswith("nufilt-flan-t5-base-table2-order2")
+    )
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "opcm"])
+def test_table_2_has_settings_of_its_own(cached_t5, tmp_path, nufilt, method):
+    argv = ("merge", "--model", "flan-t5-base", "--offline", "--method", method)
+    usual, table = tmp_path / "usual", tmp_path / "table"
+    assert nufilt(*argv, "--out", usual).code == nufilt(*argv, "--preset-table", "2", "--out", table).code == 0
+    assert build.weight_bytes(usual) != build.weight_bytes(table)
+    base, last = cached_t5["google/flan-t5-base"], cached_t5["tanganke/flan-t5-base_glue-stsb"]
+    if method == "task_arithmetic":  # Table 2's row is the base plus 0.3 of the last task
+        for name, x in build.weights(table).items():
+            np.testing.assert_allclose(x, base[name] + 0.3 * (last[name] - base[name]), atol=1e-6)
 
 
 def test_explicit_tasks_are_shuffled_as_the_paper_does(shared_models, nufilt, command):

@@ -10,22 +10,6 @@ import pytest
 LINE = re.compile(r"^nufilt: [^:]+: .+$")
 
 
-@pytest.fixture
-def refused(nufilt, tmp_path):
-    """Runs a command that must be refused, and returns its lines; checks that it wrote nothing."""
-
-    def run(*argv, code=1):
-        before = build.snapshot(tmp_path)
-        result = nufilt(*argv)
-        assert (result.code, result.out) == (code, ""), result.err
-        assert build.snapshot(tmp_path) == before
-        assert result.lines and all(line.startswith("nufilt: ") for line in result.lines)
-        assert "Traceback" not in result.err
-        return [line for line in result.lines if not line.startswith("nufilt: warning: ")]
-
-    return run
-
-
 def replace(folder, tensors):
     """Other tensors in a model folder."""
     shutil.rmtree(folder)
@@ -128,9 +112,6 @@ BAD_VALUES = {
     "devices": (("--devices", "0"), "--devices: must be at least 1, got 0"),
     "more devices": (("--devices", "2"), "--devices: more than one device is not available yet"),
     "memory": (("--max-memory", "8GB"), "--max-memory: is not available yet"),
-} | {
-    name: (("--method", name), f"--method: {name} is not available yet (choose from nufilt,")
-    for name in ("ties", "magmax", "wudi", "iso_c", "knots", "tsv_m", "opcm", "adamerging", "wemoe")
 }
 
 
@@ -149,10 +130,13 @@ def test_refused_value(shared_models, tmp_path, refused, case):
     ("options", "expected"),
     [
         (("--model", "vit-b33"), "--model: unknown model 'vit-b33'"),
-        (("--model", "flan-t5-base"), "--model: flan-t5-base is not ready yet"),
+        (("--model", "llava-1.5-7b"), "--model: llava-1.5-7b is not ready yet"),
+        (("--model", "flan-t5-base", "--group", "8"), "--group: flan-t5-base has one group of tasks only"),
+        (("--model", "flan-t5-base", "--preset-table", "3"), "--preset-table: must be 2, got 3"),
+        (("--model", "vit-b32", "--preset-table", "2"), "--preset-table: belongs to --model flan-t5-base"),
         (("--model", "vit-b32", "--group", "9"), "--group: 9 is no task group"),
         (("--model", "vit-b32", "--order", "11"), "--order: the paper has orders 1 to 10, got 11"),
-        (("--model", "tiny", "--group", "8"), "--group: the built-in model has one group only"),
+        (("--model", "tiny", "--group", "8"), "--group: tiny has one group of tasks only"),
     ],
 )
 def test_refused_preset(refused, tmp_path, monkeypatch, options, expected):
@@ -233,6 +217,7 @@ def test_impossible_output_folder(models, refused, command, out):
         ("merge", "--base", "x", "--task", "a=b", "--out", "o", "--filter-rank", "abc"),
         ("merge", "--base", "x", "--task", "a=b", "--out", "o", "--filter-rank", "1.5"),
         ("merge", "--base", "x", "--task", "a=b", "--out", "o", "--group", "8"),
+        ("merge", "--base", "x", "--task", "a=b", "--out", "o", "--preset-table", "2"),
         ("merge", "--model", "tiny", "--base", "x"),
         ("merge", "--model", "tiny", "--task", "a=x"),
         ("merge", "--add", "x", "--out", "y"),

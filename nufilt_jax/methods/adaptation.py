@@ -1,0 +1,119 @@
+"""Test-time adaptation: a few numbers of a model, trained on unlabelled examples by the entropy of its predictions.
+
+Source: Yang et al., arXiv:2310.02575, §3.2; batches and the 1e-8 inside the logarithm are the authors' program's.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Float
+
+from nufilt_jax.config import AdaMergingConfig, Entropy, WemoeConfig
+from nufilt_jax.errors import ConfigError, Problem, SolveError
+from nufilt_jax.methods.data import Batch, Forward, TaskData
+from nufilt_jax.methods.selection import is_float
+from nufilt_jax.methods.stacked import Array, Params
+from nufilt_jax.methods.state import Context, LayerReport
+
+WHOLE_MODEL = "model"  # under this name stands the report of a rule that trains all layers at once
+
+_AHEAD = 4  # steps under way at a time, each with its batch on the device
+
+# From the numbers that are trained and those that are not to all parameters by canonical name.
+Build = Callable[[Any, Any], Params]
+
+
+def model_params(base: Params) -> dict[str, jax.Array]:
+    """θ0 without its integer buffers, on the device and in float32."""
+    return {name: jnp.asarray(x, jnp.float32) for name, x in base.items() if is_float(x.dtype)}
+
+
+def entropy(logits: Float[Array, "examples classes"], kind: Entropy) -> Float[Array, ""]:
+    """How undecided a model is.
+
+    Args:
+      logits: of a batch; −∞ for what is no class.
+      kind: `of_each` is the mean over the examples of −Σ_k p_k log(p_k + 1e-8), `of_mean` that of the mean logits.
+    """
+    if kind == "of_mean":
+        logits = jnp.mean(logits, axis=0, keepdims=True)
+    p = jax.nn.softmax(logits, axis=-1)
+    return -jnp.mean(jnp.sum(p * jnp.log(p + 1e-8), axis=-1))
+
+
+def adapt(build: Build, variables: Any, frozen: Any, context: Context, description: str) -> tuple[Any, LayerReport]:
+    """Trains `variables` by Adam for the config's steps, one batch each.
+
+    Args:
+      build: gives the model's parameters. A function of a module, so that its program is compiled once.
+      variables: what is trained; left as it is.
+      frozen: what is not.
+      context: its data must hold a batch for every step.
+      description: of the variables, for the progress.
+
+    Returns:
+      The variables after the last step, and the loss before every step.
+
+    Raises:
+      ConfigError: there are too few batches.
+      SolveError: the result is not finite.
+    """
+    config = cast(AdaMergingConfig | WemoeConfig, context.config)
+    data = cast(TaskData, context.data)
+    moments = optax.adam(config.learning_rate).init(variables)
+    losses: list[jax.Array] = []
+    for batch in _on_device(data, config.steps):
+        variables, moments, loss = _step(
+            variables,
+            moments,
+            frozen,
+            batch,
+            build=build,
+            forward=data.forward,
+            learning_rate=config.learning_rate,
+            kind=config.entropy,
+        )
+        losses.append(loss)
+        losses[-_AHEAD:][0].block_until_ready()
+    report = LayerReport(np.array(jax.device_get(losses), np.float32))
+    if not all(np.isfinite(x).all() for x in (report.losses, *jax.device_get(jax.tree.leaves(variables)))):
+        raise SolveError(Problem("data", "the entropy of the model's predictions is not finite", "lower learning_rate"))
+    if context.on_stack is not None:
+        context.on_stack(description, report._replace(losses=report.losses[None]))
+    return variables, report
+
+
+def _on_device(data: TaskData, steps: int) -> Iterator[Batch]:
+    """A batch per step, sent to the device while the step before it runs."""
+    for step in range(steps):
+        batch = next(data.batches, None)
+        if batch is None:
+            raise ConfigError(Problem("data", f"there are {step} batches for {steps} steps", "give one for every step"))
+        yield jax.device_put(batch)
+
+
+@functools.partial(jax.jit, static_argnames=("build", "forward", "learning_rate", "kind"))
+def _step(
+    variables: Any,
+    moments: optax.OptState,
+    frozen: Any,
+    batch: Batch,
+    *,
+    build: Build,
+    forward: Forward,
+    learning_rate: float,
+    kind: Entropy,
+) -> tuple[Any, optax.OptState, Float[Array, ""]]:
+    """One step of Adam (β .9/.999, ε 1e-8, no decay), and the loss before it."""
+
+    def loss_of(variables: Any) -> Array:
+        return entropy(jnp.asarray(forward(build(variables, frozen), batch)), kind)
+
+    loss, gradients = jax.value_and_grad(loss_of)(variables)
+    updates, moments = optax.adam(learning_rate).update(gradients, moments)
+    return optax.apply_updates(variables, updates), moments, loss

@@ -1,0 +1,46 @@
+"""Iso-C, isotropic merging, one task vector at a time: Marczak et al., arXiv:2502.04959.
+
+Settings and the continual form are those of the authors of arXiv:2509.21413v2, whose paper gives no formula.
+"""
+
+from typing import cast
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from nufilt_jax.config import IsoCConfig
+from nufilt_jax.core.linalg import matmul, thin_svd
+from nufilt_jax.methods.elementwise import blend
+from nufilt_jax.methods.matrices import matrices_or_mean
+from nufilt_jax.methods.selection import every_tensor
+from nufilt_jax.methods.stacked import TaskVector
+from nufilt_jax.methods.state import Advance, Context, MergeState, Rule
+
+
+def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
+    """θ0 + λ τ_1 as it is; then θ0 + λ Iso(D + τ) for matrices, θ0 + λ (D + τ)/2 for all other tensors."""
+    config = cast(IsoCConfig, context.config)
+    if state.step == 0:
+        return Advance(blend(state.delta, task, keep=0.0, gain=config.scale))
+    return Advance(matrices_or_mean(_isotropic, state.delta, task, scale=config.scale, config=config))
+
+
+def _isotropic(d: Float[Array, "m n"], t: Float[Array, "m n"], *, config: IsoCConfig) -> Float[Array, "m n"]:
+    """λ σ̄ U Vᵀ of C = D + τ, σ̄ the mean of all min(m, n) singular values.
+
+    Zero for C = 0. The directions that a rank-deficient C does not use get σ̄ too, and there U and V are arbitrary.
+    """
+    u, s, vt = thin_svd(d + t)
+    return config.scale * jnp.mean(s) * matmul(u, vt)
+
+
+RULE = Rule(
+    name="iso_c",
+    config=IsoCConfig,
+    advance=advance,
+    scope=every_tensor,
+    update="θ0 + λ s U Vᵀ: all singular values of D + τ set to their mean s; vectors: λ (D + τ)/2",
+    touches="every tensor",
+    cost="1 thin SVD",
+    source="Marczak et al., arXiv:2502.04959",
+)

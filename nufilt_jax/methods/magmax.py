@@ -1,0 +1,66 @@
+"""MagMax-Ind: Marczak et al., arXiv:2407.06322, one task vector at a time."""
+
+import functools
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from nufilt_jax.config import MagmaxConfig
+from nufilt_jax.methods.elementwise import blend
+from nufilt_jax.methods.selection import every_tensor
+from nufilt_jax.methods.stacked import Stacked, TaskVector
+from nufilt_jax.methods.state import Advance, Context, MergeState, Rule
+
+Stacks = tuple[Float[Array, "..."], ...]
+
+
+def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
+    """θ^m_t = θ0 + λ M_t, M the entries of largest magnitude of all tasks; of equal ones the newest.
+
+    Nothing is remembered: D is λ M, and λ τ is compared with that, so that M is never found by a division. In the
+    `text` variant θ^m_t = θ^m_{t−1} + λ M_t (Appendix B.3 of arXiv:2509.21413v2), and M_t is kept in `extra`, stack by
+    stack; M_1 = τ_1.
+    """
+    config = cast(MagmaxConfig, context.config)
+    scale, names = jnp.float32(config.scale), task.names
+    if config.variant == "code":
+        return Advance(Stacked(_replace(state.delta.stacks, task.stacks, scale), names))
+    keys = [f"largest {index}" for index in range(len(names))]
+    if state.step == 0:
+        delta, largest = blend(state.delta, task, keep=0.0, gain=config.scale).stacks, task.stacks
+    else:
+        largest = tuple(state.extra[key] for key in keys)
+        delta, largest = _accumulate(state.delta.stacks, largest, task.stacks, scale)
+    return Advance(Stacked(delta, names), extra=dict(zip(keys, largest, strict=True)))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _replace(delta: Stacks, task: Stacks, scale: Float[Array, ""]) -> Stacks:
+    """λ M_t from λ M_{t−1}, whose memory it takes."""
+    return tuple(_larger(d, scale * t) for d, t in zip(delta, task, strict=True))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _accumulate(delta: Stacks, largest: Stacks, task: Stacks, scale: Float[Array, ""]) -> tuple[Stacks, Stacks]:
+    """D + λ M_t and M_t; takes the memory of D."""
+    largest = tuple(_larger(m, t) for m, t in zip(largest, task, strict=True))
+    return tuple(d + scale * m for d, m in zip(delta, largest, strict=True)), largest
+
+
+def _larger(old: Array, new: Array) -> Array:
+    """Element by element the one of larger magnitude; the new one if both are alike."""
+    return jnp.where(jnp.abs(new) >= jnp.abs(old), new, old)
+
+
+RULE = Rule(
+    name="magmax",
+    config=MagmaxConfig,
+    advance=advance,
+    scope=every_tensor,
+    update="θ0 + λ M: M are the entries of largest magnitude of all tasks",
+    touches="every tensor",
+    cost="O(mn)",
+    source="Marczak et al., arXiv:2407.06322",
+)

@@ -1,0 +1,128 @@
+"""OPCM, continual merging by orthogonal projection: Tang et al., arXiv:2501.09522, as the authors' program does it.
+
+λ_t = N/a keeps ‖D_t‖ at the mean a of the task vectors' norms, both of the whole model; to undo the rescaling at the
+next step, λ and the sum of the norms stay in the state.
+"""
+
+import functools
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from nufilt_jax.config import OpcmConfig
+from nufilt_jax.core.linalg import matmul, thin_svd
+from nufilt_jax.methods.elementwise import blend
+from nufilt_jax.methods.matrices import each_layer, require_finite
+from nufilt_jax.methods.selection import every_tensor, linear_layers
+from nufilt_jax.methods.stacked import Stacked, TaskVector
+from nufilt_jax.methods.state import Advance, Context, MergeState, Rule
+
+Stacks = tuple[jax.Array | np.ndarray, ...]
+
+
+def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
+    """θ^m_1 = θ_1; then θ^m_t = θ0 + (λ_{t−1} D + P(τ)) / λ_t."""
+    config = cast(OpcmConfig, context.config)
+    copies = tuple(_copies(members, config) for members in task.names)
+    norm = _norm(task.stacks, copies)
+    if state.step == 0:
+        return Advance(blend(state.delta, task, keep=0.0, gain=1.0), extra={"scale": jnp.float32(1), "norms": norm})
+    sums = []
+    for members, d, t in zip(task.names, state.delta.stacks, task.stacks, strict=True):
+        scales = jnp.repeat(jnp.asarray(state.extra["scale"])[None], len(members))
+        skipped = np.array([config.skip_class_embedding and name.endswith("class_embedding") for name in members])
+        linear = np.array([linear_layers(name, t.shape[1:]) for name in members])
+        if linear.any():
+            sums.append(each_layer(_add_projected, d, t, scales, skipped, linear, config=config))
+        else:
+            sums.append(each_layer(_add, d, t, scales, skipped, config=config))
+    require_finite(Stacked(tuple(sums), task.names))  # before one layer's NaN is in the norm of all
+    norms = jnp.asarray(state.extra["norms"]) + norm
+    stacks, scale = _rescale(tuple(sums), copies, norms / jnp.float32(state.step + 1))
+    return Advance(Stacked(stacks, task.names), extra={"scale": scale, "norms": norms})
+
+
+def _copies(members: tuple[str, ...], config: OpcmConfig) -> Float[np.ndarray, " layers"]:
+    """How often each tensor counts in the norms."""
+    return np.array([config.embedding_copies if name == "shared.weight" else 1 for name in members], np.float32)
+
+
+def _add(
+    d: Float[Array, "*shape"],
+    t: Float[Array, "*shape"],
+    scale: Float[Array, ""],
+    skipped: Bool[Array, ""],
+    *,
+    config: OpcmConfig,
+) -> Float[Array, "*shape"]:
+    """λ D + τ; D alone for the tensor that the authors' program passes over."""
+    return jnp.where(skipped, d, scale * d + t)
+
+
+def _add_projected(
+    d: Float[Array, "m n"],
+    t: Float[Array, "m n"],
+    scale: Float[Array, ""],
+    skipped: Bool[Array, ""],
+    linear: Bool[Array, ""],
+    *,
+    config: OpcmConfig,
+) -> Float[Array, "m n"]:
+    """λ D + P(τ), with P the identity for an embedding among the linear weights of its shape."""
+    return _add(d, jnp.where(linear, _projected(d, t, config), t), scale, skipped, config=config)
+
+
+def _projected(d: Float[Array, "m n"], t: Float[Array, "m n"], config: OpcmConfig) -> Float[Array, "m n"]:
+    """P(τ) = τ − U_ρ U_ρᵀ τ V_ρ V_ρᵀ for D = U diag(σ) Vᵀ, ρ the last k with Σ_{i≤k} σ_i ≤ α Σ σ.
+
+    The cut is documented as ρ + 1; the authors' program takes ρ, and of the diagonal of Uᵀ τ V, which it means to
+    remove whole, only the part in the block. τ itself for D = 0.
+    """
+    u, s, vt = thin_svd(d)
+    mass = jnp.cumsum(s)
+    leading = (mass <= config.alpha * mass[-1]) & (s > 0)
+    removed = leading[:, None] & leading[None]
+    if config.mask_diagonal:
+        used = s > s[0] * max(d.shape) * jnp.finfo(d.dtype).eps  # null vectors are the SVD's own choice
+        removed |= jnp.diag(used)
+    core = jnp.where(removed, matmul(matmul(u.T, t), vt.T), 0)
+    return t - matmul(matmul(u, core), vt)
+
+
+def _squared(stacks: Stacks, copies: Stacks) -> Float[Array, ""]:
+    """The model's squared norm, tensor by tensor."""
+    return sum(
+        (
+            jnp.sum(c * jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim))))
+            for x, c in zip(stacks, copies, strict=True)
+        ),
+        start=jnp.float32(0),
+    )
+
+
+@jax.jit
+def _norm(stacks: Stacks, copies: Stacks) -> Float[Array, ""]:
+    return jnp.sqrt(_squared(stacks, copies))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _rescale(stacks: Stacks, copies: Stacks, mean: Float[Array, ""]) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """The model brought to norm `mean`, and the divisor λ; 1 for a zero model, which stays zero."""
+    norm = _norm(stacks, copies)
+    scale = jnp.where(norm > 0, norm / mean, 1)
+    return tuple(jnp.divide(x, scale) for x in stacks), scale
+
+
+RULE = Rule(
+    name="opcm",
+    config=OpcmConfig,
+    advance=advance,
+    scope=every_tensor,
+    update="θ0 + (λ' D + P(τ)) / λ: P removes D's leading block, λ keeps the norm at the tasks' mean",
+    touches="every tensor",
+    cost="1 thin SVD",
+    source="Tang et al., arXiv:2501.09522",
+)

@@ -1,0 +1,118 @@
+"""WUDI-Merging, one task vector at a time: Cheng et al., arXiv:2503.08099.
+
+A linear layer's task vector X stands in for the inputs it was trained on. The merged M should differ from every X,
+here D and τ, as little as possible on X's own inputs:
+
+    L(M) = Σ_X ‖(M − X) Xᵀ‖² / ‖X‖².
+
+A few Adam steps start at D + τ. For M = D + τ + E and G_X = XᵀX / ‖X‖²,
+
+    L = c + ⟨E, E H + 2R⟩,   ∇L = 2 (E H + R),
+    H = G_D + G_τ,   R = τ G_D + D G_τ,   c = ⟨τ, τ G_D⟩ + ⟨D, D G_τ⟩.
+
+E is small beside D and τ, so nothing large cancels here, as it does in ∇L = 2 (M H − D G_D − τ G_τ).
+"""
+
+from typing import NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float
+
+from nufilt_jax.config import WudiConfig
+from nufilt_jax.core.grams import Gram, GramFactor, GramMatrix
+from nufilt_jax.core.linalg import gram
+from nufilt_jax.methods.elementwise import blend
+from nufilt_jax.methods.matrices import each_layer, is_matrix, require_finite, split
+from nufilt_jax.methods.selection import every_tensor, linear_layers
+from nufilt_jax.methods.stacked import Stacked, TaskVector
+from nufilt_jax.methods.state import Advance, Context, LayerReport, MergeState, Rule
+
+
+def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
+    """θ^m_1 = θ_1; then θ0 + M for the matrices that `variant` names, θ0 + (D + τ)/2 for all other tensors."""
+    config = cast(WudiConfig, context.config)
+    if state.step == 0:
+        return Advance(blend(state.delta, task, keep=0.0, gain=1.0))
+    is_solved = is_matrix if config.variant == "code" else linear_layers
+    matrices, others = split(state.delta, is_solved)
+    merged = blend(state.delta.only(others), task.only(others), keep=0.5, gain=0.5)
+    report: dict[str, LayerReport] = {}
+    for members in matrices:
+        (d,), (t,) = state.delta.only((members,)).stacks, task.only((members,)).stacks
+        shape = t.shape[1:]
+        solved = np.array([is_solved(name, shape) for name in members])
+        part, losses = each_layer(_layer, d, t, solved, config=config)
+        merged += Stacked((part,), (members,))
+        whole = LayerReport(jax.device_get(losses)[solved])
+        names = [name for name in members if is_solved(name, shape)]
+        report |= {name: LayerReport(row) for name, row in zip(names, whole.losses, strict=True)}
+        if context.on_stack is not None:
+            context.on_stack(f"{len(names)} matrices of {shape[0]} x {shape[1]}", whole)
+    require_finite(merged, "lower --learning-rate")
+    return Advance(merged, report)
+
+
+class _Quadratic(NamedTuple):
+    """One layer's loss as a function of Eᵀ; the names are those above."""
+
+    h: Gram
+    r: Float[Array, "n m"]
+    c: Float[Array, ""]
+
+    def loss_and_gradient(self, e: Float[Array, "n m"]) -> tuple[Float[Array, ""], Float[Array, "n m"]]:
+        half = self.h.times(e) + self.r
+        return self.c + jnp.sum(e * (half + self.r)), 2 * half
+
+
+def _layer(
+    d: Float[Array, "m n"], t: Float[Array, "m n"], solved: Bool[Array, ""], *, config: WudiConfig
+) -> tuple[Float[Array, "m n"], Float[Array, " steps_and_one"]]:
+    """M and the loss before every step and after the last; the mean of D and τ for a tensor that is not `solved`."""
+    problem = _quadratic(d, t)
+    optimizer = optax.adam(config.learning_rate)
+
+    def step(carry: tuple, _: None) -> tuple[tuple, Float[Array, ""]]:
+        e, moments = carry
+        loss, gradient = problem.loss_and_gradient(e)
+        update, moments = optimizer.update(gradient, moments)
+        return (e + cast(Array, update), moments), loss
+
+    start = jnp.zeros_like(problem.r)
+    (e, _), losses = jax.lax.scan(step, (start, optimizer.init(start)), length=config.steps)
+    last, _ = problem.loss_and_gradient(e)
+    return jnp.where(solved, d + t + e.T, (d + t) / 2), jnp.append(losses, last)
+
+
+def _quadratic(d: Float[Array, "m n"], t: Float[Array, "m n"]) -> _Quadratic:
+    """Gram matrices are n × n at most: of tall matrices never m × m, of very wide ones never formed at all."""
+    m, n = d.shape
+    unit_d, unit_t = _unit(d), _unit(t)
+    if 4 * m < n:  # two products with the 2m rows of both factors are then cheaper than one with H
+        g_d, g_t = GramFactor(unit_d), GramFactor(unit_t)
+        h = GramFactor(jnp.concatenate([unit_d, unit_t]))
+    else:
+        g_d, g_t = GramMatrix(gram(unit_d)), GramMatrix(gram(unit_t))
+        h = GramMatrix(g_d.matrix + g_t.matrix)
+    on_d, on_t = g_d.times(t.T), g_t.times(d.T)
+    return _Quadratic(h, on_d + on_t, jnp.sum(t.T * on_d) + jnp.sum(d.T * on_t))
+
+
+def _unit(x: Float[Array, "m n"]) -> Float[Array, "m n"]:
+    """X / ‖X‖; zero if X is, which drops its term: 0/0 in the authors' program."""
+    norm = jnp.linalg.norm(x)
+    return x / jnp.where(norm > 0, norm, 1)
+
+
+RULE = Rule(
+    name="wudi",
+    config=WudiConfig,
+    advance=advance,
+    scope=every_tensor,
+    update="θ0 + M: from D + τ, by Adam, to the least interference with D and τ; vectors: (D + τ)/2",
+    touches="every tensor",
+    cost="2 Gram matrices, then O(mn²) per Adam step",
+    source="Cheng et al., arXiv:2503.08099",
+)
