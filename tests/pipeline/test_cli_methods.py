@@ -2,12 +2,15 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pipeline_builders as build
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from nufilt_jax.checkpoints import load
 from nufilt_jax.methods import RULES
+from nufilt_jax.models import parse_t5_config, t5_logits, t5_shapes
 
 DATA_FREE = [name for name, rule in RULES.items() if not rule.needs_data]
 LEARNING = [name for name, rule in RULES.items() if rule.needs_data]
@@ -116,3 +119,52 @@ def test_methods_that_learn_merge_the_built_in_models(method, tmp_path, nufilt, 
         names = load_file(beside).keys()
         assert sum(name.endswith("gate.weight") for name in names) == 2
         assert "added_parameters.safetensors" in (folder / "README.md").read_text()
+
+
+T5 = {
+    "model_type": "t5",
+    "vocab_size": 11,
+    "d_model": 8,
+    "d_kv": 4,
+    "d_ff": 12,
+    "num_layers": 1,
+    "num_decoder_layers": 1,
+    "num_heads": 2,
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture
+def t5_models(tmp_path):
+    """A T5, two models near it, and examples of their tasks."""
+    shapes = t5_shapes(parse_t5_config(T5))
+    rng = np.random.default_rng(0)
+    base = {name: rng.normal(0, 0.5, shape).astype(np.float32) for name, shape in shapes.items()}
+    build.write(tmp_path / "base", base, **T5)
+    (tmp_path / "data").mkdir()
+    for seed, name in enumerate(("alpha", "beta"), 1):
+        build.write(tmp_path / name, build.fine_tuned(base, seed), **T5)
+        texts = {"input_ids": rng.integers(2, 11, (20, 6)), "attention_mask": np.ones((20, 6), np.int64)}
+        save_file(texts, tmp_path / "data" / f"{name}.safetensors")
+    return tmp_path
+
+
+@pytest.mark.parametrize("method", LEARNING)
+def test_methods_that_learn_merge_t5(method, t5_models, nufilt):
+    argv = (*arguments(t5_models, method, "alpha", "beta"), "--data", t5_models / "data")
+    result = nufilt("merge", *argv, "--method-args", "steps=2", "batch_size=4", "--out", t5_models / "out", "--json")
+    assert result.code == 0, result.err
+    assert all(len(step["losses"]) == 2 for step in result.json["steps"])
+    tokens, start = jnp.full((2, 6), 5), jnp.zeros((2, 1), jnp.int32)
+    folders = (t5_models / name for name in ("out", "base"))
+    merged, base = (t5_logits(load(str(folder)), tokens, jnp.ones_like(tokens), start, T5) for folder in folders)
+    assert np.isfinite(merged).all() and not np.allclose(merged, base, atol=1e-3)
+
+
+def test_texts_that_do_not_fit_are_refused(t5_models, refused):
+    save_file({"input_ids": np.zeros((3, 6, 1), np.int64)}, t5_models / "data" / "beta.safetensors")
+    argv = (*arguments(t5_models, "adamerging", "alpha", "beta"), "--data", t5_models / "data")
+    lines = refused("merge", *argv, "--out", t5_models / "out")
+    assert "input_ids: has shape [3, 6, 1], and should be [n, tokens]" in lines[0]
+    assert "attention_mask: is missing, and should be [n, tokens]" in lines[1]

@@ -168,6 +168,20 @@ def test_table_2_has_settings_of_its_own(cached_t5, tmp_path, nufilt, method):
             np.testing.assert_allclose(x, base[name] + 0.3 * (last[name] - base[name]), atol=1e-6)
 
 
+def test_an_embedding_stored_three_times_stays_one(tmp_path, nufilt):
+    names = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+    base, task = t5(0), t5(1, t5(0))
+    folder = build.write(tmp_path / "base", base | {name: base["shared.weight"] for name in names}, **T5_CONFIG)
+    build.write(tmp_path / "task", task, **T5_CONFIG)
+    argv = ("--base", folder, "--task", f"one={tmp_path / 'task'}", "--out", tmp_path / "out")
+    assert nufilt("merge", *argv, "--method", "task_arithmetic").code == 0
+    merged = build.weights(tmp_path / "out")
+    wanted = base["shared.weight"] + np.float32(0.3) * (task["shared.weight"] - base["shared.weight"])
+    for name in names:
+        np.testing.assert_allclose(merged[name], wanted, atol=1e-6)
+    assert not np.allclose(merged["lm_head.weight"], merged["shared.weight"])
+
+
 def test_explicit_tasks_are_shuffled_as_the_paper_does(shared_models, nufilt, command):
     expected = list(build.TASKS)
     random.Random(41 + 12).shuffle(expected)
