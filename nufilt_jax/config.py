@@ -278,48 +278,47 @@ class OpcmConfig(MethodConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdaMergingConfig(MethodConfig):
-    """Layer-wise AdaMerging: one coefficient per tensor, trained on unlabelled examples.
+class LearningConfig(MethodConfig):
+    """What the methods share that learn from unlabelled examples (Table 9).
 
     Attributes:
-      init: start of every coefficient (Table 9).
-      learning_rate: Adam's; constant (Table 9); 1e-3 for Flan-T5 in the authors' settings.
-      steps: Adam steps (Table 9); 100 for Flan-T5.
+      learning_rate: Adam's; constant; 1e-3 for Flan-T5 in the authors' settings.
+      steps: Adam steps; 100 for Flan-T5.
       batch_size: examples per step; 8 for Flan-T5.
       examples_per_class: size of the seed set.
-      variant: `code` starts from the backbone with the newest task alone; `text` adds to what is merged (§3.2).
       entropy: of each example's prediction, or of the batch's mean logits, as the authors' program for Flan-T5 does.
     """
 
-    init: float = 0.3
     learning_rate: float = number(1e-4, above=0)
     steps: int = 50
     batch_size: int = number(16, at_least=1)
     examples_per_class: int = number(5, at_least=1)
-    variant: Variant = "code"
     entropy: Entropy = "of_each"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class WemoeConfig(MethodConfig):
+class AdaMergingConfig(LearningConfig):
+    """Layer-wise AdaMerging: one coefficient per tensor, trained on unlabelled examples.
+
+    Attributes:
+      init: start of every coefficient (Table 9).
+      variant: `code` starts from the backbone with the newest task alone; `text` adds to what is merged (§3.2).
+    """
+
+    init: float = 0.3
+    variant: Variant = "code"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WemoeConfig(LearningConfig):
     """LoRA-WEMoE: attention by task arithmetic, feed-forward weights as gated low-rank experts.
 
     Attributes:
       scale: factor on the attention's task vectors, and start of the gates (Table 9).
-      learning_rate: Adam's; constant (Table 9); 1e-3 for Flan-T5 in the authors' settings.
-      steps: Adam steps on the gates (Table 9); 100 for Flan-T5.
-      batch_size: examples per step; 8 for Flan-T5.
-      examples_per_class: size of the seed set.
       first_rank: r_l of the first task's experts (Table 9).
       later_rank: of all later ones. Table 9 says 64; the authors' program takes 16, and Table 5 counts so.
-      entropy: as in `AdaMergingConfig`.
     """
 
     scale: float = 0.3
-    learning_rate: float = number(1e-4, above=0)
-    steps: int = 50
-    batch_size: int = number(16, at_least=1)
-    examples_per_class: int = number(5, at_least=1)
     first_rank: int = 64
     later_rank: int = 16
-    entropy: Entropy = "of_each"

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jaxtyping import Float
 
-from nufilt_jax.config import AdaMergingConfig, Entropy, WemoeConfig
+from nufilt_jax.config import Entropy, LearningConfig
 from nufilt_jax.errors import ConfigError, Problem, SolveError
 from nufilt_jax.methods.data import Batch, Forward, TaskData
 from nufilt_jax.methods.selection import is_float
@@ -63,7 +63,7 @@ def adapt(build: Build, variables: Any, frozen: Any, context: Context, descripti
       ConfigError: there are too few batches.
       SolveError: the result is not finite.
     """
-    config = cast(AdaMergingConfig | WemoeConfig, context.config)
+    config = cast(LearningConfig, context.config)
     data = cast(TaskData, context.data)
     moments = optax.adam(config.learning_rate).init(variables)
     losses: list[jax.Array] = []

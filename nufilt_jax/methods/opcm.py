@@ -16,7 +16,7 @@ from nufilt_jax.config import OpcmConfig
 from nufilt_jax.core.linalg import matmul, thin_svd
 from nufilt_jax.methods.elementwise import blend
 from nufilt_jax.methods.matrices import each_layer, require_finite
-from nufilt_jax.methods.selection import every_tensor, linear_layers
+from nufilt_jax.methods.selection import T5_EMBEDDING, every_tensor, linear_layers
 from nufilt_jax.methods.stacked import Stacked, TaskVector
 from nufilt_jax.methods.state import Advance, Context, MergeState, Rule
 
@@ -47,7 +47,7 @@ def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
 
 def _copies(members: tuple[str, ...], config: OpcmConfig) -> Float[np.ndarray, " layers"]:
     """How often each tensor counts in the norms."""
-    return np.array([config.embedding_copies if name == "shared.weight" else 1 for name in members], np.float32)
+    return np.array([config.embedding_copies if name == T5_EMBEDDING else 1 for name in members], np.float32)
 
 
 def _add(

@@ -19,6 +19,7 @@ DEFAULT_LAYERS = (
     r"(language_model\.)?model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight",
 )
 CLIP_VISION = "vision_model."
+T5_EMBEDDING = "shared.weight"  # stands for its copies in encoder and decoder too
 
 # Matrices that are looked up and not multiplied with: embeddings, and T5's tables of relative positions.
 _LOOKUP = re.compile(

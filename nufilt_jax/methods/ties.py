@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, UInt32
 
 from nufilt_jax.config import TiesConfig
 from nufilt_jax.core.order import Stacks, Weights, count, is_less, kth_smallest_magnitude, magnitude_bits
-from nufilt_jax.methods.selection import every_tensor
+from nufilt_jax.methods.selection import T5_EMBEDDING, every_tensor
 from nufilt_jax.methods.stacked import Stacked, TaskVector
 from nufilt_jax.methods.state import Advance, Context, MergeState, Rule
 
@@ -43,7 +43,7 @@ def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
 
 
 def _copies(name: str, config: TiesConfig) -> int:
-    return config.embedding_copies if name == "shared.weight" else 1
+    return config.embedding_copies if name == T5_EMBEDDING else 1
 
 
 @functools.partial(jax.jit, static_argnames=("k", "weights"), donate_argnums=0)

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from nufilt_jax.checkpoints import Checkpoint
 from nufilt_jax.checkpoints.safetensors_files import Entry, read_header
-from nufilt_jax.config import AdaMergingConfig, WemoeConfig, problem
+from nufilt_jax.config import LearningConfig, problem
 from nufilt_jax.errors import NotYetError, Problem
 from nufilt_jax.evaluation import Task
 from nufilt_jax.evaluation.seeds import clip_task_data, t5_task_data
@@ -87,7 +87,7 @@ def _image_faults(path: str, entries: Mapping[str, Entry], base: Checkpoint) -> 
         yield Problem(path, what, "", "labels")
 
 
-def load_examples(path: Path, base: Mapping[str, Any], config: AdaMergingConfig | WemoeConfig, seed: int) -> TaskData:
+def load_examples(path: Path, base: Mapping[str, Any], config: LearningConfig, seed: int) -> TaskData:
     """The batches that a method takes from one file, drawn by `seed`.
 
     Args:

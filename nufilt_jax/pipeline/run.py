@@ -16,7 +16,7 @@ import numpy as np
 from nufilt_jax import methods
 from nufilt_jax.checkpoints import Checkpoint, write_added, write_checkpoint
 from nufilt_jax.checkpoints.place import OutputPlace
-from nufilt_jax.config import AdaMergingConfig, WemoeConfig
+from nufilt_jax.config import LearningConfig
 from nufilt_jax.errors import CheckpointError, NufiltError, OutputError, Problem
 from nufilt_jax.methods.stacked import Names, TaskVector, stacked, task_vector
 from nufilt_jax.methods.state import LayerReport, MergeState, merged_tensor
@@ -183,7 +183,7 @@ def _examples(plan: Plan, name: str, step: int) -> methods.TaskData | None:
         return None
     from nufilt_jax.pipeline.examples import drawing_seed, load_examples  # with models, which no other merge needs
 
-    config = cast(AdaMergingConfig | WemoeConfig, plan.settings.config)
+    config = cast(LearningConfig, plan.settings.config)
     seed = drawing_seed(plan.settings.seed, step, name)
     return load_examples(plan.examples[name], plan.base.config, config, seed)
 

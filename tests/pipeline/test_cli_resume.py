@@ -30,10 +30,10 @@ def stop_after(monkeypatch):
     def arm(task):
         update = pipeline_run._update
 
-        def interrupted(rule, state, ready, watcher):
+        def interrupted(rule, state, ready, *rest):
             if ready.name == task:
                 raise KeyboardInterrupt
-            return update(rule, state, ready, watcher)
+            return update(rule, state, ready, *rest)
 
         monkeypatch.setattr(pipeline_run, "_update", interrupted)
         return lambda: monkeypatch.setattr(pipeline_run, "_update", update)
@@ -271,7 +271,7 @@ def test_settings_are_frozen_in_the_recipe(shared_models, tmp_path, nufilt, comm
     options = ("--method", "task_arithmetic", "--method-args", "scale=0.7")
     assert nufilt(*command(shared_models, out, *options, n=2)).code == 0
     result = nufilt(*add(shared_models, out, "gamma", options=(*options, "--json")))
-    assert (result.code, result.json["config"]) == (0, {"scale": 0.7})
+    assert (result.code, result.json["config"]) == (0, {"scale": 0.7, "accumulate": True})
     result = nufilt(*add(shared_models, out, "delta", options=("--method-args", "scale=0.3")))
     assert (result.code, "0.7" in result.err, "0.3" in result.err) == (1, True, True)
 
