@@ -166,7 +166,7 @@ def route(decomposition: Decomposition, width: int) -> Decomposition:
     | inputs n | V2 and V1, on every platform |
     | --- | --- |
     | up to `FULL_WIDTH` | `eigh`: a full decomposition is cheap |
-    | more | `subspace`: the fastest of all routes (benchmarks/results/decompositions.json), O(n² k) products |
+    | more | `subspace`: the fastest that is as accurate (benchmarks/results/decompositions*.json), O(n² k) products |
 
     Both are refined, certified to the same angle and replaced by the SVD where that fails.
 
