@@ -81,28 +81,36 @@ def problem(field_name: str, what: str, fix: str = "") -> Problem:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NullSpaceConfig(MethodConfig):
-    """The null-space filter alone: row 2 of Table 4, arXiv:2509.21413v2.
+class DirectionsConfig(MethodConfig):
+    """What the methods share that look at the leading directions of what is merged (Table 9, arXiv:2509.21413v2).
 
     Attributes:
-      filter_rank: r_p, directions of the earlier tasks that the new one may not touch (Table 9). 0 removes none.
+      filter_rank: r_p, directions of the earlier tasks that the new one may not, or should not, touch. 0 is none.
       decomposition: route to the leading directions; all are exact or certified, see `core.subspace`.
-      first_task: `paper` takes the first model as it is (Algorithm 1); `authors` also filters it, with the
-        right singular vectors of a zero matrix, which deletes its first r_p input coordinates.
     """
 
     filter_rank: int = 128
     decomposition: Decomposition = "auto"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NullSpaceConfig(DirectionsConfig):
+    """The null-space filter alone: row 2 of Table 4, arXiv:2509.21413v2.
+
+    Attributes:
+      first_task: `paper` takes the first model as it is (Algorithm 1); `authors` also filters it, with the
+        right singular vectors of a zero matrix, which deletes its first r_p input coordinates.
+    """
+
     first_task: FirstTask = "paper"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NufiltConfig(NullSpaceConfig):
-    """NUFILT: filter, adapt, fuse. One set for every model and task count (Table 9, arXiv:2509.21413v2).
+class SolveConfig(DirectionsConfig):
+    """An adapter and its training: one set for every model and task count (Table 9, arXiv:2509.21413v2).
 
     Attributes:
-      filter_rank: r_p, see `NullSpaceConfig`.
-      adapter_rank: r_l, rank of the correction B A. 0 leaves the filter alone.
+      adapter_rank: r_l, rank of the correction B A. 0 trains none.
       task_rank: r_v, directions of the new task on which it should keep its answer. 0 drops that wish.
       steps: Adam steps on the data-free loss.
       learning_rate: Adam's; constant.
@@ -120,6 +128,27 @@ class NufiltConfig(NullSpaceConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class NufiltConfig(SolveConfig, NullSpaceConfig):
+    """NUFILT: filter, adapt, fuse; the settings of `NullSpaceConfig` and `SolveConfig`."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterOnlyConfig(SolveConfig):
+    """NUFILT's objective without its filter: row 3 of Table 4, arXiv:2509.21413v2.
+
+    Attributes:
+      variant: `code` adds τ (I + BA), what the authors' program does without the filter; `text` adds τ B A.
+    """
+
+    variant: Variant = "code"
+
+    @property
+    def right_factor(self) -> RightFactor:
+        """What τ is multiplied with to give the update."""
+        return "I + BA" if self.variant == "code" else "BA"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SumConfig(MethodConfig):
     """The plain sum of task vectors has no settings: row 1 of Table 4."""
 
@@ -127,34 +156,6 @@ class SumConfig(MethodConfig):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightAverageConfig(MethodConfig):
     """The running mean of the models has no settings."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AdapterOnlyConfig(MethodConfig):
-    """NUFILT's objective without its filter: row 3 of Table 4, arXiv:2509.21413v2.
-
-    Attributes:
-      filter_rank: r_p, directions of the earlier tasks on which the loss asks for no change (Table 9).
-      adapter_rank: r_l, rank of B A.
-      task_rank: r_v, directions of the new task on which it should keep its answer.
-      steps: Adam steps on the data-free loss.
-      learning_rate: Adam's; constant.
-      decomposition: route to the leading directions, see `NullSpaceConfig`.
-      variant: `code` adds τ (I + BA), what the authors' program does without the filter; `text` adds τ B A.
-    """
-
-    filter_rank: int = 128
-    adapter_rank: int = 64
-    task_rank: int = 8
-    steps: int = 50
-    learning_rate: float = number(1e-3, above=0)
-    decomposition: Decomposition = "auto"
-    variant: Variant = "code"
-
-    @property
-    def right_factor(self) -> RightFactor:
-        """What τ is multiplied with to give the update."""
-        return "I + BA" if self.variant == "code" else "BA"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from nufilt_jax.config import AdapterOnlyConfig, NufiltConfig, RightFactor
+from nufilt_jax.config import NufiltConfig, RightFactor, SolveConfig
 from nufilt_jax.core import adapt as adapting
 from nufilt_jax.core import subspace
 from nufilt_jax.core.dispatch import run_alone
@@ -23,7 +23,6 @@ from nufilt_jax.core.linalg import after, in_chunks, layers_at_once, matmul
 from nufilt_jax.core.subspace import Directions, Stacks, rank_mask
 from nufilt_jax.errors import ConfigError, Problem, raise_all
 
-SolveConfig = NufiltConfig | AdapterOnlyConfig
 Shares = tuple[Float[Array, "*layers"], ...]  # removed, restored, drift, captured: see `Forecast`
 
 

@@ -9,13 +9,13 @@ from typing import NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, UInt32
+from jaxtyping import Array, Float, UInt32
 
 from nufilt_jax.config import KnotsConfig
 from nufilt_jax.core.dispatch import each_on_host
 from nufilt_jax.core.linalg import matmul
-from nufilt_jax.errors import Problem, SolveError, raise_all
 from nufilt_jax.methods.elementwise import blend
+from nufilt_jax.methods.matrices import require_finite
 from nufilt_jax.methods.selection import linear_layers
 from nufilt_jax.methods.stacked import Stacked, TaskVector
 from nufilt_jax.methods.state import Advance, Context, MergeState, Rule
@@ -39,16 +39,13 @@ def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
     if state.step == 0:
         return Advance(blend(state.delta, task, keep=0.0, gain=config.scale))
     decompose = functools.partial(basis, cutoff=config.cutoff, density=config.density)
-    merged: list[jax.Array] = []
-    broken: list[Problem] = []
-    for members, d, t in zip(state.delta.names, state.delta.stacks, task.stacks, strict=True):
+    stacks: list[jax.Array] = []
+    for d, t in zip(state.delta.stacks, task.stacks, strict=True):
         outputs = [_aligned_ties(*layer) for layer in each_on_host(decompose, np.asarray(d), np.asarray(t))]
-        stack, ok = _add(d, outputs, jnp.float32(config.scale))
-        merged.append(stack)
-        pairs = zip(members, np.asarray(ok), strict=True)
-        broken += [Problem("task", "the solution is not finite", tensor=name) for name, is_ok in pairs if not is_ok]
-    raise_all(SolveError, broken)
-    return Advance(Stacked(tuple(merged), state.delta.names))
+        stacks.append(_add(d, outputs, jnp.float32(config.scale)))
+    merged = Stacked(tuple(stacks), state.delta.names)
+    require_finite(merged)
+    return Advance(merged)
 
 
 class Basis(NamedTuple):
@@ -115,10 +112,9 @@ def _aligned_ties(left: Float[Array, "m r"], right: Float[Array, "r 2n"], order:
 @functools.partial(jax.jit, donate_argnums=0)
 def _add(
     delta: Float[Array, "layers m n"], outputs: list[Float[Array, "m n"]], scale: Float[Array, ""]
-) -> tuple[Float[Array, "layers m n"], Bool[Array, " layers"]]:
-    """D + λ U diag(σ) R, and of which layers it is finite; takes the memory of D."""
-    merged = delta + scale * jnp.stack(outputs)
-    return merged, jnp.all(jnp.isfinite(merged), axis=(1, 2))
+) -> Float[Array, "layers m n"]:
+    """D + λ U diag(σ) R; takes the memory of D."""
+    return delta + scale * jnp.stack(outputs)
 
 
 RULE = Rule(

@@ -8,11 +8,11 @@ import jax
 import numpy as np
 from jaxtyping import UInt32
 
-from nufilt_jax.config import NufiltConfig
+from nufilt_jax.config import NufiltConfig, SolveConfig
 from nufilt_jax.core.adapt import draw_start
 from nufilt_jax.core.dispatch import run_alone
 from nufilt_jax.core.filter import authors_first_filter
-from nufilt_jax.core.solve import GroupSolution, SolveConfig, solve_group
+from nufilt_jax.core.solve import GroupSolution, solve_group
 from nufilt_jax.core.stacks import Group, group_layers
 from nufilt_jax.core.subspace import Stacks
 from nufilt_jax.errors import Problem, SolveError, raise_all

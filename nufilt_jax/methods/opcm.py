@@ -16,7 +16,7 @@ from nufilt_jax.config import OpcmConfig
 from nufilt_jax.core.linalg import matmul, thin_svd
 from nufilt_jax.methods.elementwise import blend
 from nufilt_jax.methods.matrices import each_layer, require_finite
-from nufilt_jax.methods.selection import T5_EMBEDDING, every_tensor, linear_layers
+from nufilt_jax.methods.selection import every_tensor, linear_layers, n_copies
 from nufilt_jax.methods.stacked import Stacked, TaskVector
 from nufilt_jax.methods.state import Advance, Context, MergeState, Rule
 
@@ -26,7 +26,9 @@ Stacks = tuple[jax.Array | np.ndarray, ...]
 def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
     """θ^m_1 = θ_1; then θ^m_t = θ0 + (λ_{t−1} D + P(τ)) / λ_t."""
     config = cast(OpcmConfig, context.config)
-    copies = tuple(_copies(members, config) for members in task.names)
+    copies = tuple(
+        np.array([n_copies(name, config.embedding_copies) for name in members], np.float32) for members in task.names
+    )
     norm = _norm(task.stacks, copies)
     if state.step == 0:
         return Advance(blend(state.delta, task, keep=0.0, gain=1.0), extra={"scale": jnp.float32(1), "norms": norm})
@@ -43,11 +45,6 @@ def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
     norms = jnp.asarray(state.extra["norms"]) + norm
     stacks, scale = _rescale(tuple(sums), copies, norms / jnp.float32(state.step + 1))
     return Advance(Stacked(stacks, task.names), extra={"scale": scale, "norms": norms})
-
-
-def _copies(members: tuple[str, ...], config: OpcmConfig) -> Float[np.ndarray, " layers"]:
-    """How often each tensor counts in the norms."""
-    return np.array([config.embedding_copies if name == T5_EMBEDDING else 1 for name in members], np.float32)
 
 
 def _add(

@@ -19,7 +19,7 @@ DEFAULT_LAYERS = (
     r"(language_model\.)?model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight",
 )
 CLIP_VISION = "vision_model."
-T5_EMBEDDING = "shared.weight"  # stands for its copies in encoder and decoder too
+T5_EMBEDDING = "shared.weight"  # one tensor, which a T5 knows under three names
 
 # Matrices that are looked up and not multiplied with: embeddings, and T5's tables of relative positions.
 _LOOKUP = re.compile(
@@ -107,6 +107,11 @@ def select(
         raise ConfigError(Problem("--layers", what, f"the names look like {_example(base)}"))
     rest = () if other_params == "pretrained" else tuple(sorted(set(in_scope) - set(chosen)))
     return Selection(chosen, rest)
+
+
+def n_copies(name: str, embedding_copies: int) -> int:
+    """How often a tensor counts: once, or so many times if it is a T5's token embedding."""
+    return embedding_copies if name == T5_EMBEDDING else 1
 
 
 def is_float(dtype: np.dtype) -> bool:

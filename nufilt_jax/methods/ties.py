@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, UInt32
 
 from nufilt_jax.config import TiesConfig
 from nufilt_jax.core.order import Stacks, Weights, count, is_less, kth_smallest_magnitude, magnitude_bits
-from nufilt_jax.methods.selection import T5_EMBEDDING, every_tensor
+from nufilt_jax.methods.selection import every_tensor, n_copies
 from nufilt_jax.methods.stacked import Stacked, TaskVector
 from nufilt_jax.methods.state import Advance, Context, MergeState, Rule
 
@@ -29,21 +29,18 @@ def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
     """
     config = cast(TiesConfig, context.config)
     scale, names = jnp.float32(config.scale), state.delta.names
-    weights = tuple(tuple(_copies(name, config) for name in members) for members in names)
+    weights = tuple(tuple(n_copies(name, config.embedding_copies) for name in members) for members in names)
     keys = [f"output {index}" for index in range(len(names))] if config.variant == "text" else []
     if state.step == 0:
         outputs = task.stacks if config.merge_first else jax.tree.map(jnp.zeros_like, task.stacks)
         delta = _add(state.delta.stacks, outputs, scale, weights=weights)
     else:
         previous = tuple(state.extra[key] for key in keys)
-        n_entries = sum(math.prod(shape) * _copies(name, config) for name, shape in task.shapes.items())
+        sizes = (math.prod(stack.shape[1:]) for stack in task.stacks)
+        n_entries = sum(size * sum(copies) for size, copies in zip(sizes, weights, strict=True))
         k = cut_order(n_entries, config.density)
         delta, outputs = _step(state.delta.stacks, previous, task.stacks, scale, k=k, weights=weights)
     return Advance(Stacked(delta, names), extra=dict(zip(keys, outputs, strict=False)))
-
-
-def _copies(name: str, config: TiesConfig) -> int:
-    return config.embedding_copies if name == T5_EMBEDDING else 1
 
 
 @functools.partial(jax.jit, static_argnames=("k", "weights"), donate_argnums=0)

@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 
 from nufilt_jax.errors import CheckpointError, raise_all
 from nufilt_jax.models.clip_config import ClipTextConfig
+from nufilt_jax.models.clip_names import affine_shapes, encoder_shapes
 from nufilt_jax.models.trees import linen_tree, tensor_problems
 
 _PROJECTION = "text_projection.weight"
@@ -18,25 +19,13 @@ _OTHER_HALF = ("vision_model.", "visual_projection.", "logit_scale")
 
 def text_shapes(config: ClipTextConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of a text tower without projection, by canonical name, in the order of the forward pass."""
-    width, inner = config.hidden_size, config.intermediate_size
+    width = config.hidden_size
     shapes: dict[str, tuple[int, ...]] = {
         "embeddings.token_embedding.weight": (config.vocab_size, width),
         "embeddings.position_embedding.weight": (config.max_position_embeddings, width),
     }
 
-    def add(name: str, *shape: int) -> None:
-        shapes[f"{name}.weight"] = shape
-        shapes[f"{name}.bias"] = shape[:1]
-
-    for index in range(config.num_hidden_layers):
-        layer = f"encoder.layers.{index}"
-        add(f"{layer}.layer_norm1", width)
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            add(f"{layer}.self_attn.{name}", width, width)
-        add(f"{layer}.layer_norm2", width)
-        add(f"{layer}.mlp.fc1", inner, width)
-        add(f"{layer}.mlp.fc2", width, inner)
-    add("final_layer_norm", width)
+    shapes |= encoder_shapes(config) | affine_shapes("final_layer_norm", width)
     return {f"text_model.{name}": shape for name, shape in shapes.items()}
 
 

@@ -29,10 +29,10 @@ def tensor_problems(
 def linen_tree(
     params: Mapping[str, ArrayLike], *, lookups: Collection[str], norm_leaf: str, dtype: DTypeLike
 ) -> dict[str, Any]:
-    """Nested dict under HF Flax's names, in `dtype`; linear kernels are `[d_in, d_out]`.
+    """Nested dict under HF Flax's names, in `dtype`; kernels are `[d_in, d_out]`, or `[kh, kw, c, d_out]`.
 
     Args:
-      params: checked tensors under canonical names, none of more than two axes.
+      params: checked tensors under canonical names: vectors, matrices, and kernels of convolutions.
       lookups: modules whose matrix is looked up and not multiplied with; they keep its orientation.
       norm_leaf: what the model's Flax class calls the weight of a norm.
       dtype: of every leaf.
@@ -48,5 +48,6 @@ def linen_tree(
         elif parents[-1] in lookups:
             flat[*parents, "embedding"] = array
         else:
-            flat[*parents, "kernel"] = jax.lax.transpose(array, (1, 0))
+            axes = (1, 0) if array.ndim == 2 else (2, 3, 1, 0)
+            flat[*parents, "kernel"] = jax.lax.transpose(array, axes)
     return traverse_util.unflatten_dict(flat)
