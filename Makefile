@@ -41,7 +41,7 @@ check: $(VENV)/.dev
 
 clean:
 	rm -rf .venv .venv-* .pytest_cache .ruff_cache .hypothesis dist build
-	find nufilt_jax tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find nufilt_jax tests benchmarks notebooks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # $(call require,COMMAND): fails with one line unless it is a Python that this package runs on.
 require = $(1) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
@@ -71,7 +71,7 @@ $(FLAX_VENV)/constraints.txt: constraints.txt $(FLAX_PINS) | $(FLAX_VENV)/bin/py
 	@awk -F '==' 'NR == FNR { pinned[$$1]; print; next } !($$1 in pinned)' $(FLAX_PINS) constraints.txt > $@
 
 $(FLAX_VENV)/.done: $(FLAX_VENV)/constraints.txt $(PINS)
-	$(call install,$(FLAX_VENV)/constraints.txt,--editable '.[test]' transformers)
+	$(call install,$(FLAX_VENV)/constraints.txt,--editable '.[test]' transformers pillow)
 
 $(TORCH_VENV)/.done: $(PINS) | $(TORCH_VENV)/bin/python
 	$(call install,constraints.txt,--editable '.[test$(comma)torch]')

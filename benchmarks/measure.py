@@ -131,8 +131,8 @@ def copy_rate(n_bytes: int, repeats: int) -> float:
     return 2e-9 * n_bytes / time_it(one_pass, repeats).minimum
 
 
-def environment() -> Json:
-    """Where and with what a benchmark ran."""
+def environment(*packages: str) -> Json:
+    """Where and with what a benchmark ran; `packages` are those that matter beside `PACKAGES`."""
     device = jax.devices()[0]
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -147,7 +147,7 @@ def environment() -> Json:
         "load": round(os.getloadavg()[0], 2),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: _version(name) for name in sorted((*PACKAGES, *packages))},
     }
 
 
@@ -196,14 +196,20 @@ def write_json(document: Json, path: Path) -> None:
     path.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
 
 
-def markdown(document: Json) -> str:
-    """All tables of a results file, and under them where the numbers come from."""
+def markdown(document: Json, only: str = "") -> str:
+    """The tables of a results file whose titles begin so, and under them where the numbers come from."""
     at = document["environment"]
     commit = (at["commit"] or "unknown")[:8] + (" with changes" if at["uncommitted_changes"] else "")
-    lines = [part for one in document["tables"] for part in ("**" + one["title"] + "**", "", markdown_table(one), "")]
+    lines = [
+        part for one in _titled(document, only) for part in ("**" + one["title"] + "**", "", markdown_table(one), "")
+    ]
     versions = ", ".join(f"{name} {version}" for name, version in at["versions"].items() if version)
     lines.append(f"{where(at)}, Python {at['python']}, {versions}; commit {commit}, {at['date'][:10]}.")
     return "\n".join(lines)
+
+
+def _titled(document: Json, start: str) -> list[Json]:
+    return [one for one in document["tables"] if one["title"].startswith(start)]
 
 
 def where(environment: Json) -> str:

@@ -17,7 +17,7 @@ from nufilt_jax.config import MethodConfig, NufiltConfig, NullSpaceConfig
 from nufilt_jax.evaluation import Task, evaluate_tasks
 from nufilt_jax.presets import shuffled
 from nufilt_jax.zoo import TASK_NAMES, evaluation_tasks, load_params
-from nufilt_jax.zoo.tiny import CONFIG
+from nufilt_jax.zoo.families import TINY
 
 RESULTS = Path(__file__).parent / "results" / "tiny_ranks.json"
 ORDERS = (1, 2, 3, 4)
@@ -58,7 +58,7 @@ def _accuracy(
     for name in shuffled(TASK_NAMES, order):
         state = rule.update(state, models[name])
     merged = {name: np.asarray(value) for name, value in state.merged.items()}
-    return float(np.mean(list(evaluate_tasks(merged, CONFIG, tasks).values())))
+    return float(np.mean(list(evaluate_tasks(merged, TINY.config, tasks).values())))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command line: `nufilt merge|add|plan` and `python -m nufilt_jax.merge`.
+"""The command line: `nufilt merge|add|plan|evaluate|analyze` and `python -m nufilt_jax.merge`.
 
 Exit status: 0 done; 1 a problem of the input, one line each on stderr; 2 wrong usage; 130 interrupted.
 """
@@ -39,6 +39,7 @@ def _prepare_process() -> None:
     """What only a program may set, and a library may not: memory preallocation and the compile cache."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it says on stderr that it found no torch
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = os.environ.get("NUFILT_CACHE") or os.path.join(
             os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "nufilt_jax"
@@ -52,3 +53,7 @@ def _refuse(problems: Iterable[Problem], status: int) -> int:
     for problem in problems:
         sys.stderr.write(f"nufilt: {problem}\n")
     return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

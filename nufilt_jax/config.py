@@ -10,6 +10,8 @@ from nufilt_jax.errors import ConfigError, Problem, raise_all
 
 Decomposition = Literal["auto", "eigh", "svd", "subspace"]
 FirstTask = Literal["paper", "authors"]
+Solver = Literal["adam", "closed_form"]
+ComputeType = Literal["float32", "bfloat16"]  # of a forward pass
 OtherParams = Literal["pretrained", "first", "average"]
 Variant = Literal["code", "text"]
 Entropy = Literal["of_each", "of_mean"]
@@ -53,6 +55,11 @@ class MethodConfig:
         fields = dataclasses.fields(self)
         found = ((field.name, _fault(field, getattr(self, field.name))) for field in fields)
         return [problem(name, f"must be {fault}") for name, fault in found if fault]
+
+    @property
+    def idle(self) -> dict[str, str]:
+        """The fields that have no effect beside the others, and why."""
+        return {}
 
 
 def _fault(field: dataclasses.Field, value: object) -> str:
@@ -126,10 +133,41 @@ class SolveConfig(DirectionsConfig):
         """What τ is multiplied with to give the update."""
         return "P + BA"
 
+    @property
+    def closed_form_ridge(self) -> float | None:
+        """λ of the closed form; None where B A is trained instead."""
+        return None
+
+    @property
+    def trained_rank(self) -> int:
+        """Rank of the B A that is trained; 0 if there is none."""
+        return self.adapter_rank if self.closed_form_ridge is None else 0
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NufiltConfig(SolveConfig, NullSpaceConfig):
-    """NUFILT: filter, adapt, fuse; the settings of `NullSpaceConfig` and `SolveConfig`."""
+    """NUFILT: filter, adapt, fuse; the settings of `NullSpaceConfig`, of `SolveConfig`, and these.
+
+    Attributes:
+      solver: `adam` trains B A. `closed_form` writes down what answers the same loss best in place of τ B A, with no
+        limit of rank (`core.closed_form`); adapter_rank, steps and learning_rate then have no effect.
+      ridge: λ of the closed form, the price of a large correction, beside eigenvalues in [0, 1]; below 1e-4, rounding
+        would decide. No effect on `adam`.
+    """
+
+    solver: Solver = "adam"
+    ridge: float = number(1.0, at_least=1e-4)
+
+    @property
+    def idle(self) -> dict[str, str]:
+        """The fields of the solver that was not chosen."""
+        others = ("ridge",) if self.solver == "adam" else ("adapter_rank", "steps", "learning_rate")
+        return dict.fromkeys(others, f"the solver is {self.solver}")
+
+    @property
+    def closed_form_ridge(self) -> float | None:
+        """λ, if that is the solver."""
+        return self.ridge if self.solver == "closed_form" else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

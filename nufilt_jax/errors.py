@@ -1,6 +1,7 @@
 """Every exception a user can meet. Each carries its problems as one-line sentences."""
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 
@@ -53,6 +54,10 @@ class SolveError(NufiltError, ArithmeticError):
     """A layer's solution is not finite."""
 
 
+class EvaluationError(NufiltError, ValueError):
+    """A model cannot be evaluated; what is merged is kept."""
+
+
 class MissingExtraError(NufiltError, ImportError):
     """An optional dependency is needed and not installed."""
 
@@ -65,3 +70,17 @@ def raise_all(error: type[NufiltError], problems: Iterable[Problem]) -> None:
     """Raises `error` with all `problems` at once, or returns if there are none."""
     if found := tuple(problems):
         raise error(*found)
+
+
+@contextlib.contextmanager
+def gathering(problems: list[Problem]) -> Iterator[None]:
+    """Adds what the block refuses to `problems` instead of ending the search for more.
+
+    Wrong usage is not gathered: what the command means is not known then.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except NufiltError as error:
+        problems += error.problems

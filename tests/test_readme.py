@@ -26,18 +26,22 @@ def test_its_numbers_are_those_of_the_results_files():
     import measure
     import tiny
 
-    quoted = re.findall(r"<!-- results: (\S+) -->\n(.*?)\n<!-- end of results -->", README, re.DOTALL)
+    quoted = re.findall(r"<!-- results: (\S+) ?([^\n]*?) ?-->\n(.*?)\n<!-- end of results -->", README, re.DOTALL)
     assert len(quoted) == README.count("<!-- results:") > 1
-    for path, text in quoted:
+    for path, title, text in quoted:
         results = json.loads((ROOT / path).read_text())
-        assert text == (tiny.markdown(results) if ROOT / path == tiny.RESULTS else measure.markdown(results))
+        assert text == (tiny.markdown(results) if ROOT / path == tiny.RESULTS else measure.markdown(results, title))
 
 
 def test_its_options_exist():
-    told = subprocess.run(
-        [sys.executable, "-m", "nufilt_jax.merge", "--help"], capture_output=True, text=True, check=True
-    )
-    assert set(re.findall(r"--[a-z][a-z-]+", README)) <= set(re.findall(r"--[a-z][a-z-]+", told.stdout))
+    commands = (["-m", "nufilt_jax.merge"], ["benchmarks/tables.py"], ["benchmarks/figures.py"])
+    told = [
+        subprocess.run(
+            [sys.executable, *command, "--help"], capture_output=True, text=True, check=True, cwd=ROOT
+        ).stdout
+        for command in commands
+    ]
+    assert set(re.findall(r"--[a-z][a-z-]+", README)) <= set(re.findall(r"--[a-z][a-z-]+", "".join(told)))
 
 
 def test_its_table_of_methods_is_that_of_the_rules():

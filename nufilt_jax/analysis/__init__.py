@@ -1,1 +1,1 @@
-"""Pictures of what a merge did."""
+"""What a merge did: affinities, losses and forecasts as numbers, pictures of them, and a report."""

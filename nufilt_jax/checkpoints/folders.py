@@ -24,8 +24,11 @@ _WEIGHTS = re.compile(
 )
 _PICKLE = re.compile(r"\.(bin|pt|pth|ckpt|pkl|pickle)$", re.IGNORECASE)
 _SMALL = re.compile(r"(\.(json|txt|model|jinja|md|yaml|yml)|^LICENSE.*|^NOTICE.*)$", re.IGNORECASE)
-_OWN_FILES = frozenset({"nufilt.json", "forecast.json"})  # an earlier merge's: true of it, not of its copy
-_OWN_FOLDERS = frozenset({".git", ".cache", "state"})
+# An earlier merge's: true of it, not of its copy.
+_OWN_FILES = frozenset(
+    {"nufilt.json", "forecast.json", "evaluation.json", "accuracy_matrix.png", "analysis.json", "report.html"}
+)
+_OWN_FOLDERS = frozenset({".git", ".cache", "state", "analysis"})
 
 CONVERT = (
     "convert it where you trust it: load it with transformers and call save_pretrained(folder, safe_serialization=True)"

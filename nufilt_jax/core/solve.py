@@ -11,32 +11,28 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from nufilt_jax.config import NufiltConfig, RightFactor, SolveConfig
-from nufilt_jax.core import adapt as adapting
+from nufilt_jax.config import NufiltConfig, SolveConfig
 from nufilt_jax.core import subspace
 from nufilt_jax.core.dispatch import run_alone
-from nufilt_jax.core.filter import Kept, keep
-from nufilt_jax.core.forecast import Forecast, share
-from nufilt_jax.core.fuse import fuse
-from nufilt_jax.core.grams import Gram, gram_of
-from nufilt_jax.core.linalg import after, in_chunks, layers_at_once, matmul
-from nufilt_jax.core.subspace import Directions, Stacks, rank_mask
+from nufilt_jax.core.forecast import Forecast
+from nufilt_jax.core.grams import gram_of
+from nufilt_jax.core.linalg import after, in_chunks, layers_at_once
+from nufilt_jax.core.stages import correct, fuse_updates, prior_directions, reduce, task_directions, train
+from nufilt_jax.core.subspace import Stacks
 from nufilt_jax.errors import ConfigError, Problem, raise_all
-
-Shares = tuple[Float[Array, "*layers"], ...]  # removed, restored, drift, captured: see `Forecast`
 
 
 class LayerSolution(NamedTuple):
     """What a solve returns; with a leading layer axis from `solve_stack`.
 
     Attributes:
-      update: τ (P + BA), to be added to the merged weights. float32.
-      losses: the data-free loss before each Adam step and after the last.
+      update: τ (P + BA), or τ P + E in closed form, to be added to the merged weights. float32.
+      losses: the data-free loss before each Adam step and after the last; before and after the closed form.
       ok: whether update and losses are finite.
     """
 
     update: Float[Array, "*layers m n"]
-    losses: Float[Array, "*layers steps_and_one"]
+    losses: Float[Array, "*layers n_losses"]
     ok: Bool[Array, "*layers"]
 
 
@@ -44,7 +40,7 @@ class GroupSolution(NamedTuple):
     """Updates stack by stack; everything else over all layers of the group, in the same order."""
 
     updates: Stacks
-    losses: Float[Array, "layers steps_and_one"]
+    losses: Float[Array, "layers n_losses"]
     ok: Bool[Array, " layers"]
     forecast: Forecast
 
@@ -78,7 +74,8 @@ def _solve_in_turn(merged: Stacks, task: Stacks, start: Array, *, config: SolveC
 
     parts: list[GroupSolution] = []
     for d, t, (i, j) in zip(merged, task, subspace.bounds(merged), strict=True):
-        d = after(d, parts[-1].losses) if parts else d  # no two LAPACK calls at once
+        if parts:  # no two LAPACK calls at once; at rank 0 the updates or the losses alone may wait for none
+            d, t = (after(after(x, parts[-1].updates[0]), parts[-1].losses) for x in (d, t))
         parts.append(in_chunks(one, (d, t, start[i:j]), layers_at_once()))
     rest = [part._replace(updates=()) for part in parts]
     joined = jax.tree.map(lambda *xs: jnp.concatenate(xs), *rest)
@@ -92,8 +89,12 @@ def _solve_at_once(merged: Stacks, task: Stacks, start: Array, *, config: SolveC
     grams = gram_of(task)
     new = task_directions(task, grams, config=config)
     parts, problems = reduce(merged, task, grams, prior, new, right_factor=config.right_factor)
-    adapters, losses = train(problems, start, config=config)
-    updates, (removed, restored, drift, captured) = fuse_updates(task, parts, adapters)
+    if config.closed_form_ridge is None:
+        adapters, losses = train(problems, start, config=config)
+        updates, shares = fuse_updates(task, parts, adapters)
+    else:
+        updates, shares, losses = correct(task, parts, ridge=config.closed_form_ridge)
+    removed, restored, drift, captured = shares
     finite = [jnp.all(jnp.isfinite(update), axis=(1, 2)) for update in updates]
     return GroupSolution(
         updates=updates,
@@ -101,99 +102,6 @@ def _solve_at_once(merged: Stacks, task: Stacks, start: Array, *, config: SolveC
         ok=jnp.concatenate(finite) & jnp.all(jnp.isfinite(losses), axis=1),
         forecast=Forecast(removed, restored, drift, prior.gap, captured, prior.certified & new.certified),
     )
-
-
-def prior_directions(merged: Stacks, *, config: SolveConfig) -> Directions:
-    """Stage 1, V2: the leading directions of D, the Gram matrices included."""
-    chosen = subspace.route(config.decomposition, merged[0].shape[-1])
-    return subspace.leading(merged, gram_of(merged), config.filter_rank, chosen)
-
-
-def task_directions(task: Stacks, grams: Gram, *, config: SolveConfig) -> Directions:
-    """Stage 2, V1: the leading directions of τ, from τᵀτ, which the adapter needs anyway."""
-    return subspace.leading(task, grams, config.task_rank, subspace.route(config.decomposition, task[0].shape[-1]))
-
-
-def reduce(
-    merged: Stacks,
-    task: Stacks,
-    grams: Gram,
-    prior: Directions,
-    new: Directions,
-    *,
-    right_factor: RightFactor = "P + BA",
-) -> tuple[list["_Filtered"], adapting.Problem]:
-    """Stage 3: filters τ and reduces the adapter's objective to the n inputs.
-
-    Returns:
-      The filtered stacks, and the problems of all layers.
-    """
-    filter_layer = functools.partial(_filter_layer, right_factor=right_factor)
-    parts = [
-        jax.vmap(filter_layer)(d, t, *jax.tree.map(lambda x, i=i, j=j: x[i:j], (grams, prior.vectors, new.vectors)))
-        for d, t, (i, j) in zip(merged, task, subspace.bounds(merged), strict=True)
-    ]
-    return parts, jax.tree.map(lambda *xs: jnp.concatenate(xs), *(part.problem for part in parts))
-
-
-def train(
-    problems: adapting.Problem, start: Float[Array, "layers r_l n"], *, config: SolveConfig
-) -> tuple[adapting.Adapter, Float[Array, "layers steps_and_one"]]:
-    """Stage 4: all Adam steps of all layers."""
-    return jax.vmap(functools.partial(adapting.adapt, steps=config.steps, learning_rate=config.learning_rate))(
-        problems, start
-    )
-
-
-def fuse_updates(task: Stacks, parts: list["_Filtered"], adapters: adapting.Adapter) -> tuple[Stacks, Shares]:
-    """Stage 5: the updates τ (P + BA), and the shares of the forecast."""
-    fused = [
-        jax.vmap(_fuse_layer)(t, part, jax.tree.map(lambda x, i=i, j=j: x[i:j], adapters))
-        for t, part, (i, j) in zip(task, parts, subspace.bounds(task), strict=True)
-    ]
-    return tuple(f[0] for f in fused), jax.tree.map(lambda *xs: jnp.concatenate(xs), *(f[1] for f in fused))
-
-
-class _Filtered(NamedTuple):
-    """One layer after the filter, and the problem that its adapter has to solve."""
-
-    kept: Kept
-    problem: adapting.Problem
-    prior_response: Float[Array, "*layers"]  # ‖D V2‖²
-    merged: Float[Array, "*layers"]  # ‖D‖²
-
-
-def _filter_layer(
-    merged: Float[Array, "m n"],
-    task: Float[Array, "m n"],
-    task_gram: Gram,
-    prior: Float[Array, "n r_p"],
-    new: Float[Array, "n r_v"],
-    *,
-    right_factor: RightFactor,
-) -> _Filtered:
-    prior, prior_response = rank_mask(merged, prior)
-    new, new_response = rank_mask(task, new)
-    kept = keep(right_factor, task, prior, new, new_response, matmul(merged, new))
-    problem = adapting.reduce(task_gram, task, kept.target, prior, new)
-    return _Filtered(kept, problem, jnp.sum(prior_response**2), jnp.sum(merged**2))
-
-
-def _fuse_layer(
-    task: Float[Array, "m n"], filtered: _Filtered, adapter: adapting.Adapter
-) -> tuple[Float[Array, "m n"], Shares]:
-    update, restored = fuse(task, filtered.kept.update, adapter)
-    size = jnp.sum(task**2)
-    felt = matmul(restored, filtered.problem.prior)
-    if filtered.kept.felt is not None:
-        felt += filtered.kept.felt
-    shares = (
-        share(filtered.kept.removed, size),
-        share(jnp.sum(restored**2), size),
-        share(jnp.sum(felt**2), filtered.prior_response),
-        share(filtered.prior_response, filtered.merged, of_nothing=1),
-    )
-    return update, shares
 
 
 _solve_group = jax.jit(solve_group, static_argnames="config")
@@ -214,7 +122,7 @@ def solve_stack(
       merged_delta: D = θ^m_{t−1} − θ0 of each layer. Any floating dtype; computed in float32.
       task_delta: τ = θ_t − θ0 of each layer.
       config: ranks, steps and learning rate; one compilation per config and shape.
-      adapter_init: A's start, r_l = `config.adapter_rank` rows; [layers, 0, n] for rank 0.
+      adapter_init: A's start, r_l = `config.adapter_rank` rows; [layers, 0, n] for rank 0 or the closed form.
 
     Returns:
       The update per layer, with θ^m_t = θ^m_{t−1} + update; its losses; and whether all of it is finite.
@@ -282,6 +190,6 @@ def _check(merged: Array, task: Array, start: Array, config: NufiltConfig, axes:
         problems.append(Problem("merged_delta", f"must be a non-empty [{', '.join(axes)}], got shape {merged.shape}"))
     elif task.shape != merged.shape:
         problems.append(Problem("task_delta", f"is {task.shape}, merged_delta is {merged.shape}"))
-    elif start.shape != (wanted := (*merged.shape[:-2], config.adapter_rank, merged.shape[-1])):
+    elif start.shape != (wanted := (*merged.shape[:-2], config.trained_rank, merged.shape[-1])):
         problems.append(Problem("adapter_init", f"must be {wanted} for this config, got {start.shape}"))
     raise_all(ConfigError, problems)

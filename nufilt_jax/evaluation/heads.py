@@ -3,9 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from nufilt_jax.errors import ConfigError, Problem
+
+# Heads are padded to this many classes: the tasks of arXiv:2509.21413v2, with 397 at most, then share a program.
+_FEWEST_SLOTS = 512
 
 
 def class_logits(
@@ -37,6 +40,12 @@ def normalise_head(embeddings: Float[np.ndarray, "c d"]) -> Float[np.ndarray, "c
     if not np.all(np.isfinite(length) & (length > 0)):
         raise ConfigError(Problem("head", "a class embedding is zero or not finite"))
     return (embeddings / length).astype(np.float32)
+
+
+def padded_head(head: Float[np.ndarray, "c d"]) -> tuple[Float[np.ndarray, "slots d"], Bool[np.ndarray, " slots"]]:
+    """A head with room for more classes, so that tasks share a program, and which of its rows are classes."""
+    slots = max(_FEWEST_SLOTS, 1 << (len(head) - 1).bit_length())
+    return np.pad(head.astype(np.float32), ((0, slots - len(head)), (0, 0))), np.arange(slots) < len(head)
 
 
 def orthogonal_head(n_classes: int, dim: int, *, seed: int) -> Float[np.ndarray, "c d"]:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from nufilt_jax.errors import ConfigError, Problem
-from nufilt_jax.evaluation.heads import class_logits
+from nufilt_jax.evaluation.heads import class_logits, padded_head
 from nufilt_jax.models.clip import vision_features
 from nufilt_jax.models.clip_config import ClipVisionConfig, parse_vision_config
 from nufilt_jax.models.clip_names import to_flax_tree
@@ -24,9 +24,6 @@ from nufilt_jax.models.t5_names import to_t5_tree
 # Of T5's texts so many are drawn, whatever their classes, and the model is asked for the first token after this one:
 # so the authors' program has it.
 T5_EXAMPLES, T5_FIRST_TOKEN = 100, 1
-
-# Heads are padded to this many classes: the tasks of arXiv:2509.21413v2, with 397 at most, then share a program.
-_FEWEST_SLOTS = 512
 
 Batch = dict[str, Any]
 Forward = Callable[[Mapping[str, Any], Batch], Any]
@@ -69,11 +66,7 @@ def clip_task_data(
         raise ConfigError(Problem("data", f"there are {len(images)} images, labels: {n_labels}"))
     generator = random.Random(seed)
     seed_set = _seed_set(len(images), len(head), labels, examples_per_class, generator)
-    slots = max(_FEWEST_SLOTS, 1 << (len(head) - 1).bit_length())
-    same = {
-        "prototypes": np.pad(head.astype(np.float32), ((0, slots - len(head)), (0, 0))),
-        "is_class": np.arange(slots) < len(head),
-    }
+    same = dict(zip(("prototypes", "is_class"), padded_head(head), strict=True))
     chosen = shuffled_batches(seed_set, steps=steps, batch_size=batch_size, generator=generator)
     batches = ({"pixel_values": images[rows].astype(np.float32), **same} for rows in chosen)
     return batches, _clip_forward(vision, config.get("model_type") == "clip")

@@ -82,10 +82,11 @@ def _step(
 ) -> tuple[Stacks, GroupSolution]:
     """D + τ (P + BA) for the layers of one width; takes the memory of D."""
     width = deltas[0].shape[-1]
-    start = jax.vmap(lambda key: draw_start(key, config.adapter_rank, width))(keys)
+    start = jax.vmap(lambda key: draw_start(key, config.trained_rank, width))(keys)
     solution = solve_group(deltas, task, start, config=config)
     merged = tuple(d + update for d, update in zip(deltas, solution.updates, strict=True))
-    losses = solution.losses if config.adapter_rank else solution.losses[:, :0]
+    solves = config.trained_rank > 0 or config.closed_form_ridge is not None
+    losses = solution.losses if solves else solution.losses[:, :0]
     return merged, solution._replace(updates=(), losses=losses)
 
 

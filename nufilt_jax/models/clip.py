@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from nufilt_jax.errors import CheckpointError, Problem
@@ -45,9 +45,16 @@ def clip_image_features(
 
 
 def vision_features(
-    tree: Mapping[str, Any], pixel_values: Float[Array, "b c h w"], config: ClipVisionConfig
+    tree: Mapping[str, Any],
+    pixel_values: Float[Array, "b c h w"],
+    config: ClipVisionConfig,
+    *,
+    dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "b d"]:
-    """The same from a linen tree, as `to_flax_tree` makes it: the pooled or the projected features."""
+    """The same from a linen tree, as `to_flax_tree` makes it: the pooled or the projected features.
+
+    In another `dtype` than float32, layer norms, softmax and what mixes experts still compute in float32.
+    """
     side = config.image_size
     wanted = (config.num_channels, side, side)
     if pixel_values.shape[1:] != wanted:
@@ -56,19 +63,29 @@ def vision_features(
     projection = tree.get("visual_projection")
     projection_dim = None if projection is None else projection["kernel"].shape[1]
     module = ClipVisionModule(config, projection_dim)
-    features = module.apply({"params": tree}, pixel_values.astype(jnp.float32))
+    features = module.apply({"params": tree}, pixel_values.astype(dtype))
     assert isinstance(features, jax.Array)  # for the type checker: apply may also return variables
-    return features
+    return features.astype(jnp.float32)
 
 
-def layer_norm(eps: float, name: str) -> nn.LayerNorm:
-    """Layer norm of both towers."""
+def layer_norm(hidden: Float[Array, "*b d"], eps: float, name: str) -> Float[Array, "*b d"]:
+    """Layer norm of both towers, computed in float32."""
     # Not E[x²] − E[x]²: that loses digits where the mean is large, as in CLIP's few outlier channels.
-    return nn.LayerNorm(eps, use_fast_variance=False, name=name)
+    norm = nn.LayerNorm(eps, use_fast_variance=False, name=name)
+    return norm(hidden.astype(jnp.float32)).astype(hidden.dtype)
+
+
+def dense(inputs: Float[Array, "*b n"], n_outputs: int, name: str, *, use_bias: bool = True) -> Float[Array, "*b m"]:
+    """A linear layer of either tower, computed in the inputs' dtype."""
+    layer = nn.Dense(n_outputs, use_bias=use_bias, dtype=inputs.dtype, precision=_HIGHEST, name=name)
+    return layer(inputs)
 
 
 class ClipVisionModule(nn.Module):
-    """Tower and, if `projection_dim` is given, the projection into the space shared with text."""
+    """Tower and, if `projection_dim` is given, the projection into the space shared with text.
+
+    It computes in the dtype of the pixels.
+    """
 
     config: ClipVisionConfig
     projection_dim: int | None = None
@@ -79,7 +96,7 @@ class ClipVisionModule(nn.Module):
         pooled = _Transformer(self.config, name="vision_model")(pixel_values)
         if self.projection_dim is None:
             return pooled
-        return nn.Dense(self.projection_dim, use_bias=False, precision=_HIGHEST, name="visual_projection")(pooled)
+        return dense(pooled, self.projection_dim, "visual_projection", use_bias=False)
 
 
 class _Transformer(nn.Module):
@@ -89,9 +106,9 @@ class _Transformer(nn.Module):
     def __call__(self, pixel_values: Float[Array, "b c h w"]) -> Float[Array, "b d"]:
         hidden = _Embeddings(self.config, name="embeddings")(pixel_values)
         # The misspelt name is the checkpoints' own.
-        hidden = layer_norm(self.config.layer_norm_eps, name="pre_layrnorm")(hidden)
+        hidden = layer_norm(hidden, self.config.layer_norm_eps, "pre_layrnorm")
         hidden = ClipEncoder(self.config, name="encoder")(hidden)
-        return layer_norm(self.config.layer_norm_eps, name="post_layernorm")(hidden[:, 0])
+        return layer_norm(hidden[:, 0], self.config.layer_norm_eps, "post_layernorm")
 
 
 class _Embeddings(nn.Module):
@@ -101,10 +118,10 @@ class _Embeddings(nn.Module):
     def __call__(self, pixel_values: Float[Array, "b c h w"]) -> Float[Array, "b tokens d"]:
         config = self.config
         patches = _PatchEmbedding(config, name="patch_embedding")(pixel_values)
-        first = self.param("class_embedding", nn.initializers.normal(0.02), (config.hidden_size,))
+        first = self.param("class_embedding", nn.initializers.normal(0.02), (config.hidden_size,)).astype(patches.dtype)
         first = jnp.broadcast_to(first, (patches.shape[0], 1, config.hidden_size))
-        place = nn.Embed(config.num_positions, config.hidden_size, name="position_embedding")
         tokens = jnp.concatenate([first, patches], axis=1)
+        place = nn.Embed(config.num_positions, config.hidden_size, dtype=tokens.dtype, name="position_embedding")
         return tokens + place(jnp.arange(config.num_positions))[None]
 
 
@@ -121,7 +138,7 @@ class _PatchEmbedding(nn.Module):
         size, channels = self.config.patch_size, self.config.num_channels
         n_side = self.config.image_size // size
         shape = (size, size, channels, self.config.hidden_size)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape).astype(pixel_values.dtype)
         whole = pixel_values[:, :, : n_side * size, : n_side * size]  # the rest is dropped, as by padding "VALID"
         tiles = whole.reshape(-1, channels, n_side, size, n_side, size)
         tokens = jnp.einsum("bcyixj,ijcd->byxd", tiles, kernel, precision=_HIGHEST)
@@ -161,9 +178,9 @@ class _Layer(nn.Module):
         self, hidden: Float[Array, "b tokens d"], visible: Bool[Array, "b tokens tokens"] | None
     ) -> Float[Array, "b tokens d"]:
         eps = self.config.layer_norm_eps
-        normed = layer_norm(eps, name="layer_norm1")(hidden)
+        normed = layer_norm(hidden, eps, "layer_norm1")
         hidden = hidden + _Attention(self.config, name="self_attn")(normed, visible)
-        normed = layer_norm(eps, name="layer_norm2")(hidden)
+        normed = layer_norm(hidden, eps, "layer_norm2")
         return hidden + _Mlp(self.config, name="mlp")(normed)
 
 
@@ -178,17 +195,16 @@ class _Attention(nn.Module):
         n_heads = self.config.num_attention_heads
 
         def project(name: str) -> Float[Array, "b tokens heads e"]:
-            full = nn.Dense(width, precision=_HIGHEST, name=name)(hidden)
-            return full.reshape(n_batch, n_tokens, n_heads, width // n_heads)
+            return dense(hidden, width, name).reshape(n_batch, n_tokens, n_heads, width // n_heads)
 
         query, key, value = project("q_proj"), project("k_proj"), project("v_proj")
         scores = jnp.einsum("bqhe,bkhe->bhqk", query, key, precision=_HIGHEST) * (width // n_heads) ** -0.5
         if visible is not None:
             # Finite: a token that sees nothing, as padding on the left, must not become NaN.
             scores = jnp.where(visible[:, None], scores, jnp.finfo(scores.dtype).min)
-        weights = jax.nn.softmax(scores, axis=-1)
+        weights = jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(scores.dtype)
         mixed = jnp.einsum("bhqk,bkhe->bqhe", weights, value, precision=_HIGHEST)
-        return nn.Dense(width, precision=_HIGHEST, name="out_proj")(mixed.reshape(hidden.shape))
+        return dense(mixed.reshape(hidden.shape), width, "out_proj")
 
 
 class _Mlp(nn.Module):
@@ -197,9 +213,9 @@ class _Mlp(nn.Module):
     @nn.compact
     def __call__(self, hidden: Float[Array, "b tokens d"]) -> Float[Array, "b tokens d"]:
         if self.has_variable("params", "gate"):
-            return self._mixed(hidden)
-        inner = nn.Dense(self.config.intermediate_size, precision=_HIGHEST, name="fc1")(hidden)
-        return nn.Dense(self.config.hidden_size, precision=_HIGHEST, name="fc2")(self._activate(inner))
+            return self._mixed(hidden.astype(jnp.float32)).astype(hidden.dtype)
+        inner = dense(hidden, self.config.intermediate_size, "fc1")
+        return dense(self._activate(inner), self.config.hidden_size, "fc2")
 
     def _mixed(self, hidden: Float[Array, "b tokens d"]) -> Float[Array, "b tokens d"]:
         gate, first, last = (self.get_variable("params", name) for name in ("gate", "fc1", "fc2"))

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from nufilt_jax.errors import CheckpointError, Problem
-from nufilt_jax.models.clip import ClipEncoder, layer_norm
+from nufilt_jax.models.clip import ClipEncoder, dense, layer_norm
 from nufilt_jax.models.clip_config import ClipTextConfig, parse_text_config
 from nufilt_jax.models.clip_text_names import to_text_tree
 
@@ -81,8 +81,7 @@ class ClipTextModule(nn.Module):
         pooled = _Transformer(self.config, name="text_model")(input_ids, attention_mask)
         if self.projection_dim is None:
             return pooled
-        precision = jax.lax.Precision.HIGHEST
-        return nn.Dense(self.projection_dim, use_bias=False, precision=precision, name="text_projection")(pooled)
+        return dense(pooled, self.projection_dim, "text_projection", use_bias=False)
 
 
 class _Transformer(nn.Module):
@@ -97,7 +96,7 @@ class _Transformer(nn.Module):
         visible = causal[None] & attention_mask.astype(bool)[:, None]
         hidden = _Embeddings(self.config, name="embeddings")(input_ids)
         hidden = ClipEncoder(self.config, name="encoder")(hidden, visible)
-        hidden = layer_norm(self.config.layer_norm_eps, name="final_layer_norm")(hidden)
+        hidden = layer_norm(hidden, self.config.layer_norm_eps, "final_layer_norm")
         return jax.vmap(lambda states, end: states[end])(hidden, self._end(input_ids))
 
     def _end(self, input_ids: Int[Array, "b t"]) -> Int[Array, " b"]:

@@ -9,10 +9,12 @@ from rich.console import Console
 
 from nufilt_jax import __version__
 from nufilt_jax.errors import NotYetError, Problem, UsageError
-from nufilt_jax.pipeline.arguments import Arguments
+from nufilt_jax.pipeline.arguments import AnalyzeArguments, Arguments, EvaluateArguments
 
 NO_ARGUMENTS = Arguments()
-COMMANDS_TO_COME = ("evaluate", "analyze", "verify", "export")
+ANALYZE_DEFAULTS = AnalyzeArguments()
+EVALUATE_DEFAULTS = EvaluateArguments()
+COMMANDS_TO_COME = ("verify", "export")
 WIDE = 1000  # columns of what is no terminal: nothing is wrapped or cut in a file or a pipe
 _BARE: dict[str, Any] = {"result_action": "return_value", "suppress_keyboard_interrupt": False}  # `main` does the rest
 
@@ -54,6 +56,32 @@ def plan(arguments: Arguments = NO_ARGUMENTS) -> int:
     return merge(dataclasses.replace(arguments, plan=True))
 
 
+@app.command
+def evaluate(folder: Path, /, arguments: EvaluateArguments = EVALUATE_DEFAULTS) -> int:
+    """Measure a merged model, or any other, on its tasks, and write evaluation.json into its folder.
+
+    Args:
+      folder: The output folder of the merge, or a model folder.
+      arguments: The options.
+    """
+    from nufilt_jax.pipeline.evaluate import evaluate
+
+    return evaluate(folder, arguments, _console(), _console(stderr=True))
+
+
+@app.command
+def analyze(folder: Path, /, arguments: AnalyzeArguments = ANALYZE_DEFAULTS) -> int:
+    """Say what a finished merge did, in numbers, pictures and one HTML page, all written into its folder.
+
+    Args:
+      folder: The output folder of the merge.
+      arguments: The options.
+    """
+    from nufilt_jax.pipeline.analyze import analyze
+
+    return analyze(folder, arguments, _console(), _console(stderr=True))
+
+
 def dispatch(argv: list[str], prog: str) -> int:
     """Parses a command line and does what it says.
 
@@ -71,7 +99,7 @@ def dispatch(argv: list[str], prog: str) -> int:
     if prog != app.name[0]:
         runner = App(name=prog, default_command=merge, version=__version__, **_BARE)
     elif argv and argv[0] in COMMANDS_TO_COME:
-        raise NotYetError(Problem(argv[0], "is not available yet", "merge, add and plan are"))
+        raise NotYetError(Problem(argv[0], "is not available yet", "merge, add, plan, evaluate and analyze are"))
     try:
         result = runner(argv, exit_on_error=False, print_error=False)
     except CycloptsError as error:

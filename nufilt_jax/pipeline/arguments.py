@@ -13,6 +13,7 @@ def _whole_number(_: Any, tokens: Sequence[Token]) -> int:
 
 
 _METHOD = Parameter(group=Group("Method"))
+_EVALUATION = Parameter(group=Group("Evaluation"))
 _OUTPUT = Parameter(group=Group("Output and running"))
 Whole = Annotated[int | None, Parameter(converter=_whole_number)]
 Flag = Annotated[bool, Parameter(negative="", show_default=False), _OUTPUT]
@@ -41,9 +42,14 @@ class Arguments:
       steps: Adam steps.
       learning_rate: Of Adam.
       decomposition: auto, eigh, svd or subspace.
+      solver: adam trains the correction; closed_form writes it down.
       seed: Of the correction's random start.
       layers: Merge the matrices in whose names this regular expression is found.
       other_params: All other parameters: pretrained, first or average.
+      evaluate: Measure the merged model on all tasks after every step.
+      tasks_file: JSON file that describes tasks, beside those known by name.
+      heads_from: CLIP model whose text tower makes the zero-shot heads; without it, the base's own.
+      limit: At most so many examples of each task, for a quick look.
       dtype: Type of the stored weights: float32, bfloat16 or float16. Without it, the base's own.
       format: safetensors or flax. Without it, the base's own.
       max_memory: Not available yet.
@@ -73,9 +79,14 @@ class Arguments:
     steps: Annotated[Whole, _METHOD] = None
     learning_rate: Annotated[float | None, _METHOD] = None
     decomposition: Annotated[str | None, _METHOD] = None
+    solver: Annotated[str | None, _METHOD] = None
     seed: Annotated[Whole, _METHOD] = None
     layers: Annotated[str | None, _METHOD] = None
     other_params: Annotated[str | None, _METHOD] = None
+    evaluate: Annotated[bool, Parameter(negative="", show_default=False), _EVALUATION] = False
+    tasks_file: Annotated[Path | None, _EVALUATION] = None
+    heads_from: Annotated[str | None, _EVALUATION] = None
+    limit: Annotated[Whole, _EVALUATION] = None
     dtype: Annotated[str | None, _OUTPUT] = None
     format: Annotated[str | None, _OUTPUT] = None
     max_memory: Annotated[str | None, _OUTPUT] = None
@@ -87,5 +98,49 @@ class Arguments:
 
     def config_flags(self) -> dict[str, Any]:
         """The options given that are settings of some method, by field name."""
-        names = ("filter_rank", "adapter_rank", "task_rank", "steps", "learning_rate", "decomposition")
+        names = ("filter_rank", "adapter_rank", "task_rank", "steps", "learning_rate", "decomposition", "solver")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+@Parameter(name="*")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateArguments:
+    """The options of `evaluate`.
+
+    Attributes:
+      task: Name of a task; once per task. Without it, all that were merged.
+      tasks_file: JSON file that describes tasks, beside those known by name.
+      heads_from: CLIP model whose text tower makes the zero-shot heads; without it, the model's own.
+      limit: At most so many examples of each task, for a quick look.
+      dtype: In which the forward passes compute: float32 or bfloat16. Without it, float32.
+      offline: Never ask the Hub; use its local caches.
+      json: One JSON document on stdout and nothing else there.
+      quiet: Nothing but warnings and errors.
+    """
+
+    task: Annotated[tuple[str, ...], Parameter(consume_multiple=False, negative="", show_default=False)] = ()
+    tasks_file: Path | None = None
+    heads_from: str | None = None
+    limit: Whole = None
+    dtype: str | None = None
+    offline: Flag = False
+    json: Flag = False
+    quiet: Flag = False
+
+
+@Parameter(name="*")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AnalyzeArguments:
+    """The options of `analyze`.
+
+    Attributes:
+      images: Images of each task to measure on, where there are any.
+      tasks_file: JSON file that describes tasks, beside those known by name.
+      json: One JSON document on stdout and nothing else there.
+      quiet: Nothing but warnings and errors.
+    """
+
+    images: Annotated[int, Parameter(converter=_whole_number)] = 256
+    tasks_file: Path | None = None
+    json: Flag = False
+    quiet: Flag = False

@@ -18,7 +18,7 @@ from nufilt_jax.pipeline.timing import Clock
 from nufilt_jax.presets import TINY
 
 if TYPE_CHECKING:
-    from nufilt_jax.pipeline.tiny import TinyStudy
+    from nufilt_jax.pipeline.evaluation import Evaluation
 
 
 def execute(arguments: Arguments, stdout: Console, stderr: Console) -> int:
@@ -70,43 +70,41 @@ def _run(arguments: Arguments, stdout: Console, stderr: Console) -> None:
         with clock.spent_on("plan"):
             plan = make_plan(job or continued_job(arguments, place), offline=arguments.offline)
         show.show_warnings(stderr, plan.warnings)
+        evaluation = _evaluation(plan, watcher, is_study=arguments.model == TINY)
         with clock.spent_on("inspect"):
             inspection = inspect(plan)
         show.show_warnings(stderr, inspection.warnings)
-        study = _study(arguments, plan)
-        recipe = run(
-            plan,
-            inspection,
-            place,
-            watcher,
-            clock,
-            evaluate=study.evaluate if study else None,
-            finish=study.finish if study else None,
-        )
-    show.show_warnings(stderr, tuple(study.warnings) if study else ())
-    evaluation = _evaluation(place) if arguments.model == TINY else {}
+        recipe = run(plan, inspection, place, watcher, clock, evaluation=evaluation)
+        scores = _scores(plan, place, watcher)
+    show.show_warnings(stderr, tuple(evaluation.warnings) if evaluation else ())
     if arguments.json:
-        show.show_json(stdout, {"out": str(place.out), **recipe, **evaluation})
+        show.show_json(stdout, {"out": str(place.out), **recipe, **({"evaluation": scores} if scores else {})})
     elif not arguments.quiet:
         show.show_result(stdout, recipe, str(place.out))
-        if evaluation:
-            show.show_scores(stdout, evaluation["evaluation"])
+        if scores:
+            show.show_scores(stdout, scores)
 
 
-def _study(arguments: Arguments, plan: Plan) -> "TinyStudy | None":
-    """The evaluation of the built-in tasks; None where there is none, or an earlier run has left it out."""
-    if arguments.model != TINY or plan.is_finished:
+def _evaluation(plan: Plan, watcher: show.ProgressWatcher, *, is_study: bool) -> "Evaluation | None":
+    """What scores the model after every step; None if that is not wanted, or nothing is left to merge."""
+    if plan.evaluation is None or plan.is_finished:
         return None
-    if plan.recorded is not None and any("accuracy" not in step for step in plan.recorded.steps):
-        return None
+    from nufilt_jax.pipeline.evaluation import Evaluation, open_suite
     from nufilt_jax.pipeline.tiny import TinyStudy
 
-    return TinyStudy(tuple(source.name for source in plan.sources))
+    names = [source.name for source in plan.sources]
+    watcher.phase("opening the tasks' data")
+    suite = open_suite(names, plan.base, plan.evaluation)
+    compare = TinyStudy(names, suite).rows if is_study else None
+    return Evaluation(names, suite, plan.evaluation, watcher.phase, compare)
 
 
-def _evaluation(place: OutputPlace) -> dict[str, Any]:
-    """What an evaluation left in the output folder; empty if there is none."""
-    from nufilt_jax.pipeline.tiny import EVALUATION
+def _scores(plan: Plan, place: OutputPlace, watcher: show.ProgressWatcher) -> dict[str, Any] | None:
+    """What `evaluation.json` holds; a merge that had been finished without it is evaluated now."""
+    if plan.evaluation is None:
+        return None
+    from nufilt_jax.pipeline.evaluation import EVALUATION, evaluate_folder
 
-    scores = place.out / EVALUATION
-    return {"evaluation": read_json(scores)} if scores.is_file() else {}
+    if (place.out / EVALUATION).is_file():
+        return read_json(place.out / EVALUATION)
+    return evaluate_folder(place.out, (), plan.evaluation, watcher.phase)

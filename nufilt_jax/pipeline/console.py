@@ -123,8 +123,9 @@ def show_result(console: Console, recipe: Mapping[str, Any], out: str) -> None:
 
 def show_scores(console: Console, evaluation: Mapping[str, Any]) -> None:
     """Accuracies of every model on every task, in percent, with ACC, BWT and seconds."""
-    models = evaluation["models"]
-    table = Table("", title="accuracy on the test draw, %")
+    models, limit = evaluation["models"], evaluation.get("limit")
+    some = "" if limit is None else f" of at most {limit} examples"
+    table = Table("", title=f"accuracy{some}, %")
     for row in models:
         table.add_column(row["name"].replace("_", " "), justify="right")
     for task in evaluation["tasks"]:

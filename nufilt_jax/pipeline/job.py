@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nufilt_jax.config import MethodConfig, OtherParams
+from nufilt_jax.config import ComputeType, MethodConfig, OtherParams
 from nufilt_jax.errors import Problem
 
 
@@ -54,6 +54,25 @@ class Source:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """How models are evaluated.
+
+    Attributes:
+      tasks_file: describes tasks beside those that are known.
+      heads_from: the CLIP model whose text tower makes the zero-shot heads; None for that of the model itself.
+      limit: at most so many examples of each task; None for all.
+      dtype: in which the forward passes compute.
+      offline: use the local caches of the Hub alone.
+    """
+
+    tasks_file: Path | None = None
+    heads_from: str | None = None
+    limit: int | None = None
+    dtype: ComputeType = "float32"
+    offline: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Recorded:
     """A merge under way or finished, as its recipe tells.
 
@@ -87,6 +106,7 @@ class Job:
       settings: how; a refused value is replaced by its default, so that the search for problems can go on.
       out: the output folder; None if only a plan is wanted.
       data: folder with examples of each task; None if there is none.
+      evaluation: how the merged model is evaluated after every step; None if it is not.
       continues: the merge that --add continues: of the tasks that it has merged, no file is needed.
       warnings: what the user should know and may accept.
       problems: what is wrong so far.
@@ -97,6 +117,7 @@ class Job:
     settings: Settings
     out: Path | None
     data: Path | None = None
+    evaluation: EvaluationOptions | None = None
     continues: Recorded | None = None
     warnings: tuple[str, ...] = ()
     problems: tuple[Problem, ...] = ()

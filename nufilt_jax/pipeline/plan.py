@@ -17,11 +17,10 @@ from nufilt_jax.checkpoints.outputs import plan_shards
 from nufilt_jax.checkpoints.place import OutputPlace
 from nufilt_jax.config import MethodConfig, option, problem
 from nufilt_jax.core.stacks import Group, group_layers
-from nufilt_jax.errors import ConfigError, NufiltError, Problem
+from nufilt_jax.errors import ConfigError, NufiltError, Problem, gathering
 from nufilt_jax.methods import find
 from nufilt_jax.methods.selection import Selection, select
-from nufilt_jax.pipeline.job import Job, Recorded, Settings, Source
-from nufilt_jax.pipeline.problems import gathering
+from nufilt_jax.pipeline.job import EvaluationOptions, Job, Recorded, Settings, Source
 from nufilt_jax.pipeline.recorded import current, other_merge_problems
 
 
@@ -37,6 +36,7 @@ class Plan:
       selection: the tensors touched.
       groups: the matrices among them, as the solver batches them.
       examples: the files with examples of the tasks still to be merged, by task name; none for most methods.
+      evaluation: how the merged model is evaluated after every step; None if it is not.
       out: the output folder; None if only a plan is wanted.
       recorded: the same merge, as far as an earlier run came; None if there is none.
       warnings: what the user should know and may accept.
@@ -49,6 +49,7 @@ class Plan:
     selection: Selection
     groups: tuple[Group, ...]
     examples: Mapping[str, Path]
+    evaluation: EvaluationOptions | None
     out: Path | None
     recorded: Recorded | None
     warnings: tuple[str, ...]
@@ -88,6 +89,8 @@ def make_plan(job: Job, *, offline: bool = False, headers_only: bool = False) ->
         for task in tasks.values():
             problems += partner_problems(base, task, selection.touched)
         with gathering(problems):
+            problems += _evaluation_problems(job, base)
+        with gathering(problems):
             problems += _output_problems(base, job.settings, place)
     if problems or base is None:
         raise NufiltError(*dict.fromkeys(problems))
@@ -101,6 +104,7 @@ def make_plan(job: Job, *, offline: bool = False, headers_only: bool = False) ->
         selection=selection,
         groups=groups,
         examples=examples,
+        evaluation=job.evaluation,
         out=None if place is None else place.out,
         recorded=recorded,
         warnings=(*job.warnings, *_width_warnings(groups, job.settings.config)),
@@ -159,6 +163,14 @@ def _examples(job: Job, base: Checkpoint, names: tuple[str, ...], problems: list
     files = example_files(job.data, names)
     problems += example_problems(files, base)
     return files
+
+
+def _evaluation_problems(job: Job, base: Checkpoint) -> list[Problem]:
+    if job.evaluation is None:
+        return []
+    from nufilt_jax.pipeline.evaluation import task_problems  # with models, which no other merge needs
+
+    return task_problems([source.name for source in job.sources], base.config, job.evaluation.tasks_file)
 
 
 def _output_problems(base: Checkpoint, settings: Settings, place: OutputPlace | None) -> list[Problem]:

@@ -7,14 +7,13 @@ from typing import cast
 from nufilt_jax.checkpoints import open_checkpoint, parse_source
 from nufilt_jax.checkpoints.place import OutputPlace
 from nufilt_jax.config import option, problem
-from nufilt_jax.errors import ConfigError, NufiltError, OutputError, Problem, UsageError, raise_all
+from nufilt_jax.errors import ConfigError, NufiltError, OutputError, Problem, UsageError, gathering, raise_all
 from nufilt_jax.methods import RULES
-from nufilt_jax.pipeline.arguments import Arguments
-from nufilt_jax.pipeline.job import Job, Source
-from nufilt_jax.pipeline.problems import gathering
+from nufilt_jax.pipeline.arguments import Arguments, EvaluateArguments
+from nufilt_jax.pipeline.job import EvaluationOptions, Job, Source
 from nufilt_jax.pipeline.recorded import current, other_weights_problem
-from nufilt_jax.pipeline.settings import DEFAULT_METHOD, changed_settings, read_settings
-from nufilt_jax.presets import CLIP_BASES, FLAN_T5, Preset, check_model, clip_preset, flan_t5_preset, shuffled
+from nufilt_jax.pipeline.settings import DEFAULT_METHOD, changed_settings, read_evaluation, read_settings
+from nufilt_jax.presets import CLIP_BASES, FLAN_T5, TINY, Preset, check_model, clip_preset, flan_t5_preset, shuffled
 
 _NOT_WITH_ADD = ("model", "base", "group", "order", "preset_table", "out")
 _NOT_WITH_MODEL = ("base", "task")
@@ -40,10 +39,25 @@ def check_usage(arguments: Arguments) -> None:
         if not missing:
             alone = _given(arguments, ("group", "preset_table"))
             problems += [problem(name, "belongs to --model", "leave it out") for name in alone]
+    if not _is_evaluated(arguments):
+        given = _given(arguments, ("tasks_file", "heads_from", "limit"))
+        problems += [problem(name, "belongs to --evaluate", "add that, or leave it out") for name in given]
     pairs = [(text, *text.partition("=")) for text in arguments.task]
     bad = [text for text, name, _, source in pairs if not (name.strip() and source)]
     problems += [problem("task", f"{text!r} is not of the form NAME=PATH_OR_HUB[@REV]") for text in bad]
     raise_all(UsageError, problems)
+
+
+def _is_evaluated(arguments: Arguments) -> bool:
+    """Whether the merged model is evaluated after every step; the built-in one always is."""
+    return arguments.evaluate or arguments.model == TINY
+
+
+def _evaluation(arguments: Arguments, problems: list[Problem]) -> EvaluationOptions | None:
+    if not _is_evaluated(arguments):
+        return None
+    names = ("tasks_file", "heads_from", "limit", "offline")
+    return read_evaluation(EvaluateArguments(**{name: getattr(arguments, name) for name in names}), problems)
 
 
 def _given(arguments: Arguments, names: tuple[str, ...]) -> list[str]:
@@ -69,6 +83,7 @@ def new_job(arguments: Arguments, zoo: Path | None = None) -> Job:
         preset = _preset(arguments, order, zoo)
     settings, warnings, refused = read_settings(arguments, preset.settings if preset else {})
     problems = refused + problems
+    evaluation = _evaluation(arguments, problems)
     if preset is None:
         raise NufiltError(*problems)
     return Job(
@@ -77,6 +92,7 @@ def new_job(arguments: Arguments, zoo: Path | None = None) -> Job:
         settings=settings,
         out=arguments.out or _default_out(arguments, order),
         data=arguments.data or preset.data,
+        evaluation=evaluation,
         warnings=(*warnings, *_idle_data(arguments, settings.method)),
         problems=tuple(problems),
     )
@@ -93,6 +109,7 @@ def continued_job(arguments: Arguments, place: OutputPlace) -> Job:
         fix = "start one with --base, --task and --out"
         raise OutputError(Problem(str(place.out), "holds no merge to continue", fix))
     problems = changed_settings(arguments, recorded.settings)
+    evaluation = _evaluation(arguments, problems)
     new = _sources(_tasks(arguments))
     n_known = _n_known([source.name for source in recorded.tasks], [source.name for source in new])
     if not arguments.plan:  # which reads no weights, and so cannot hash them
@@ -105,6 +122,7 @@ def continued_job(arguments: Arguments, place: OutputPlace) -> Job:
         settings=recorded.settings,
         out=place.out,
         data=arguments.data,
+        evaluation=evaluation,
         continues=recorded,
         warnings=_idle_data(arguments, recorded.settings.method),
         problems=tuple(problems),

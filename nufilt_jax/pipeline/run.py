@@ -6,7 +6,7 @@ import functools
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
@@ -17,7 +17,7 @@ from nufilt_jax import methods
 from nufilt_jax.checkpoints import Checkpoint, write_added, write_checkpoint
 from nufilt_jax.checkpoints.place import OutputPlace
 from nufilt_jax.config import LearningConfig
-from nufilt_jax.errors import CheckpointError, NufiltError, OutputError, Problem
+from nufilt_jax.errors import CheckpointError, EvaluationError, NufiltError, OutputError, Problem
 from nufilt_jax.methods.stacked import Names, TaskVector, stacked, task_vector
 from nufilt_jax.methods.state import LayerReport, MergeState, merged_tensor
 from nufilt_jax.pipeline.ahead import read_ahead
@@ -28,8 +28,21 @@ from nufilt_jax.pipeline.plan import Plan
 from nufilt_jax.pipeline.recipe import forecast_entry, new_recipe, step_entry
 from nufilt_jax.pipeline.timing import Clock, CompileLog
 
-Evaluate = Callable[[Mapping[str, Any]], dict[str, float]]
-Finish = Callable[[Path, dict[str, Any]], None]
+
+class Evaluation(Protocol):
+    """Scores the merged model; see `pipeline.evaluation`."""
+
+    def entry(self, params: Mapping[str, Any], task: str) -> dict[str, Any]:
+        """What the recipe's entry of a step gets."""
+        ...
+
+    def covers(self, step: Mapping[str, Any]) -> bool:
+        """Whether the recipe's entry of a step holds what `entry` would say."""
+        ...
+
+    def finish(self, folder: Path, recipe: Mapping[str, Any]) -> None:
+        """Adds files to the finished folder before it gets its name."""
+        ...
 
 
 @runtime_checkable
@@ -56,8 +69,7 @@ def run(
     watcher: Watcher,
     clock: Clock,
     *,
-    evaluate: Evaluate | None = None,
-    finish: Finish | None = None,
+    evaluation: Evaluation | None = None,
 ) -> dict[str, Any]:
     """Merges what is not merged yet. The caller holds the place's lock.
 
@@ -67,8 +79,7 @@ def run(
       place: where to.
       watcher: is told of every step and stack.
       clock: gets the time of what does not belong to one step.
-      evaluate: measures the merged model after every step, for the recipe.
-      finish: adds files to the finished folder before it gets its name.
+      evaluation: scores the merged model after every step, for the recipe; None leaves it out.
 
     Returns:
       The recipe. Steps that an earlier run had done are marked as resumed.
@@ -83,18 +94,18 @@ def run(
     forecast = place.forecast(plan.done)
     try:
         with compiled.listening(), Journal(place, recipe, forecast, clock) as journal:
-            state = _merge(plan, place, journal, watcher, evaluate)
+            state = _merge(plan, place, journal, watcher, evaluation)
             watcher.phase("writing the model")
             with clock.spent_on("write_model"):
                 like, settings = plan.base, plan.settings
                 write_checkpoint(_merged(state), place.staging, like=like, format=settings.format, dtype=settings.dtype)
                 if state.added:
                     write_added(place.staging, state.added)
-            if finish is not None:
-                finish(place.staging, recipe)
+            if evaluation is not None:
+                evaluation.finish(place.staging, recipe)
             with clock.spent_on("wait_for_state"):
                 journal.wait()
-    except OutputError:  # full or gone: what is done can be gone on with
+    except (OutputError, EvaluationError):  # what is done can be gone on with, elsewhere or without an evaluation
         raise
     except NufiltError:  # the same command would fail again, and another could not use what is done
         place.discard()
@@ -104,7 +115,9 @@ def run(
     return recipe
 
 
-def _merge(plan: Plan, place: OutputPlace, journal: Journal, watcher: Watcher, evaluate: Evaluate | None) -> MergeState:
+def _merge(
+    plan: Plan, place: OutputPlace, journal: Journal, watcher: Watcher, evaluation: Evaluation | None
+) -> MergeState:
     """The state after all tasks; the journal gets an entry for each task merged here.
 
     While a task is merged, the next one is read and the state after the one before is written.
@@ -136,11 +149,19 @@ def _merge(plan: Plan, place: OutputPlace, journal: Journal, watcher: Watcher, e
             if plan.examples:
                 entry["examples"] = _examples_entry(plan.examples[name])
             del task  # before the one after the next is read
-            if evaluate is not None:
-                watcher.phase(f"evaluating after {name}")
-                entry["accuracy"] = evaluate({**plan.base.read(), **_merged(state), **state.added})
+            if evaluation is not None:
+                with journal.clock.spent_on("evaluate"):
+                    entry |= evaluation.entry(_whole(plan, state), name)
             journal.add(entry, forecast_entry(name, state.report), state)
+    last = journal.recipe["steps"][-1]
+    if evaluation is not None and not evaluation.covers(last):  # a run that did not evaluate has merged it
+        last |= evaluation.entry(_whole(plan, state), last["task"])
     return state
+
+
+def _whole(plan: Plan, state: MergeState) -> dict[str, Any]:
+    """All parameters of the merged model."""
+    return {**plan.base.read(), **_merged(state), **state.added}
 
 
 def _restored(state: MergeState, place: OutputPlace, done: int) -> MergeState:

@@ -4,18 +4,18 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar, get_args
 
-from nufilt_jax.config import MethodConfig, OtherParams, option, problem
-from nufilt_jax.errors import ConfigError, Problem
+from nufilt_jax.config import ComputeType, MethodConfig, OtherParams, option, problem
+from nufilt_jax.errors import ConfigError, Problem, gathering
 from nufilt_jax.methods import RULES, find
-from nufilt_jax.pipeline.arguments import Arguments
-from nufilt_jax.pipeline.job import Settings
-from nufilt_jax.pipeline.problems import gathering
+from nufilt_jax.pipeline.arguments import Arguments, EvaluateArguments
+from nufilt_jax.pipeline.job import EvaluationOptions, Settings
 
 T = TypeVar("T")
 
 DEFAULT_METHOD = "nufilt"
 _FORMATS = {"safetensors": "safetensors", "flax": "flax", "msgpack": "flax"}
 _DTYPES = {name: name for name in ("float32", "bfloat16", "float16")}
+_COMPUTE_DTYPES: Mapping[str, ComputeType] = {name: name for name in get_args(ComputeType)}
 _OTHER_PARAMS: Mapping[str, OtherParams] = {name: name for name in get_args(OtherParams)}
 _KINDS: Mapping[Any, str] = {bool: "true or false", int: "a whole number", float: "a number"}
 _FLAGS = {option(field.name) for field in dataclasses.fields(Arguments)}
@@ -53,6 +53,21 @@ def read_settings(
         dtype=_choice("dtype", arguments.dtype, _DTYPES, problems),
     )
     return settings, warnings, problems
+
+
+def read_evaluation(arguments: EvaluateArguments, problems: list[Problem]) -> EvaluationOptions:
+    """How to evaluate; what is refused goes to `problems`, and its default takes its place."""
+    limit = arguments.limit
+    if limit is not None and limit < 1:
+        problems.append(problem("limit", f"must be at least 1, got {limit}"))
+        limit = None
+    return EvaluationOptions(
+        tasks_file=arguments.tasks_file,
+        heads_from=arguments.heads_from,
+        limit=limit,
+        dtype=_choice("dtype", arguments.dtype, _COMPUTE_DTYPES, problems) or "float32",
+        offline=arguments.offline,
+    )
 
 
 def changed_settings(arguments: Arguments, settings: Settings) -> list[Problem]:
@@ -95,13 +110,14 @@ def _config(
     fields = {field.name for field in dataclasses.fields(kind)}
     idle = ", ".join(option(key) for key in flags if key not in fields)
     warnings = [f"{idle}: no effect: {method} has no such setting"] if idle else []
-    used = {key: value for key, value in flags.items() if key in fields}
-    values = {**preset, **used, **_parsed(method, pairs, problems)}
+    given = {key: value for key, value in flags.items() if key in fields} | _parsed(method, pairs, problems)
     try:
-        return kind(**values), warnings
+        config = kind(**{**preset, **given})
     except ConfigError as error:
         problems += map(_as_given, error.problems)
         return kind(), warnings
+    idle_here = (problem(key, f"has no effect: {why}") for key, why in config.idle.items() if key in given)
+    return config, [*warnings, *(str(_as_given(found)) for found in idle_here)]
 
 
 def _as_given(found: Problem) -> Problem:

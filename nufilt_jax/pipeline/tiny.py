@@ -1,25 +1,29 @@
 """The built-in study: merges the built-in checkpoints by several rules and measures them all."""
 
+import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.typing import ArrayLike
 
 from nufilt_jax import methods
-from nufilt_jax.analysis.plots import draw_accuracy_matrix
 from nufilt_jax.checkpoints import load
-from nufilt_jax.checkpoints.place import read_json, write_json
-from nufilt_jax.errors import MissingExtraError
-from nufilt_jax.evaluation import Task, accuracy_matrix, average_accuracy, backward_transfer, evaluate_tasks
+from nufilt_jax.config import ComputeType
+from nufilt_jax.evaluation import Task, evaluate_tasks
+from nufilt_jax.evaluation.ready import OnBatch, ReadyTask, spread
+from nufilt_jax.evaluation.suite import Suite
 from nufilt_jax.pipeline.examples import write_examples
+from nufilt_jax.pipeline.scores import Row, merged_row, plain_row
 from nufilt_jax.presets import TINY_CONFIG, Preset, shuffled
-from nufilt_jax.zoo import TinyZoo, materialise
+from nufilt_jax.zoo import materialise
+from nufilt_jax.zoo.families import FAMILIES, Family
+from nufilt_jax.zoo.store import evaluation_tasks
 
-EVALUATION = "evaluation.json"
-PICTURE = "accuracy_matrix.png"
 COMPARED = ("sum", "weight_average", "task_arithmetic")
+_DTYPE = "torch_dtype"  # which a merge may change
 
 
 def tiny_preset(order: int | None, folder: Path | None = None, *, examples: bool = False) -> Preset:
@@ -33,61 +37,90 @@ def tiny_preset(order: int | None, folder: Path | None = None, *, examples: bool
     return Preset(str(zoo.base), shuffled(tasks, 1 if order is None else order), TINY_CONFIG, data)
 
 
+def family_of(config: Mapping[str, Any]) -> Family | None:
+    """The built-in family whose models have this `config.json`, and so know its tasks; None for other models."""
+    for family in FAMILIES.values():
+        if {**config, _DTYPE: family.config[_DTYPE]} == family.config:
+            return family
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _BuiltInTask:
+    """A task whose images are drawn, and stay in memory."""
+
+    task: Task
+    config: Mapping[str, Any]
+    dtype: ComputeType
+
+    @property
+    def name(self) -> str:
+        return self.task.name
+
+    @property
+    def n_examples(self) -> int:
+        return len(self.task.labels)
+
+    def score(self, params: Mapping[str, ArrayLike], *, on_batch: OnBatch | None = None) -> float:
+        if on_batch is not None:
+            on_batch(self.name, 0, self.n_examples)
+        return evaluate_tasks(params, self.config, [self.task], dtype=self.dtype)[self.name]
+
+
+def built_in_tasks(
+    names: Sequence[str], config: Mapping[str, Any], *, limit: int | None, dtype: ComputeType
+) -> dict[str, ReadyTask]:
+    """Draws the test images of a built-in model's tasks.
+
+    Args:
+      names: of its tasks.
+      config: its `config.json`, see `family_of`.
+      limit: at most so many images of each task, evenly spread; None for all.
+      dtype: in which the forward pass computes.
+
+    Raises:
+      MissingExtraError: `digits` needs scikit-learn.
+    """
+    family = family_of(config)
+    assert family is not None  # for the type checker: the caller has asked
+    drawn = evaluation_tasks(tuple(names), family=family)
+    return {task.name: _BuiltInTask(_some(task, limit), config, dtype) for task in drawn}
+
+
+def _some(task: Task, limit: int | None) -> Task:
+    rows = spread(len(task.labels), limit)
+    return dataclasses.replace(task, images=task.images[rows], labels=task.labels[rows])
+
+
 class TinyStudy:
-    """Evaluates a merge of built-in checkpoints, and its alternatives beside it."""
+    """The models beside which a merge of the built-in ones stands."""
 
-    def __init__(self, names: tuple[str, ...]) -> None:
-        self._zoo: TinyZoo = materialise()
+    def __init__(self, names: Sequence[str], suite: Suite) -> None:
+        """Takes the tasks in the order merged, and the same opened."""
+        self._names, self._suite = names, suite
+        self._zoo = materialise()
         self._base = load(str(self._zoo.base))
-        self._config = read_json(self._zoo.base / "config.json")
-        self._tasks: tuple[Task, ...] = self._zoo.evaluation_tasks(names)
-        self._names = names
-        self.warnings: list[str] = []
 
-    def evaluate(self, params: Mapping[str, Any]) -> dict[str, float]:
-        """Test accuracy in [0, 1] by task."""
-        return evaluate_tasks(params, self._config, self._tasks)
-
-    def finish(self, folder: Path, recipe: dict[str, Any]) -> None:
-        """Writes the comparison and the picture into an output folder."""
-        merged = [step["accuracy"] for step in recipe["steps"]]
-        seconds = sum(step["seconds"] for step in recipe["steps"])
-        models = [
-            self._row("pre-trained", self.evaluate(self._base)),
-            self._row("individual", {n: self.evaluate(load(str(self._zoo.tasks[n])))[n] for n in self._names}),
-            *(self._alternative(method) for method in COMPARED if method != recipe["method"]),
-            self._merged_row(recipe["method"], merged, seconds),
+    def rows(self, method: str) -> list[Row]:
+        """Scores of the base, of each task's own model, and of merges by other methods than `method`."""
+        individual = {task.name: task.score(self._model(task.name)) for task in self._suite.tasks}
+        return [
+            plain_row("pre-trained", self._suite.score(self._base)),
+            plain_row("individual", individual),
+            *(self._alternative(other) for other in COMPARED if other != method),
         ]
-        write_json(folder / EVALUATION, {"tasks": list(self._names), "models": models})
-        try:
-            title = f"{recipe['method']}: accuracy after each step"
-            draw_accuracy_matrix(accuracy_matrix(merged, self._names), self._names, folder / PICTURE, title=title)
-        except MissingExtraError as error:
-            self.warnings += [str(problem) for problem in error.problems]
 
-    def _alternative(self, method: str) -> dict[str, Any]:
+    def _model(self, name: str) -> Mapping[str, np.ndarray]:
+        return load(str(self._zoo.tasks[name]))
+
+    def _alternative(self, method: str) -> Row:
         rule = methods.get(method)
-        state, scores, seconds = rule.init(self._base), [], 0.0
+        state, scores, seconds = rule.init(self._base), list[dict[str, float]](), 0.0
         for name in self._names:
-            task = load(str(self._zoo.tasks[name]))
+            task = self._model(name)
             start = time.perf_counter()
             state = rule.update(state, task)
             merged = {key: np.asarray(value) for key, value in state.merged.items()}
             seconds += time.perf_counter() - start
-            scores.append(self.evaluate(merged))
-        return self._merged_row(method, scores, seconds)
-
-    def _merged_row(self, method: str, scores: list[dict[str, float]], seconds: float) -> dict[str, Any]:
-        matrix = accuracy_matrix(scores, self._names)
-        return {
-            "name": method,
-            "accuracy": scores[-1],
-            "acc": average_accuracy(matrix),
-            "bwt": backward_transfer(matrix),
-            "seconds": round(seconds, 3),
-        }
-
-    @staticmethod
-    def _row(name: str, accuracy: dict[str, float]) -> dict[str, Any]:
-        mean = float(np.mean(list(accuracy.values())))
-        return {"name": name, "accuracy": accuracy, "acc": mean, "bwt": None, "seconds": None}
+            scores.append(self._suite.score(merged))
+        return merged_row(method, scores, self._names, seconds)

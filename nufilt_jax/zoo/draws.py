@@ -25,6 +25,8 @@ class Nuisance:
     stripes: float = 0.0  # amplitude of fine stripes across the image
     window: float = 0.0  # 0 to 1: how far the pattern fades outside of a round window somewhere
     patch: int = 0  # pixels: side of a square that hides part of the pattern
+    tint: tuple[float, float, float] = (0.0, 0.0, 0.0)  # added to red, green and blue
+    weave: tuple[float, float] = (0.0, 0.0)  # cycles across and down of a faint wave that all images share
 
 
 # What pre-training sees, of every task: a little of everything.
@@ -38,6 +40,10 @@ HARD: dict[str, Nuisance] = {
     "orientation": Nuisance(grain=0.4, contrast=(0.25, 0.5)),
     "frequency": Nuisance(window=1.0),
     "position": Nuisance(contrast=(0.1, 0.4), grain=0.2),
+    "count": Nuisance(clutter=0.1, stripes=0.2),
+    "hue": Nuisance(clutter=0.1, contrast=(0.2, 0.5)),
+    "petals": Nuisance(patch=7, grain=0.2),
+    "gaps": Nuisance(window=0.5, stripes=0.3),
 }
 
 DIGITS = tuple(str(digit) for digit in range(10))
@@ -50,8 +56,13 @@ CLASS_NAMES: dict[str, tuple[str, ...]] = {
     "position": tuple(
         f"{row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "centre", "right")
     ),
+    "count": tuple(f"{number} dots" for number in range(1, 9)),
+    "hue": tuple(f"hue of {36 * step} degrees" for step in range(10)),
+    "petals": tuple(f"{number} petals" for number in range(2, 10)),
+    "gaps": tuple(f"gap at {45 * step} degrees" for step in range(8)),
 }
-TASK_NAMES = tuple(CLASS_NAMES)
+STUDY_TASKS = tuple(CLASS_NAMES)
+TASK_NAMES = STUDY_TASKS[:6]
 
 _PATTERNS: dict[str, patterns.Pattern] = {
     "letters": patterns.letters,
@@ -59,6 +70,10 @@ _PATTERNS: dict[str, patterns.Pattern] = {
     "orientation": patterns.orientation,
     "frequency": patterns.frequency,
     "position": patterns.position,
+    "count": patterns.count,
+    "hue": patterns.blobs,
+    "petals": patterns.petals,
+    "gaps": patterns.gaps,
 }
 
 
@@ -68,7 +83,7 @@ def draw(
     """Images and labels of one split of one task; the same arguments give the same bits.
 
     Args:
-      task: one of `TASK_NAMES`.
+      task: one of `STUDY_TASKS`.
       split: separate random streams; for `digits` also separate handwritten originals.
       n: how many; classes come in equal numbers, up to rounding, in random order.
       nuisance: what varies beside the class; `HARD[task]` by default.
@@ -81,16 +96,17 @@ def draw(
       MissingExtraError: `digits` needs scikit-learn.
     """
     if task not in CLASS_NAMES:
-        raise ConfigError(Problem("task", f"no built-in task {task!r}", f"one of {', '.join(TASK_NAMES)}"))
+        raise ConfigError(Problem("task", f"no built-in task {task!r}", f"one of {', '.join(STUDY_TASKS)}"))
     nuisance = HARD[task] if nuisance is None else nuisance
-    is_mild = int(nuisance == MILD)
-    rng = np.random.default_rng([TASK_NAMES.index(task), _SPLITS.index(split), is_mild, 20250921])
+    is_own = nuisance == HARD[task]
+    rng = np.random.default_rng([STUDY_TASKS.index(task), _SPLITS.index(split), int(not is_own), 20250921])
     if task == "digits":
         labels, intensity = _draw_digits(split, n, rng, nuisance.level)
     else:
         labels = rng.permutation(np.arange(n) % len(CLASS_NAMES[task]))
         intensity = _PATTERNS[task](labels, rng, nuisance.level)
-    return _colour(intensity, rng, nuisance), labels
+    hues = labels if task == "hue" else None
+    return _colour(intensity, rng, nuisance, hues), labels
 
 
 def digit_originals(
@@ -125,13 +141,22 @@ def _draw_digits(
 
 
 def _colour(
-    intensity: Float[np.ndarray, "n 32 32"], rng: np.random.Generator, nuisance: Nuisance
+    intensity: Float[np.ndarray, "n 32 32"],
+    rng: np.random.Generator,
+    nuisance: Nuisance,
+    hues: Int[np.ndarray, " n"] | None,
 ) -> UInt8[np.ndarray, "n 3 32 32"]:
-    """Two random colours for figure and ground, light on dark or dark on light, then all other nuisance."""
+    """Two colours for figure and ground, then all other nuisance.
+
+    The colours are random, light on dark or dark on light; with `hues`, one of ten for each image, the figure is of
+    that hue and the ground of the opposite one.
+    """
     n = len(intensity)
     middle = rng.uniform(0.35, 0.65, (n, 3)).astype(np.float32)
     contrast = rng.uniform(*nuisance.contrast, (n, 1)) * rng.choice([-1, 1], (n, 1))
     swing = (contrast * rng.uniform(0.6, 1.0, (n, 3))).astype(np.float32)
+    if hues is not None:
+        swing = _hue_direction(hues, rng) * abs(contrast).astype(np.float32)
     pattern = intensity - 0.5
     if nuisance.window > 0:
         pattern = pattern * (1 - nuisance.window * (1 - _round_window(n, rng)))
@@ -144,9 +169,25 @@ def _colour(
     if nuisance.patch > 0:
         colour = rng.uniform(0, 1, (n, 3, 1, 1)).astype(np.float32)
         pixels = np.where(_square(n, nuisance.patch, rng)[:, None], colour, pixels)
+    if any(nuisance.tint) or any(nuisance.weave):
+        pixels = pixels + _backdrop(n, nuisance, rng)
     spread = rng.uniform(0, nuisance.grain, (n, 1, 1, 1)).astype(np.float32)
     pixels = pixels + spread * rng.standard_normal(pixels.shape, dtype=np.float32)
     return np.round(np.clip(pixels, 0, 1) * 255).astype(np.uint8)
+
+
+def _backdrop(n: int, nuisance: Nuisance, rng: np.random.Generator) -> Float[np.ndarray, "n 3 32 32"]:
+    """What all images of a data set have in common: a tint, and a wave of some phase."""
+    across, down = np.float32(2 * np.pi / patterns.SIDE) * np.array(nuisance.weave, np.float32)
+    phase = rng.uniform(0, 2 * np.pi, (n, 1, 1, 1)).astype(np.float32)
+    wave = _WEAVE * np.sin(across * _PIXELS[None, None, None] + down * _PIXELS[None, None, :, None] + phase)
+    return np.array(nuisance.tint, np.float32)[None, :, None, None] + wave
+
+
+def _hue_direction(hues: Int[np.ndarray, " n"], rng: np.random.Generator) -> Float[np.ndarray, "n 3"]:
+    """Red, green and blue of a step away from grey, up to a third of the way to the neighbouring hues."""
+    angle = 2 * np.pi / 10 * (hues + rng.uniform(-0.33, 0.33, len(hues)))
+    return np.cos(angle[:, None] - 2 * np.pi / 3 * np.arange(3)).astype(np.float32)
 
 
 def _round_window(n: int, rng: np.random.Generator) -> Float[np.ndarray, "n 32 32"]:
@@ -179,5 +220,6 @@ def _smooth_weights() -> Float[np.ndarray, "32 5"]:
     return np.clip(1 - abs(place[:, None] - np.arange(5)), 0, 1).astype(np.float32)
 
 
+_WEAVE = np.float32(0.12)  # grey levels
 _PIXELS = np.arange(patterns.SIDE, dtype=np.float32)
 _SMOOTH = _smooth_weights()

@@ -77,6 +77,52 @@ def position(labels: Labels, rng: np.random.Generator, level: float) -> Images:
     return _soft_edge(_column(rng.uniform(0.14, 0.24, n)) - np.hypot(x, y))
 
 
+def count(labels: Labels, rng: np.random.Generator, level: float) -> Images:
+    """One to eight dots, each in a cell of its own of nine; their places in the cells and their sizes vary."""
+    n = len(labels)
+    rank = rng.permuted(np.tile(np.arange(9), (n, 1)), axis=1)
+    intensity = np.zeros((n, SIDE, SIDE), np.float32)
+    for cell in range(9):
+        centre = (np.array([[cell % 3, cell // 3]]) - 1) * 0.62 + level * rng.uniform(-0.1, 0.1, (n, 2))
+        x, y = _place(n, angle=None, centre=centre, size=None)
+        dot = _soft_edge(_column(rng.uniform(0.14, 0.22, n)) - np.hypot(x, y))
+        intensity += dot * _column(rank[:, cell] <= labels)
+    return np.minimum(intensity, 1)
+
+
+def petals(labels: Labels, rng: np.random.Generator, level: float) -> Images:
+    """Rosettes of two to nine petals; place, size and turn vary."""
+    n = len(labels)
+    centre = level * rng.uniform(-0.25, 0.25, (n, 2))
+    size = rng.uniform(0.9 - 0.25 * level, 0.95, n)
+    x, y = _place(n, angle=rng.uniform(0, 2 * np.pi, n), centre=centre, size=size)
+    wave = 0.5 + 0.5 * np.cos(_column(labels + 2) * np.arctan2(y, x))
+    return wave * _soft_edge((1 - np.hypot(x, y)) * _column(size))
+
+
+def gaps(labels: Labels, rng: np.random.Generator, level: float) -> Images:
+    """Rings with a gap that looks in one of eight directions; place, size, gap and a small turn vary."""
+    n = len(labels)
+    centre = level * rng.uniform(-0.3, 0.3, (n, 2))
+    size = rng.uniform(0.7 - 0.2 * level, 0.75, n)
+    angle = np.pi / 4 * (labels + level * rng.uniform(-0.3, 0.3, n))
+    x, y = _place(n, angle=angle, centre=centre, size=size)
+    radius = np.hypot(x, y)
+    ring = np.maximum(radius, 1.5 - radius)
+    is_gap = (x > 0) & (abs(y) < _column(rng.uniform(0.22, 0.34, n)))
+    return np.where(is_gap, 0, _soft_edge((1 - ring) * _column(size))).astype(np.float32)
+
+
+def blobs(labels: Labels, rng: np.random.Generator, level: float) -> Images:
+    """Three round blobs anywhere, whatever the class: what is told apart by colour alone."""
+    n = len(labels)
+    intensity = np.zeros((n, SIDE, SIDE), np.float32)
+    for _ in range(3):
+        x, y = _place(n, angle=None, centre=level * rng.uniform(-0.8, 0.8, (n, 2)), size=None)
+        intensity = np.maximum(intensity, _soft_edge(_column(rng.uniform(0.2, 0.5, n)) - np.hypot(x, y)))
+    return intensity
+
+
 def letters(labels: Labels, rng: np.random.Generator, level: float) -> Images:
     """Twelve capital letters of a five-by-seven dot font; place, size, tilt and slant vary."""
     return stamp(GLYPHS[labels], rng, level)

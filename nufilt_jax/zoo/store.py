@@ -16,12 +16,11 @@ import numpy as np
 from jaxtyping import Float
 from safetensors import numpy as safetensors
 
-from nufilt_jax.errors import ConfigError, OutputError, Problem
+from nufilt_jax.errors import CheckpointError, ConfigError, OutputError, Problem
 from nufilt_jax.evaluation import Task
 from nufilt_jax.zoo.draws import CLASS_NAMES, TASK_NAMES, Split, draw
-from nufilt_jax.zoo.tiny import CONFIG, IMAGE_MEAN, IMAGE_STD, PREPROCESSOR
+from nufilt_jax.zoo.families import IMAGE_MEAN, IMAGE_STD, PREPROCESSOR, TINY, Family
 
-_WEIGHTS = resources.files("nufilt_jax.zoo") / "weights"
 _HEADS = "heads.safetensors"
 
 
@@ -47,7 +46,12 @@ class TinyZoo:
 
 
 def evaluation_tasks(
-    names: tuple[str, ...] = TASK_NAMES, *, n_images: int = 500, split: Split = "test"
+    names: tuple[str, ...] = TASK_NAMES,
+    *,
+    n_images: int = 500,
+    split: Split = "test",
+    family: Family = TINY,
+    heads: Mapping[str, Float[np.ndarray, "c d"]] | None = None,
 ) -> tuple[Task, ...]:
     """Draws the images of the built-in tasks. The models have never seen the test split's.
 
@@ -56,6 +60,8 @@ def evaluation_tasks(
       n_images: per task. `digits` has 500 handwritten originals to test on; beyond that they come again,
         in another place and colour.
       split: "test" for scores that are reported, "val" for choices such as ranks.
+      family: whose looks and heads they have.
+      heads: class embeddings by task; by default those that are stored with the family.
 
     Returns:
       One task per name; the same arguments give the same bits.
@@ -64,10 +70,10 @@ def evaluation_tasks(
       ConfigError: there is no such task.
       MissingExtraError: `digits` needs scikit-learn.
     """
-    heads = load_heads()
+    heads = load_heads(family) if heads is None else heads
     tasks: list[Task] = []
     for name in names:
-        images, labels = draw(name, split, n_images)
+        images, labels = draw(name, split, n_images, family.looks[name])
         tasks.append(
             Task(
                 name=name,
@@ -82,22 +88,42 @@ def evaluation_tasks(
     return tuple(tasks)
 
 
-def load_heads() -> dict[str, Float[np.ndarray, "c d"]]:
-    """The frozen class embeddings of every task, of unit length."""
-    return safetensors.load((_WEIGHTS / _HEADS).read_bytes())
+def weights_folder(family: Family) -> Path:
+    """Where a family's weights are kept: `TINY`'s travel with the package, others are made in this user's cache."""
+    if family is TINY:
+        return Path(str(resources.files("nufilt_jax.zoo"))) / "weights"
+    return default_folder(family) / "weights"
 
 
-def load_params(name: str) -> dict[str, Float[np.ndarray, "..."]]:
-    """The weights of "base" or of one task's model: float32, exactly the shipped float16 numbers.
+def load_heads(family: Family = TINY) -> dict[str, Float[np.ndarray, "c d"]]:
+    """The frozen class embeddings of every task, of unit length.
+
+    Raises:
+      CheckpointError: the family has not been made yet.
+    """
+    return _load(family, _HEADS)
+
+
+def load_params(name: str, family: Family = TINY) -> dict[str, Float[np.ndarray, "..."]]:
+    """The weights of "base" or of one task's model: float32, exactly the stored float16 numbers.
 
     Raises:
       ConfigError: there is no such model.
+      CheckpointError: the family has not been made yet.
     """
-    if name not in ("base", *TASK_NAMES):
-        fix = f"one of base, {', '.join(TASK_NAMES)}"
+    if name not in ("base", *family.tasks):
+        fix = f"one of base, {', '.join(family.tasks)}"
         raise ConfigError(Problem("model", f"no built-in model {name!r}", fix))
-    stored = safetensors.load((_WEIGHTS / f"{name}.safetensors").read_bytes())
+    stored = _load(family, f"{name}.safetensors")
     return {key: value.astype(np.float32) for key, value in stored.items()}
+
+
+def _load(family: Family, file: str) -> dict[str, np.ndarray]:
+    path = weights_folder(family) / file
+    if not path.is_file():
+        fix = f"run python -m nufilt_jax.zoo.train {family.name}"
+        raise CheckpointError(Problem(str(path), "is missing", fix))
+    return safetensors.load(path.read_bytes())
 
 
 def materialise(folder: Path | str | None = None) -> TinyZoo:
@@ -129,17 +155,17 @@ def materialise(folder: Path | str | None = None) -> TinyZoo:
     return TinyZoo(target, target / "base", MappingProxyType(tasks))
 
 
-def default_folder() -> Path:
-    """`$NUFILT_CACHE/tiny`, or `nufilt_jax/tiny` in the platform's cache folder of this user."""
+def default_folder(family: Family = TINY) -> Path:
+    """A family's folder below `$NUFILT_CACHE`, or below `nufilt_jax` in the platform's cache folder of this user."""
     if chosen := os.environ.get("NUFILT_CACHE"):
-        return Path(chosen).expanduser() / "tiny"
+        return Path(chosen).expanduser() / family.name
     if sys.platform == "darwin":
         cache = Path.home() / "Library" / "Caches"
     elif sys.platform == "win32":
         cache = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
     else:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "nufilt_jax" / "tiny"
+    return cache / "nufilt_jax" / family.name
 
 
 def _contents() -> dict[str, bytes]:
@@ -147,7 +173,7 @@ def _contents() -> dict[str, bytes]:
     places = {"base": "base", **{name: f"tasks/{name}" for name in TASK_NAMES}}
     files: dict[str, bytes] = {}
     for name, place in places.items():
-        files[f"{place}/config.json"] = _json(CONFIG)
+        files[f"{place}/config.json"] = _json(dict(TINY.config))
         files[f"{place}/preprocessor_config.json"] = _json(PREPROCESSOR)
         files[f"{place}/model.safetensors"] = safetensors.save(load_params(name), {"format": "pt"})
     files[_HEADS] = safetensors.save(load_heads())

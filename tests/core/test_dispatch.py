@@ -1,5 +1,6 @@
 """On CPU two LAPACK calls in flight freeze the process: the library must not let its callers get there."""
 
+import dataclasses
 import itertools
 import re
 import subprocess
@@ -127,6 +128,43 @@ def test_in_one_program_every_decomposition_waits_for_the_one_before(decompositi
     assert pairs == []
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"solver": "closed_form", "decomposition": "eigh"},
+        {"solver": "closed_form"},
+        {"solver": "closed_form", "task_rank": 0},
+        {"solver": "closed_form", "filter_rank": 0},
+        {"adapter_rank": 0, "task_rank": 0, "steps": 0},
+        {"adapter_rank": 0},
+        {"filter_rank": 0},
+    ],
+    ids=str,
+)
+def test_whatever_the_solver_and_the_ranks_they_wait(changes):
+    """Where a rank is 0, updates or losses depend on no decomposition. One layer each: no loop orders the stacks."""
+    config = dataclasses.replace(CONFIG, **{"decomposition": "svd", **changes})
+    stacks = tuple(jnp.zeros((1, m, 48)) for m in (24, 48))
+
+    def program(d, t, a):
+        return solve.solve_group(d, t, a, config=config)
+
+    start = jnp.zeros((2, config.trained_rank, 48))
+    pairs, bearing = unordered_lapack_calls(computations(program, stacks, stacks, start))
+    assert bearing
+    assert pairs == []
+
+
+def test_the_closed_form_calls_lapack_for_its_directions_alone():
+    config = dataclasses.replace(CONFIG, solver="closed_form", filter_rank=0, task_rank=0)
+    stack = jnp.ones((2, 24, 48))
+
+    def program(d, t, a):
+        return solve.solve_group((d,), (t,), a, config=config)
+
+    assert unordered_lapack_calls(computations(program, stack, stack, jnp.zeros((2, 0, 48)))) == ([], set())
+
+
 def test_chunks_of_layers_wait_for_each_other():
     """As the 120 layers of a ViT-L/14 on 16 cores: no multiple of a chunk, and no second call beside the loop."""
     n_layers = 2 * linalg.layers_at_once() + 1
@@ -189,13 +227,15 @@ def test_vmap_is_refused_with_the_way_out():
         jax.vmap(lambda d, t: solve_layer(d, t, config=CONFIG, adapter_init=jnp.zeros((3, 16))))(d, t)
 
 
+@pytest.mark.parametrize("solver", ["adam", "closed_form"])
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
-def test_the_solve_exports_for_every_platform_and_never_asks_the_host(platform):
+def test_the_solve_exports_for_every_platform_and_never_asks_the_host(platform, solver):
+    config = dataclasses.replace(CONFIG, solver=solver)
     shape = jax.ShapeDtypeStruct((2, 300, 288), jnp.float32)
-    start = jax.ShapeDtypeStruct((2, 3, 288), jnp.float32)
+    start = jax.ShapeDtypeStruct((2, config.trained_rank, 288), jnp.float32)
 
     def program(d, t, a):
-        return solve.solve_group((d,), (t,), a, config=CONFIG)
+        return solve.solve_group((d,), (t,), a, config=config)
 
     exported = jax.export.export(jax.jit(program), platforms=[platform])(shape, shape, start)
     assert exported.platforms == (platform,)

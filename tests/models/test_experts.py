@@ -5,7 +5,13 @@ import numpy as np
 import pytest
 
 from nufilt_jax.errors import CheckpointError
-from nufilt_jax.models import canonical_shapes, clip_image_features, parse_vision_config
+from nufilt_jax.models import (
+    canonical_shapes,
+    clip_image_features,
+    parse_vision_config,
+    to_flax_tree,
+    vision_features,
+)
 from nufilt_jax.models.experts import has_experts
 
 CONFIG = {
@@ -114,6 +120,15 @@ def test_jit_and_vmap_over_models():
     program = jax.jit(jax.vmap(lambda p, x: clip_image_features(p, x, CONFIG), in_axes=(0, None)))
     for params, one in zip(many, program(stacked, jnp.asarray(images)), strict=True):
         assert_close(one, reference.batch_features(params, images, CONFIG))
+
+
+def test_bfloat16_is_near():
+    params, images = mixture(), random_images(3)
+    config = parse_vision_config(CONFIG)
+    found = vision_features(to_flax_tree(params, config), jnp.asarray(images), config, dtype=jnp.bfloat16)
+    wanted = features(params, images)
+    # bfloat16 has 8 bits: 0.4 % per rounding, over some ten roundings in a row
+    assert 1e-4 < np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 0.03
 
 
 def test_gates_have_gradients():

@@ -56,7 +56,7 @@ def test_recipe(merged, shared_models):
     assert (recipe["method"], recipe["seed"], recipe["layers"]) == ("nufilt", 3, None)
     assert recipe["config"] == {
         **{"filter_rank": 4, "adapter_rank": 2, "task_rank": 2, "steps": 4, "learning_rate": 1e-3},
-        **{"decomposition": "auto", "first_task": "paper"},
+        **{"decomposition": "auto", "first_task": "paper", "solver": "adam", "ridge": 1.0},
     }
     assert [step["task"] for step in recipe["steps"]] == ["alpha", "beta", "gamma"]
     assert [step["resumed"] for step in recipe["steps"]] == [False] * 3

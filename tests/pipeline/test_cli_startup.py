@@ -19,11 +19,13 @@ sys.exit(f"imports {heavy}" if heavy else code)
 @pytest.mark.parametrize(
     ("prog", "argv", "shown"),
     [
-        ("nufilt", ["--help"], ["merge", "add", "plan"]),
+        ("nufilt", ["--help"], ["merge", "add", "plan", "evaluate", "analyze"]),
         ("nufilt", ["--version"], [__version__]),
         ("nufilt", ["merge", "--help"], ["--base", "--method-args", "--filter-rank"]),
         ("nufilt", ["add", "--help"], ["FOLDER", "--task"]),
         ("nufilt", ["plan", "--help"], ["--base"]),
+        ("nufilt", ["evaluate", "--help"], ["FOLDER", "--task", "--tasks-file", "--heads-from", "--limit"]),
+        ("nufilt", ["analyze", "--help"], ["FOLDER", "--images", "--tasks-file"]),
         ("python -m nufilt_jax.merge", ["--help"], ["python -m nufilt_jax.merge", "--base", "--other-params"]),
         ("python -m nufilt_jax.merge", ["--version"], [__version__]),
     ],

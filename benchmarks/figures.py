@@ -1,0 +1,148 @@
+"""The figures of the paper (arXiv:2509.21413v2) on the built-in study, from one command each: numbers and pictures.
+
+python benchmarks/figures.py --figure 2    affinity of data and task vectors, and its distribution (also Figs. 6 to 8)
+python benchmarks/figures.py --figure 4    ACC and BWT of NUFILT against each of its ranks
+python benchmarks/figures.py --figure 5    stability and plasticity losses of the data-free methods after every step
+
+The pictures stand beside the results file. All settings of a rank run in one compiled program.
+"""
+
+import argparse
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import measure
+import numpy as np
+import study_settings
+from measure import Json
+from streams import ORDERS, Stream, StudyStream
+
+from nufilt_jax import methods
+from nufilt_jax.analysis import affinity, losses, plots
+from nufilt_jax.analysis.figures import as_png
+from nufilt_jax.analysis.layers import GROUPS, in_group
+from nufilt_jax.errors import NufiltError
+from nufilt_jax.evaluation import accuracy_matrix, average_accuracy, backward_transfer
+from nufilt_jax.evaluation.task_images import TaskImages
+from nufilt_jax.methods.sweep import Ranks, figure_4, merge_settings
+from nufilt_jax.pipeline.measured import measure as measure_stream
+from nufilt_jax.presets import shuffled
+from nufilt_jax.zoo import STUDY, evaluation_tasks
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SYMBOLS = {"filter_rank": "r_p", "adapter_rank": "r_l", "task_rank": "r_v"}
+UNIT = "share of ‖τ x‖²"
+
+
+class Drawn(NamedTuple):
+    """One figure of the paper: its numbers, and pictures by name."""
+
+    tables: list[Json]
+    pictures: "Mapping[str, Figure]"
+
+
+def main() -> None:
+    """Parses the command line."""
+    measure.prepare_process()
+    parser = measure.Parser(__doc__, "figure_NUMBER_study.json")
+    parser.add_argument("--figure", type=int, choices=(2, 4, 5), required=True)
+    parser.add_argument(
+        "--orders", type=measure.at_least(1), nargs="+", default=list(ORDERS), help="default: 1 to 5; 5 takes the first"
+    )
+    parser.add_argument("--images", type=measure.at_least(1), default=500, help="per task (default: 500)")
+    options = parser.parse_args()
+    path = options.json or measure.RESULTS / f"figure_{options.figure}_study.json"
+    try:
+        drawn = draw(options)
+    except NufiltError as error:
+        parser.exit(1, "".join(f"{parser.prog}: {problem}\n" for problem in error.problems))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for name, figure in drawn.pictures.items():
+        path.with_name(f"{path.stem}_{name}.png").write_bytes(as_png(figure))
+    settings = {key: value for key, value in vars(options).items() if key != "json"}
+    document = {"benchmark": "figures", "environment": measure.environment(), "settings": settings}
+    measure.finish(document | {"tables": drawn.tables}, path)
+
+
+def draw(options: argparse.Namespace) -> Drawn:
+    """The figure asked for."""
+    stream = StudyStream(n_images=options.images)
+    if options.figure == 4:
+        return ranks(stream, options.orders)
+    names = shuffled(stream.tasks, options.orders[0])
+    tasks = evaluation_tasks(names, n_images=options.images, family=STUDY)
+    images = [TaskImages(task.images, task.mean, task.std) for task in tasks]
+    return affinities(stream, names, images) if options.figure == 2 else all_losses(stream, names, images)
+
+
+def ranks(stream: Stream, orders: Iterable[int]) -> Drawn:
+    """Fig. 4: means over orders."""
+    curves, tables = {}, []
+    for field, settings in figure_4(stream.config["hidden_size"]).items():
+        measure.say(SYMBOLS[field])
+        scores = np.mean([_scores(stream, settings, order) for order in orders], axis=0)
+        varied = [getattr(setting, field) for setting in settings]
+        held = [(SYMBOLS[key], value) for key, value in settings[0]._asdict().items() if key != field]
+        label = f"{SYMBOLS[field]} ({', '.join(f'{symbol} = {value}' for symbol, value in held)})"
+        curves[label] = (varied, scores[:, 0].tolist(), scores[:, 1].tolist())
+        rows = [[rank, *pair] for rank, pair in zip(varied, (100 * scores).tolist(), strict=True)]
+        tables.append(measure.table(f"Fig. 4, {stream.name}: {label}", ("rank", "ACC %", "BWT %"), rows))
+    return Drawn(tables, {"ranks": plots.rank_figure(curves, title=f"Ranks of NUFILT, {stream.name}")})
+
+
+def _scores(stream: Stream, settings: tuple[Ranks, ...], order: int) -> list[tuple[float, float]]:
+    """ACC and BWT of every setting."""
+    names = shuffled(stream.tasks, order)
+    scores: list[list[Mapping[str, float]]] = [[] for _ in settings]
+    tasks = (stream.model(name) for name in names)
+    for step, models in enumerate(merge_settings(stream.model("base"), tasks, settings)):
+        wanted = names if step + 1 == len(names) else [names[step]]
+        for found, model in zip(scores, models, strict=True):
+            found.append(stream.scores({key: np.asarray(x) for key, x in model.items()}, wanted))
+    matrices = (accuracy_matrix(found, names) for found in scores)
+    return [(average_accuracy(matrix), backward_transfer(matrix)) for matrix in matrices]
+
+
+def affinities(stream: Stream, names: tuple[str, ...], images: list[TaskImages]) -> Drawn:
+    """Figs. 2 and 6 to 8: they are of task vectors, which no merge changes."""
+    models = [stream.model(name) for name in names]
+    found = measure_stream(stream.model("base"), models, stream.config, images, {})
+    tables, pictures = [], {}
+    for group in GROUPS:
+        values = found.affinities[:, :, in_group(found.layers, group)]
+        own, other = (float(np.mean(part)) for part in affinity.own_and_cross(values))
+        tables.append([group, own, other, found.random])
+        pictures[group.replace(" ", "_").lower()] = plots.affinity_figure(
+            values, names, group=group, random=found.random
+        )
+    pictures["distribution"] = plots.affinity_curves(found.affinities, found.layers, random=found.random)
+    columns = ("layers", "own task", "other tasks", "random subspaces")
+    return Drawn([measure.table(f"Fig. 2, {stream.name}: mean affinity", columns, tables)], pictures)
+
+
+def all_losses(stream: Stream, names: tuple[str, ...], images: list[TaskImages]) -> Drawn:
+    """Fig. 5, of every method that needs no data, with the settings of Table 9."""
+    settings = study_settings.published(stream.config["hidden_size"])
+    chosen = {label: row for label, row in settings.items() if _is_data_free(row.method)}
+    rules = {label: methods.get(row.method, row.config, other_params=row.other_params) for label, row in chosen.items()}
+    models = [stream.model(name) for name in names]
+    found = measure_stream(stream.model("base"), models, stream.config, images, rules)
+    steps = {label: losses.per_step(losses.relative(row)) for label, row in found.losses.items()}
+    rows = [
+        [label, *(float(losses.known_mean(getattr(row, name), axis=0)) for name in row._fields)]
+        for label, row in steps.items()
+    ]
+    title = f"Fig. 5, {stream.name}: mean over steps, {UNIT}"
+    table = measure.table(title, ("method", "stability", "plasticity", "harmonic mean"), rows)
+    return Drawn([table], {"losses": plots.loss_figure(steps, names, unit=UNIT)})
+
+
+def _is_data_free(method: str) -> bool:
+    rule = methods.find(method)
+    return not (rule.needs_data or rule.adds_parameters)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""One self-contained HTML page of a merge: no script, no link, no file beside it; for a screen, a phone or paper."""
+
+import base64
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from nufilt_jax.analysis.forecast import QUANTITIES
+from nufilt_jax.analysis.layers import GROUPS
+from nufilt_jax.analysis.pictures import RELATIVE, affinity_picture
+
+_STYLE = """
+:root { color-scheme: light; font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; }
+body { max-width: 64rem; margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.6rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.2rem; border-bottom: 1px solid #ccc; margin-top: 2rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 0.875rem; font-variant-numeric: tabular-nums; }
+th, td { border-bottom: 1px solid #ddd; padding: 0.25rem 0.6rem; text-align: right; white-space: nowrap; }
+th { white-space: normal; vertical-align: bottom; min-width: 4rem; }
+th:first-child, td:first-child, .text { text-align: left; }
+td.text { white-space: normal; overflow-wrap: anywhere; min-width: 8rem; }
+img { display: block; max-width: 100%; min-width: 36rem; height: auto; margin: 0.5rem 0; }
+.missing { color: #555; font-style: italic; }
+@media print {
+  :root { font-size: 10pt; }
+  body { max-width: none; padding: 0; }
+  .scroll { overflow: visible; }
+  img, th { min-width: 0; }
+  table { font-size: 7.5pt; }
+  th, td { white-space: normal; padding: 0.15rem 0.3rem; }
+  h2, img, tr { break-inside: avoid; }
+  h2 { break-after: avoid; }
+}
+"""
+# Whatever a name holds: nothing is loaded and nothing runs.
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+_LOSSES = {"stability": "stability", "plasticity": "plasticity", "harmonic": "harmonic mean"}
+_CHECKS = {
+    "drift_and_stability": "drift with measured stability loss, over layers",
+    "added_share_and_stability": "share of τ added (1 - removed + restored) with measured stability loss, over layers",
+    "removed_share_and_plasticity": "removed share with measured plasticity loss, over layers",
+    "drift_and_accuracy_lost": "mean drift with accuracy lost on earlier tasks, over steps",
+}
+
+
+def report_page(document: Mapping[str, Any], recipe: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
+    """The report as HTML; a part that is not known says so.
+
+    Args:
+      document: of `document.make_document`.
+      recipe: the content of `nufilt.json`.
+      pictures: PNG files of `pictures.draw_pictures`; may be empty.
+    """
+    title = f"{document['method']}: {len(document['tasks'])} tasks merged"
+    sections = (
+        _accuracy(document, pictures),
+        _forecast(document, pictures),
+        _losses(document, pictures),
+        _affinity(document, pictures),
+        _check(document),
+        _time(recipe),
+        _recipe(recipe),
+    )
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        f"<title>{_text(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        f"<h1>{_text(title)}</h1>\n<p>{_text(_summary(document, recipe))}</p>\n{''.join(sections)}</body>\n</html>\n"
+    )
+
+
+def _summary(document: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
+    told = [f"Merged one after another into {recipe['base']['source']}: {', '.join(document['tasks'])}."]
+    accuracy = document["accuracy"]
+    if accuracy and accuracy["acc"] is not None:
+        told.append(f"ACC {100 * accuracy['acc']:.1f} %, BWT {100 * accuracy['bwt']:+.1f} points.")
+    told.append(f"Solved in {sum(step['seconds'] for step in recipe['steps']):.1f} s on {recipe['device']}.")
+    return " ".join(told)
+
+
+def _accuracy(document: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
+    title, tasks, found = "Accuracy after each step", document["tasks"], document["accuracy"]
+    if not found:
+        return _section("accuracy", title, _missing(document, "accuracy", "nothing was evaluated"))
+    rows = [[task, *(_percent(x) for x in row)] for task, row in zip(tasks, found["matrix"], strict=True)]
+    rows.append(["lost by earlier tasks, points", *(_percent(x) for x in found["lost"])])
+    table = _table(["test accuracy, %", *(f"{t}. {task}" for t, task in enumerate(tasks, 1))], rows)
+    return _section("accuracy", title, _picture(pictures, "accuracy", "Heat map of the table below"), table)
+
+
+def _forecast(document: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
+    title, found = "Forecast without data", document["forecast"]
+    if not found:
+        return _section("forecast", title, _missing(document, "forecast", "this method has no filter to tell of"))
+    means = zip(*found["mean"].values(), found["near_equal_cuts"], strict=True)
+    rows = [
+        [task, *(_number(x, 4) for x in row[:-1]), str(row[-1])]
+        for task, row in zip(document["tasks"], means, strict=True)
+    ]
+    words = "Means over layers. At a near-equal cut the choice of directions is arbitrary."
+    table = _table(["task", *(QUANTITIES[name] for name in found["mean"]), "layers with a near-equal cut"], rows)
+    picture = _picture(pictures, "forecast", "Heat maps of the forecast, layers by block")
+    return _section("forecast", title, _paragraph(words), picture, table)
+
+
+def _losses(document: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
+    title, found = "Stability and plasticity losses", document["losses"]
+    if not found:
+        return _section("losses", title, _missing(document, "losses", "they need images of the tasks"))
+    steps = found["methods"][document["method"]]["relative"]
+    groups = [group for group in GROUPS if any(x is not None for x in steps[group]["plasticity"])]
+    rows = [
+        [task, *(_number(steps[group][name][t], 4) for group in groups for name in steps[group])]
+        for t, task in enumerate(document["tasks"])
+    ]
+    words = (
+        f"Squared change of the layers' answers on {document['images']} images of each task, mean over tokens and "
+        f"layers, as {RELATIVE}. Stability: what a step changes for the tasks before it. Plasticity: what the merged "
+        "model lacks of the task's own model. Inputs are those of the task's own model (arXiv:2509.21413v2, Eqs. 3, 4)."
+    )
+    header = ["task", *(f"{_LOSSES[name]}, {group}" for group in groups for name in steps[group])]
+    picture = _picture(pictures, "losses", "Losses after every step")
+    return _section("losses", title, _paragraph(words), picture, _table(header, rows))
+
+
+def _affinity(document: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
+    title, found = "Affinity of data and task vectors", document["affinity"]
+    if not found:
+        return _section("affinity", title, _missing(document, "affinity", "it needs images of the tasks"))
+    words = (
+        "Share of the directions in which a task's inputs are largest that lies in the span of those on which a task "
+        f"vector acts most (arXiv:2509.21413v2, Eq. 5). Random subspaces have {found['random']:.3f}."
+    )
+    means = ((name, group["own_mean"], group["cross_mean"]) for name, group in found["groups"].items())
+    rows = [[name, _number(own, 3), _number(cross, 3)] for name, own, cross in means]
+    names = [affinity_picture(group) for group in GROUPS]
+    shown = [_picture(pictures, name, f"Heat maps: {name.replace('_', ' ')}") for name in names]
+    curves = _picture(pictures, "affinity_curves", "Distribution of affinities over layers")
+    table = _table(["mean over layers", "own task", "other tasks"], rows)
+    return _section("affinity", title, _paragraph(words), table, *shown, curves)
+
+
+def _check(document: Mapping[str, Any]) -> str:
+    title, found = "Does the forecast hold?", document["forecast_check"]
+    if not found:
+        return _section("check", title, _missing(document, "forecast_check", "too little was measured"))
+    rows = [[_CHECKS[name], _number(check["pooled"], 2)] for name, check in found.items()]
+    words = (
+        "Spearman's rank correlations of what was forecast without data with what was measured: 1 is the same order, "
+        "0 is none, -1 the reverse."
+    )
+    return _section("check", title, _paragraph(words), _table(["forecast with measurement", "correlation"], rows))
+
+
+def _time(recipe: Mapping[str, Any]) -> str:
+    parts = list(dict.fromkeys(part for step in recipe["steps"] for part in step.get("timings", {})))
+    rows = [
+        [step["task"], _number(step["seconds"], 2), *(_number(step.get("timings", {}).get(part), 2) for part in parts)]
+        for step in recipe["steps"]
+    ]
+    steps = _table(["seconds", "step", *parts], rows)
+    whole = [[name, _number(seconds, 2)] for name, seconds in recipe.get("timings", {}).items()]
+    if compiled := recipe.get("compiled"):
+        whole.append([f"compiling {compiled['programs']} programs", _number(compiled["seconds"], 2)])
+    return _section("time", "Where the time went", steps, _table(["besides the steps", "seconds"], whole))
+
+
+def _recipe(recipe: Mapping[str, Any]) -> str:
+    models = [("base", recipe["base"]), *((task["name"], task) for task in recipe["tasks"])]
+    rows = [
+        [name, entry["source"], entry["revision"] or "", " ".join(f"{k}: {v}" for k, v in entry["sha256"].items())]
+        for name, entry in models
+    ]
+    settings = {key: recipe[key] for key in ("method", "seed", "layers", "other_params", "format", "dtype")}
+    settings |= recipe["config"] | recipe["versions"] | {"device": recipe["device"]}
+    told = [[key, "" if value is None else str(value)] for key, value in settings.items()]
+    inputs = _table(["model", "source", "revision", "SHA-256"], rows, is_text=True)
+    return _section("recipe", "Recipe", inputs, _table(["setting", "value"], told, is_text=True))
+
+
+def _section(name: str, title: str, *parts: str) -> str:
+    return f'<section id="{name}">\n<h2>{_text(title)}</h2>\n{"".join(parts)}</section>\n'
+
+
+def _missing(document: Mapping[str, Any], part: str, otherwise: str) -> str:
+    return f'<p class="missing">Not known: {_text(document["missing"].get(part, otherwise))}.</p>\n'
+
+
+def _paragraph(text: str) -> str:
+    return f"<p>{_text(text)}</p>\n"
+
+
+def _picture(pictures: Mapping[str, bytes], name: str, words: str) -> str:
+    if name not in pictures:
+        return ""
+    data = base64.b64encode(pictures[name]).decode()
+    return f'<div class="scroll"><img alt="{_text(words)}" src="data:image/png;base64,{data}"></div>\n'
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], *, is_text: bool = False) -> str:
+    kind = ' class="text"' if is_text else ""
+    head = "".join(f'<th scope="col"{kind}>{_text(cell)}</th>' for cell in header)
+    body = "".join(f"<tr>{''.join(f'<td{kind}>{_text(cell)}</td>' for cell in row)}</tr>\n" for row in rows)
+    return f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>\n'
+
+
+def _percent(x: float | None) -> str:
+    return "" if x is None else f"{100 * x:.1f}"
+
+
+def _number(x: float | None, digits: int) -> str:
+    return "" if x is None else f"{x:.{digits}f}"
+
+
+def _text(text: object) -> str:
+    return html.escape(str(text))

@@ -1,0 +1,53 @@
+"""Step 2 without training: the smallest correction that answers the surrogate, written down (ours; not in the paper).
+
+With E in place of τ B A, the surrogate (Eq. 16, arXiv:2509.21413v2) asks for E V1 = C and E V2 = 0. The matrices with
+E V2 = 0 are those of the form F P, and the least ‖F P V1 − C‖² + λ ‖F P‖² over F, a ridge regression, is at
+
+    E = C (S + λ I)⁻¹ V1ᵀ P,    S = V1ᵀ P V1.
+
+S has its eigenvalues in [0, 1], so λ has no unit. With this E the surrogate is ‖λ C (S + λ I)⁻¹‖².
+"""
+
+import math
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from nufilt_jax.core.linalg import matmul
+
+
+def smallest_correction(
+    target: Float[Array, "m r_v"], prior: Float[Array, "n r_p"], task: Float[Array, "n r_v"], *, ridge: float
+) -> tuple[Float[Array, "m n"], Float[Array, "2"]]:
+    """The minimiser of the surrogate plus λ ‖E‖² among all E with E V2 = 0.
+
+    Args:
+      target: C of `core.filter`, with the filter.
+      prior: V2, orthonormal columns; zero columns ask for nothing.
+      task: V1, likewise; where a column is zero, C has a zero column too.
+      ridge: λ.
+
+    Returns:
+      E, and the surrogate without and with it.
+    """
+    free = task
+    for _ in range(2):  # P V1; done once, rounding would leave something of V2, and a small λ make much of it
+        free = free - matmul(prior, matmul(prior.T, free))
+    gain = 1 / (1 + ridge)
+    answer = matmul(target, blended_inverse(free, gain=gain))
+    losses = jnp.stack([jnp.sum(target**2), jnp.sum(((1 - gain) * answer) ** 2)])
+    return matmul(gain * answer, free.T), losses
+
+
+def blended_inverse(x: Float[Array, "n k"], *, gain: float) -> Float[Array, "k k"]:
+    """(g XᵀX + (1 − g) I)⁻¹ for singular values of X in [0, 1], by Newton's iteration (Schulz, 1933).
+
+    The error squares at every step, from a start at which it is g / (2 − g): the steps to float32 rounding are known
+    beforehand, 4 for a gain of 1/2. They are products alone, so no LAPACK call has to wait for others; and since XᵀX
+    is not formed, they lose less to rounding than a Cholesky factor of it does.
+    """
+    eps = float(jnp.finfo(x.dtype).eps)
+    y = 2 / (2 - gain) * jnp.eye(x.shape[1], dtype=x.dtype)
+    for _ in range(math.ceil(math.log2(math.log(eps) / math.log(gain / (2 - gain))))):
+        y = 2 * y - matmul(y, gain * matmul(x.T, matmul(x, y)) + (1 - gain) * y)
+    return y

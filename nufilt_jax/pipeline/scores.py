@@ -1,0 +1,28 @@
+"""What `evaluation.json` holds of each model: one row of scores."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from nufilt_jax.evaluation import accuracy_matrix, average_accuracy, backward_transfer
+
+Row = dict[str, Any]
+
+
+def plain_row(name: str, accuracy: Mapping[str, float]) -> Row:
+    """A model that is no merge."""
+    mean = float(np.mean(list(accuracy.values())))
+    return {"name": name, "accuracy": dict(accuracy), "acc": mean, "bwt": None, "seconds": None}
+
+
+def merged_row(name: str, scores: Sequence[Mapping[str, float]], tasks: Sequence[str], seconds: float) -> Row:
+    """A merge, by what was measured after every step; `bwt` is None if a step was not evaluated on its own task."""
+    matrix = accuracy_matrix(scores, tasks)
+    return {
+        "name": name,
+        "accuracy": dict(scores[-1]),
+        "acc": average_accuracy(matrix),
+        "bwt": None if np.isnan(np.diagonal(matrix)).any() else backward_transfer(matrix),
+        "seconds": round(seconds, 3),
+    }

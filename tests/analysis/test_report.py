@@ -1,0 +1,180 @@
+"""The HTML page, read back with a parser: every section, nothing from outside, every name as text."""
+
+import base64
+import html.parser
+import re
+
+import analysis_builders as build
+import numpy as np
+import pytest
+
+from nufilt_jax.analysis.document import as_array, as_json, make_document
+from nufilt_jax.analysis.losses import layer_stability, relative
+from nufilt_jax.analysis.report import report_page
+
+TASKS = ["sun397", "cars", "dtd"]
+SECTIONS = ["accuracy", "forecast", "losses", "affinity", "check", "time", "recipe"]
+HOSTILE = ["<script>alert(1)</script>", '"><img src=x onerror=alert(2)>', "a&b", "javascript:alert(3)", "]]>--><b>"]
+VOID = {"meta", "img", "br", "hr", "link", "input"}
+
+
+class Page(html.parser.HTMLParser):
+    """Elements, attributes and texts of a page that is well formed."""
+
+    def __init__(self, content):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.sections = [], [], [], {}
+        self.rows = []
+        self.feed(content)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, *pair) for pair in attrs]
+        if tag not in VOID:
+            self.open.append((tag, dict(attrs).get("id")))
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop()[0] == tag
+
+    def handle_data(self, data):
+        for tag, name in self.open:
+            if tag == "section":
+                self.sections[name] = self.sections.get(name, "") + data
+        if self.open and self.open[-1][0] in ("td", "th"):
+            self.rows[-1][-1] += data
+
+
+def page(document, recipe=None, pictures=None):
+    return Page(report_page(document, recipe or build.recipe(document["tasks"]), pictures or {}))
+
+
+def is_harmless(found):
+    assert {"script", "link", "iframe", "object", "form", "base"}.isdisjoint(found.tags)
+    for tag, name, value in found.attributes:
+        assert not name.startswith("on"), (tag, name)
+        if name in ("src", "href", "action", "data", "srcset", "poster"):
+            assert (tag, name) == ("img", "src") and value.startswith("data:image/png;base64,")
+    policy = [value for _, name, value in found.attributes if name == "content" and "default-src" in value]
+    assert policy == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
+    return True
+
+
+def test_every_section_is_there():
+    document = build.random_document(TASKS, methods=("nufilt", "sum"))
+    drawings = {name: b"\x89PNG" + name.encode() for name in ("accuracy", "forecast", "losses", "affinity_mlp")}
+    found = page(document, pictures=drawings)
+    assert list(found.sections) == SECTIONS
+    assert is_harmless(found)
+    assert not any("Not known" in text for text in found.sections.values())
+    shown = [value.split(",", 1)[1] for _, name, value in found.attributes if name == "src"]
+    assert [base64.b64decode(value) for value in shown] == list(drawings.values())
+    assert all(value for tag, name, value in found.attributes if (tag, name) == ("img", "alt"))
+    assert found.tags.count("img") == len([1 for tag, name, _ in found.attributes if (tag, name) == ("img", "alt")])
+    assert "viewport" in [value for _, name, value in found.attributes if name == "name"]
+
+
+def test_numbers_are_those_of_the_document():
+    document = build.random_document(TASKS)
+    rows = page(document).rows
+    accuracy = document["accuracy"]
+    for task, values in zip(TASKS, accuracy["matrix"], strict=True):
+        assert [task, *(f"{100 * x:.1f}" for x in values)] in rows
+    assert ["lost by earlier tasks, points", "", *(f"{100 * x:.1f}" for x in accuracy["lost"][1:])] in rows
+    steps = document["losses"]["methods"]["nufilt"]["relative"]
+    wanted = [steps[group][name][1] for group in steps for name in ("stability", "plasticity", "harmonic")]
+    assert ["cars", *(f"{x:.4f}" for x in wanted)] in rows
+    means = [document["forecast"]["mean"][name][2] for name in document["forecast"]["mean"]]
+    assert ["dtd", *(f"{x:.4f}" for x in means), "2"] in rows
+    attention = document["affinity"]["groups"]["attention"]
+    assert ["attention", f"{attention['own_mean']:.3f}", f"{attention['cross_mean']:.3f}"] in rows
+    assert ["cars", "1.50", "0.25", "1.00"] in rows and ["write_model", "0.50"] in rows
+    assert ["base", "models/base", "f00d", f"model.safetensors: {'ab' * 32}"] in rows
+    assert ["filter_rank", "4"] in rows and ["layers", ""] in rows
+
+
+def test_a_merge_of_which_nothing_is_known_says_so():
+    reason = "images are <elsewhere>"
+    found = page(build.empty_document(TASKS, {"losses": reason}))
+    assert list(found.sections) == SECTIONS
+    for name in SECTIONS[:5]:
+        assert "Not known: " in found.sections[name]
+    assert f"Not known: {reason}." in found.sections["losses"]
+    assert "img" not in found.tags and is_harmless(found)
+
+
+def test_hostile_names_are_text():
+    document = build.random_document(HOSTILE)
+    recipe = build.recipe(HOSTILE)
+    recipe["base"]["source"] = recipe["device"] = HOSTILE[1]
+    recipe["config"] = {HOSTILE[0]: HOSTILE[1]}
+    recipe["steps"][0]["timings"] = {HOSTILE[0]: 1.0}
+    recipe["timings"] = {HOSTILE[1]: 2.0}
+    found = page(document, recipe)
+    assert is_harmless(found)
+    assert set(found.tags) <= {
+        *("html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "section", "div"),
+        *("table", "thead", "tbody", "tr", "th", "td"),
+    }
+    for name in HOSTILE:
+        assert any(row[0] == name for row in found.rows)
+        assert name in found.sections["recipe"]
+
+
+def test_the_page_prints_and_fits_a_phone():
+    content = report_page(build.empty_document(TASKS), build.recipe(TASKS), {})
+    assert content.startswith("<!DOCTYPE html>") and '<html lang="en">' in content
+    assert "@media print" in content
+    assert not re.search(r"url\(|@import|https?://", content)
+
+
+def test_arrays_survive_json():
+    x = np.array([[1.5, np.nan], [np.nan, -2.0]])
+    assert as_json(x) == [[1.5, None], [None, -2.0]]
+    np.testing.assert_array_equal(as_array(as_json(x)), x)
+
+
+def test_checks_of_the_forecast():
+    """The document finds what was put into it: a forecast that orders layers as the losses do."""
+    measured = build.random_measured(3)
+    share = layer_stability(relative(measured.losses["nufilt"]))
+    forecast = [
+        {
+            "near_equal_cuts": [],
+            "layers": {
+                name: {"drift": float(share[step, k]), "removed_share": 0.5, "restored_share": -float(share[step, k])}
+                for k, name in enumerate(measured.merged_layers)
+            }
+            if step
+            else {},
+        }
+        for step in range(3)
+    ]
+    how = {"tasks": TASKS, "method": "nufilt", "forecast": forecast, "missing": {}}
+    # Accuracy is lost where the mean drift is: what one column has less than the one before.
+    drift = share[1:].mean(axis=1)
+    accuracies = np.array([[1, 1 - drift[0], 1 - drift.sum()], [0, 1, 1 - drift[1]], [0, 0, 1]])
+    check = make_document(**how, accuracies=accuracies, measured=measured)["forecast_check"]
+    assert check["drift_and_stability"]["pooled"] == pytest.approx(1)
+    assert check["added_share_and_stability"]["by_step"] == pytest.approx([None, -1, -1])
+    assert "removed_share_and_plasticity" not in check  # it is the same everywhere: no order to compare
+    assert "drift_and_accuracy_lost" not in check  # two steps are too few
+    assert make_document(**how, accuracies=None, measured=None)["forecast_check"] is None
+
+
+def test_an_unmeasured_accuracy_has_no_scores():
+    document = build.empty_document(TASKS)
+    assert document["accuracy"] is None
+    matrix = np.array([[0.9, 0.8], [np.nan, 0.7]])
+    how = {"tasks": TASKS[:2], "method": "sum", "forecast": [], "measured": None, "missing": {}}
+    found = make_document(**how, accuracies=matrix)["accuracy"]
+    assert found["acc"] == pytest.approx(0.75) and found["bwt"] == pytest.approx(-0.1)
+    matrix[0, 1] = np.nan
+    found = make_document(**how, accuracies=matrix)["accuracy"]
+    assert (found["acc"], found["bwt"]) == (None, None)
+    assert found["matrix"] == [[0.9, None], [None, 0.7]]

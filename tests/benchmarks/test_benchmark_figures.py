@@ -1,0 +1,95 @@
+"""The figures on two of the smallest built-in models."""
+
+import dataclasses
+import functools
+import json
+import shutil
+
+import figures
+import measure
+import numpy as np
+import pytest
+import streams
+import study_settings
+
+from nufilt_jax import NufiltConfig, methods, zoo
+from nufilt_jax.evaluation import evaluate_tasks
+from nufilt_jax.methods.sweep import Ranks
+from nufilt_jax.presets import shuffled
+
+SMALL = dataclasses.replace(zoo.TINY, name="small", tasks=("letters", "shapes"))
+IMAGES = 16
+
+
+@pytest.fixture(autouse=True)
+def small_study(tmp_path, monkeypatch):
+    monkeypatch.setenv("NUFILT_CACHE", str(tmp_path))
+    shutil.copytree(zoo.store.weights_folder(zoo.TINY), tmp_path / "small" / "weights")
+    monkeypatch.setattr(figures, "STUDY", SMALL)
+    monkeypatch.setattr(figures, "StudyStream", functools.partial(streams.StudyStream, SMALL))
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs the script; returns the results file's content and the names of the pictures."""
+
+    def call(number, *options):
+        out = tmp_path / "out" / f"figure_{number}.json"
+        argv = ("--figure", number, "--images", IMAGES, "--json", out, *options)
+        monkeypatch.setattr("sys.argv", ["figures.py", *map(str, argv)])
+        figures.main()
+        pictures = sorted(path.name.removeprefix(out.stem + "_") for path in out.parent.glob("*.png"))
+        return json.loads(out.read_text()), pictures
+
+    return call
+
+
+def by_hand(ranks, order):
+    """ACC and BWT in percent of one setting, merged alone."""
+    names = shuffled(SMALL.tasks, order)
+    tasks = {task.name: task for task in zoo.evaluation_tasks(names, n_images=IMAGES)}
+    rule = methods.get("nufilt", NufiltConfig(**ranks._asdict(), decomposition="svd"))
+    state, rows = rule.init(zoo.load_params("base")), []
+    for name in names:
+        state = rule.update(state, zoo.load_params(name))
+        merged = {key: np.asarray(x) for key, x in state.merged.items()}
+        rows.append([evaluate_tasks(merged, SMALL.config, [tasks[name]])[name] for name in names])
+    (first, _), last = rows
+    return 100 * np.mean(last), 100 * (last[0] - first)
+
+
+def test_rank_sensitivity(run, monkeypatch):
+    curves = {"filter_rank": (Ranks(0, 0, 0), Ranks(24, 0, 0)), "task_rank": (Ranks(24, 6, 8),)}
+    monkeypatch.setattr(figures, "figure_4", lambda width: curves if width == 128 else None)
+    document, pictures = run(4, "--orders", 1, 3)
+    assert pictures == ["ranks.png"]
+    titles = ["Fig. 4, small: r_p (r_l = 0, r_v = 0)", "Fig. 4, small: r_v (r_p = 24, r_l = 6)"]
+    assert [table["title"] for table in document["tables"]] == titles
+    for title, settings in zip(titles, curves.values(), strict=True):
+        for row, ranks in zip(measure.rows(document, title), settings, strict=True):
+            wanted = np.mean([by_hand(ranks, order) for order in (1, 3)], axis=0)
+            # An image whose two best classes are nearly alike may fall to the other one.
+            np.testing.assert_allclose([row["ACC %"], row["BWT %"]], wanted, atol=100 / IMAGES)
+    assert [row["rank"] for row in measure.rows(document, titles[0])] == [0, 24]
+
+
+def test_affinities(run):
+    document, pictures = run(2)
+    assert pictures == ["attention.png", "distribution.png", "mlp.png", "whole_model.png"]
+    rows = measure.rows(document, "Fig. 2, small: mean affinity")
+    assert [row["layers"] for row in rows] == ["whole model", "attention", "MLP"]
+    for row in rows:
+        assert 1 > row["own task"] > row["other tasks"] > row["random subspaces"] == pytest.approx(1 / 6, abs=0.01)
+
+
+def test_losses(run, monkeypatch):
+    kept = ("sum", "weight_average", "wemoe", "adamerging")
+    published = study_settings.published
+    monkeypatch.setattr(study_settings, "published", lambda width: {label: published(width)[label] for label in kept})
+    document, pictures = run(5)
+    assert pictures == ["losses.png"]
+    found = {row["method"]: row for row in measure.rows(document, f"Fig. 5, small: mean over steps, {figures.UNIT}")}
+    assert tuple(found) == kept[:2]  # the others need data
+    # The mean of two models gives each half of what the sum adds, and takes half of the first away.
+    assert found["weight_average"]["stability"] < found["sum"]["stability"]
+    assert found["weight_average"]["plasticity"] < found["sum"]["plasticity"]
