@@ -43,7 +43,7 @@ def ablation(n_tasks: int) -> dict[tuple[str, str], Score]:
 
 def glue() -> dict[tuple[str, str], float]:
     """Table 2 by (our name, GLUE task in lower case, or ACC or BWT), in percent."""
-    ours = {theirs: name for name, theirs in NAMES.items()}
+    ours = _ours(NAMES)
     return {
         (ours[row["method"]], row["task"] if row["task"] in ("ACC", "BWT") else row["task"].lower()): float(
             row["value"]
@@ -55,7 +55,7 @@ def glue() -> dict[tuple[str, str], float]:
 
 def per_task(backbone: str) -> dict[tuple[str, str], float]:
     """Table 10, 20 tasks, by (our name, data set), in percent."""
-    ours = {theirs: name for name, theirs in NAMES.items()}
+    ours = _ours(NAMES)
     rows = (row for row in _rows("table10_per_task_20.csv") if row["backbone"] == backbone and row["method"] in ours)
     return {(ours[row["method"]], row["dataset"]): float(row["accuracy"]) for row in rows}
 
@@ -75,12 +75,17 @@ def overhead() -> list[tuple[str, int | None, float, float, str]]:
 
 
 def _scores(file: str, names: dict[str, str], where: dict[str, str]) -> dict[tuple[str, str], Score]:
-    ours = {theirs: name for name, theirs in names.items()}
+    ours = _ours(names)
     return {
         (ours[row["method"]], row["metric"]): (float(row["mean"]), float(row["std"]) if row["std"] else None)
         for row in _rows(file)
         if row["method"] in ours and all(row[key] == value for key, value in where.items())
     }
+
+
+def _ours(names: dict[str, str]) -> dict[str, str]:
+    """Our names by the paper's."""
+    return {theirs: name for name, theirs in names.items()}
 
 
 def _rows(file: str) -> list[dict[str, str]]:

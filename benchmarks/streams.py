@@ -15,7 +15,7 @@ from nufilt_jax.evaluation import Task, evaluate_tasks
 from nufilt_jax.evaluation.seeds import clip_task_data
 from nufilt_jax.methods import TaskData
 from nufilt_jax.pipeline.evaluation import open_suite
-from nufilt_jax.pipeline.examples import load_examples
+from nufilt_jax.pipeline.examples import load_examples, pixels
 from nufilt_jax.pipeline.job import EvaluationOptions
 from nufilt_jax.presets import FLAN_T5, Preset, clip_preset, flan_t5_preset
 from nufilt_jax.zoo import STUDY, Family, evaluation_tasks, load_params
@@ -89,11 +89,9 @@ class StudyStream(Stream):
     def examples(self, name: str, config: LearningConfig, seed: int) -> TaskData:
         """Of the test draw, as the methods' authors have it."""
         task = self._tasks["test"][name]
-        mean, std = (np.array(x, np.float32)[None, :, None, None] for x in (task.mean, task.std))
-        pixels = (task.images.astype(np.float32) / 255 - mean) / std
         draw = {"steps": config.steps, "batch_size": config.batch_size, "seed": seed}
         per_class = config.examples_per_class
-        found = clip_task_data(pixels, task.head, task.labels, self.config, examples_per_class=per_class, **draw)
+        found = clip_task_data(pixels(task), task.head, task.labels, self.config, examples_per_class=per_class, **draw)
         return TaskData(*found)
 
 

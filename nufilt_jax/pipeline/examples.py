@@ -114,7 +114,7 @@ def write_examples(folder: Path, tasks: Iterable[Task]) -> Path:
     """Writes evaluation tasks as files of examples, their images as the model takes them."""
     folder.mkdir(parents=True, exist_ok=True)
     for task in tasks:
-        arrays = {"pixel_values": _pixels(task), "prototypes": task.head, "labels": task.labels}
+        arrays = {"pixel_values": pixels(task), "prototypes": task.head, "labels": task.labels}
         path = folder / f"{task.name}.safetensors"
         beside = path.with_name(f"{path.name}.new")
         save_file(arrays, beside)
@@ -122,7 +122,7 @@ def write_examples(folder: Path, tasks: Iterable[Task]) -> Path:
     return folder
 
 
-def _pixels(task: Task) -> np.ndarray:
+def pixels(task: Task) -> np.ndarray:
     """A task's images in float32, normalised."""
     if task.images.dtype != np.uint8:
         return task.images

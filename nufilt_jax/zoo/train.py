@@ -35,8 +35,9 @@ def build(family: Family, out: Path, console: Console) -> None:
     """
     out.mkdir(parents=True, exist_ok=True)
     record = _open_record(family, out / RECORD)
-    _replace(out / "heads.safetensors", safetensors.save(make_heads(family)))
-    tasks = evaluation_tasks(family.tasks, split="val", family=family, heads=make_heads(family))
+    heads = make_heads(family)
+    _replace(out / "heads.safetensors", safetensors.save(heads))
+    tasks = evaluation_tasks(family.tasks, split="val", family=family, heads=heads)
     scores = record["validation"]
     if "pretrained" not in scores:
         data = make_data(family, family.tasks, family.nuisance, family.pretrain.n_images)
