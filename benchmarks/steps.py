@@ -5,13 +5,12 @@ solving time is that of the Adam steps alone, as in the paper; its total is the 
 """
 
 import argparse
-import csv
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import jax
 import measure
+import paper_tables
 import shapes
 from measure import Json
 from package_solve import Merge, stages, to_device
@@ -20,7 +19,6 @@ from solve import add_problem_options, merge_inputs
 
 from nufilt_jax.config import NufiltConfig
 
-TABLE_5 = Path(__file__).parent / "paper" / "table5_overhead.csv"
 MODEL = "vit-b32"
 ITERATIONS = (25, 50, 100)
 COLUMNS = ("method", "iterations", "solve s", "total s", "where")
@@ -40,14 +38,9 @@ def main() -> None:
     measure.finish(document, options.json or measure.RESULTS / f"steps_{jax.default_backend()}.json")
 
 
-def paper_rows(path: Path = TABLE_5) -> list[list[Any]]:
+def paper_rows() -> list[list[Any]]:
     """Table 5 as published; what it leaves open stays empty."""
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [
-        [row["model"], *(float(row[key]) if row[key] else None for key in ("iters", "solve_s", "total_s")), "paper"]
-        for row in rows
-    ]
+    return [[row.model, row.iterations, row.solve_s, row.total_s, "paper"] for row in paper_tables.overhead()]
 
 
 def run(options: argparse.Namespace) -> Json:

@@ -47,8 +47,8 @@ def _of_overhead(document: Json, columns: Columns, options: argparse.Namespace) 
         total = statistics.median(sum(run["seconds"]) for run in runs)
         steps = None if "steps" in setting.config.idle else getattr(setting.config, "steps", None)
         rows.append([setting.label, steps, total, runs[0]["parameters"] / 1e6, _spread(runs, "ACC"), "here"])
-    for name, steps, total, parameters, acc in paper_tables.overhead():
-        rows.append([name, steps, total, parameters, acc, "paper: ViT-B/32, 8 tasks"])
+    for one in paper_tables.overhead():
+        rows.append([one.model, one.iterations, one.total_s, one.parameters, one.acc, "paper: ViT-B/32, 8 tasks"])
     titles = ("method", "steps", "s per merge", "10^6 parameters", "ACC %", "where")
     return [measure.table(_title(options, "overhead", document), titles, rows)]
 

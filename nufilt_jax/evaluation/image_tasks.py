@@ -74,7 +74,7 @@ def open_image_task(
     raise_all(ConfigError, (Problem(f"{where}: data set {spec.dataset}", what) for what in faults))
     return _ImageTask(
         name=name,
-        n_examples=data.n_rows if limit is None else min(limit, data.n_rows),
+        n_examples=len(spread(data.n_rows, limit)),
         spec=spec,
         data=data,
         class_names=class_names,

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nufilt_jax.config import NufiltConfig
+from nufilt_jax.config import NufiltConfig, problem
 from nufilt_jax.core.adapt import draw_start
 from nufilt_jax.core.sweep import solve_settings
+from nufilt_jax.errors import ConfigError
 from nufilt_jax.methods.nufilt import adapter_keys
 from nufilt_jax.methods.selection import select
 from nufilt_jax.methods.stacked import Array, Params, Stacked, stack_names, task_vector
@@ -73,7 +74,12 @@ def merge_settings(
       ranks: the settings.
       seed: of the adapters' start.
       config: Adam's steps and learning rate, None for the defaults; the rest of it is not used.
+
+    Raises:
+      ConfigError: another solver than Adam.
     """
+    if config is not None and config.solver != "adam":
+        raise ConfigError(problem("solver", f"ranks are swept for adam alone, got {config.solver}"))
     largest = Ranks(*(max(column) for column in zip(*ranks, strict=True)))
     adam = config or NufiltConfig()
     config = NufiltConfig(**largest._asdict(), steps=adam.steps, learning_rate=adam.learning_rate, decomposition="svd")

@@ -18,7 +18,7 @@ from rich.console import Console
 from safetensors import numpy as safetensors
 
 from nufilt_jax.evaluation import Task, evaluate_tasks
-from nufilt_jax.zoo.families import FAMILIES, Family
+from nufilt_jax.zoo.families import FAMILIES, TINY, Family
 from nufilt_jax.zoo.store import evaluation_tasks, weights_folder
 from nufilt_jax.zoo.training import SEED, Params, initial_params, make_data, make_heads, train
 
@@ -102,9 +102,11 @@ def main() -> None:
     """Command line of this module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("family", choices=sorted(FAMILIES))
-    parser.add_argument("--out", type=Path, help="folder for the weights; without it, in this user's cache")
+    parser.add_argument("--out", type=Path, help="folder for the weights; study: by default in this user's cache")
     arguments = parser.parse_args()
     family = FAMILIES[arguments.family]
+    if family is TINY and arguments.out is None:
+        parser.error(f"{TINY.name} travels with the package: give a folder for the new one, --out")
     build(family, arguments.out or weights_folder(family), Console(stderr=True))
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from nufilt_jax import NufiltConfig, methods
+from nufilt_jax.errors import ConfigError
 from nufilt_jax.methods.sweep import Ranks, figure_4, merge_settings
 
 BLOCK = "vision_model.encoder.layers.{}.{}.weight"
@@ -47,6 +48,12 @@ def test_every_setting_is_the_method_with_those_ranks():
                 scale = np.linalg.norm(state.delta[name]) if name in state.delta else 0
                 error = np.linalg.norm(np.asarray(found[name]) - np.asarray(wanted))
                 assert error <= 1e-4 * scale, (ranks, step, name)
+
+
+def test_the_closed_form_is_not_swept():
+    base, tasks = models(1)
+    with pytest.raises(ConfigError, match="--solver: ranks are swept for adam alone, got closed_form"):
+        next(merge_settings(base, tasks, SETTINGS, config=NufiltConfig(solver="closed_form")))
 
 
 def test_settings_of_figure_4_at_the_papers_width():

@@ -13,7 +13,7 @@ from nufilt_jax.evaluation import evaluate_tasks
 from nufilt_jax.zoo import STUDY, TASK_NAMES, TINY, evaluation_tasks, load_heads, load_params
 from nufilt_jax.zoo.draws import HARD, MILD
 from nufilt_jax.zoo.families import Phase
-from nufilt_jax.zoo.train import build
+from nufilt_jax.zoo.train import build, main
 from nufilt_jax.zoo.training import initial_params, make_data, make_heads, train
 
 WEIGHTS = resources.files("nufilt_jax.zoo") / "weights"
@@ -33,6 +33,14 @@ def test_training():
         np.testing.assert_array_equal(value, again[name])
         moved = float(np.abs(value - start[name]).max())
         assert (moved > 1e-4) == name.endswith(SELECTED), name  # the rate of all others is zero
+
+
+def test_the_shipped_weights_are_not_overwritten(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train", "tiny"])
+    with pytest.raises(SystemExit) as refused:
+        main()
+    assert refused.value.code == 2
+    assert "tiny travels with the package: give a folder for the new one, --out" in capsys.readouterr().err
 
 
 def test_shipped_heads_are_those_of_the_script():
