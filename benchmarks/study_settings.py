@@ -32,13 +32,13 @@ GRIDS: Mapping[str, Mapping[str, Sequence[Any]]] = {
     "adapter_only": {"filter_rank": (64, 96), "task_rank": (1, 8)},
     "nufilt": {
         "filter_rank": FILTER_RANKS,
-        "task_rank": (1, 8, 16),
-        "steps": (25,),
+        "task_rank": (1, 8, 16, 32),
+        "steps": (25, 100),
         OTHER_PARAMS: ("average",),
     },
     CLOSED_FORM: {
         "filter_rank": FILTER_RANKS,
-        "task_rank": (1, 8, 16, 32),
+        "task_rank": (1, 8, 16, 32, 64),
         "ridge": (0.3, 3.0),
         OTHER_PARAMS: ("average",),
     },

@@ -122,7 +122,7 @@ STUDY = Family(
         {name: dataclasses.replace(HARD[name], tint=tint, weave=weave) for name, (tint, weave) in _BACKDROPS.items()}
     ),
     pretrain=Phase(steps=1000, batch=16, learning_rate=1e-3, weight_decay=0.05, n_images=6000),
-    finetune=Phase(steps=400, batch=64, learning_rate=5e-4, weight_decay=0.0, n_images=12000, other_rate=0.2),
+    finetune=Phase(steps=400, batch=64, learning_rate=1.5e-4, weight_decay=0.0, n_images=12000, other_rate=0.2),
 )
 
 FAMILIES = {family.name: family for family in (TINY, STUDY)}

@@ -25,16 +25,19 @@ from nufilt_jax.zoo.training import SEED, Params, initial_params, make_data, mak
 RECORD = "training.json"
 
 
-def build(family: Family, out: Path, console: Console) -> None:
+def build(family: Family, out: Path, console: Console, *, pretrained: Path | None = None) -> None:
     """Trains, rounds, writes and validates the models that are not there yet.
 
     Args:
       family: which models.
       out: folder for the weights, the heads and the record of the training.
       console: takes progress and scores.
+      pretrained: folder of a family whose tower and pre-training are the same: its base is taken over.
     """
     out.mkdir(parents=True, exist_ok=True)
     record = _open_record(family, out / RECORD)
+    if pretrained is not None:
+        _take_base(pretrained, out, record)
     heads = make_heads(family)
     _replace(out / "heads.safetensors", safetensors.save(heads))
     tasks = evaluation_tasks(family.tasks, split="val", family=family, heads=heads)
@@ -57,6 +60,15 @@ def build(family: Family, out: Path, console: Console) -> None:
         (out / RECORD).write_text(_json(record))
         before, after = scores["pretrained"][task.name], scores["individual"][task.name]
         console.print(f"{task.name}: {before:.3f} before, {after:.3f} after")
+
+
+def _take_base(source: Path, out: Path, record: dict[str, Any]) -> None:
+    """Copies the base of a family that was pre-trained likewise, with its scores, unless there is one already."""
+    theirs = json.loads((source / RECORD).read_text())
+    alike = all(theirs[key] == record[key] for key in ("seed", "config", "pretrain", "nuisance"))
+    if alike and "pretrained" not in record["validation"]:
+        _replace(out / "base.safetensors", (source / "base.safetensors").read_bytes())
+        record["validation"]["pretrained"] = theirs["validation"]["pretrained"]
 
 
 def _open_record(family: Family, path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import functools
 import io
 import json
 
+import fine_tuning
 import jax
 import numpy as np
 import paper_tables
@@ -194,6 +195,22 @@ def test_the_papers_checkpoints(monkeypatch, tmp_path):
         stream.scores(stream.model("base"), ["letters"], "val")
     with pytest.raises(ConfigError, match="--data: is missing"):
         stream.examples("letters", None, 1)
+
+
+def test_other_rates_of_fine_tuning(monkeypatch, tmp_path):
+    monkeypatch.setattr(fine_tuning, "STUDY", SMALL)
+    monkeypatch.setattr(fine_tuning, "ROWS", ("sum", "task_arithmetic"))
+    out = tmp_path / "rates.json"
+    with jax.numpy_dtype_promotion("standard"):
+        call(fine_tuning, monkeypatch, "--rates", 1e-4, 2e-3, "--orders", 1, "--images", 16, "--json", out)
+    [table] = json.loads(out.read_text())["tables"]
+    assert table["columns"] == ["", "0.0001", "0.002"]
+    rows = {row[0]: row[1:] for row in table["rows"]}
+    acc, bwt = plain_scores("sum", None, 1)  # of the rate that the models of this test have
+    assert rows["sum"][1] == f"{acc:.1f} / {bwt:+.1f}"
+    [size] = [values for label, values in rows.items() if label.startswith("‖τ‖")]
+    assert 0 < float(size[0]) < float(size[1])
+    assert rows["pre-trained"][0] == rows["pre-trained"][1]
 
 
 def test_published_numbers():

@@ -65,10 +65,10 @@ SHORT = Phase(steps=50, batch=4, learning_rate=1e-3, weight_decay=0.0, n_images=
 SMALL = dataclasses.replace(TINY, name="small", tasks=("hue", "gaps"), looks=HARD, pretrain=SHORT, finetune=SHORT)
 
 
-def built(family, folder):
+def built(family, folder, **options):
     printed = io.StringIO()
     with jax.numpy_dtype_promotion("standard"):
-        build(family, folder, Console(file=printed, width=200))
+        build(family, folder, Console(file=printed, width=200), **options)
     return printed.getvalue()
 
 
@@ -125,3 +125,19 @@ def test_a_family_made_here_is_read_like_the_shipped_one(cache):
 def test_a_family_that_is_not_made_says_how(cache):
     with pytest.raises(CheckpointError, match=r"run python -m nufilt_jax\.zoo\.train study"):
         load_params("base", STUDY)
+
+
+def test_a_base_that_was_trained_likewise_is_taken_over(cache, tmp_path):
+    source = cache / "small" / "weights"
+    gentle = dataclasses.replace(SMALL, finetune=dataclasses.replace(SHORT, learning_rate=1e-4))
+    printed = built(gentle, tmp_path / "gentle", pretrained=source)
+    assert "hue" in printed
+    assert "pre-trained" not in printed
+    base, tuned = (
+        {folder: (folder / f"{name}.safetensors").read_bytes() for folder in (source, tmp_path / "gentle")}
+        for name in ("base", "hue")
+    )
+    assert len(set(base.values())) == 1
+    assert len(set(tuned.values())) == 2
+    other = dataclasses.replace(gentle, pretrain=dataclasses.replace(SHORT, learning_rate=2e-3))
+    assert "pre-trained" in built(other, tmp_path / "other", pretrained=source)

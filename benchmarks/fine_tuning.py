@@ -1,0 +1,86 @@
+"""How much the strength of fine-tuning decides: the study's tasks, fine-tuned at several learning rates, then merged.
+
+Everything else stays: tasks, images, pre-trained tower, steps, orders, and every method's published settings, ranks in
+proportion to the width. Models that are not there yet are trained first, ten for each rate.
+"""
+
+import dataclasses
+
+import measure
+import numpy as np
+import study_settings
+from measure import Json
+from rich.console import Console
+from runs import merge
+from streams import ORDERS, Stream, StudyStream
+from study_settings import CLOSED_FORM
+
+from nufilt_jax.methods.selection import published_layers
+from nufilt_jax.zoo import STUDY, Family
+from nufilt_jax.zoo.store import weights_folder
+from nufilt_jax.zoo.train import build
+
+RESULTS = measure.RESULTS / "fine_tuning_study.json"
+ROWS = ("weight_average", "sum", "null_space", "iso_c", "opcm", "nufilt", CLOSED_FORM)
+RATES = (5e-5, 1.5e-4, 5e-4)
+
+
+def main() -> None:
+    """Parses the command line."""
+    measure.prepare_process()
+    parser = measure.Parser(__doc__, RESULTS.name)
+    parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="peak learning rates of Adam")
+    parser.add_argument("--orders", type=measure.at_least(1), nargs="+", default=list(ORDERS), help="default: 1 to 5")
+    parser.add_argument("--images", type=measure.at_least(1), default=500, help="per task (default: 500)")
+    options = parser.parse_args()
+    build(STUDY, weights_folder(STUDY), Console(stderr=True))
+    columns = {rate: _at(rate, options.orders, options.images) for rate in options.rates}
+    rows = [[label, *(columns[rate][label] for rate in options.rates)] for label in next(iter(columns.values()))]
+    title = f"The study at several learning rates of fine-tuning: ACC / BWT in %, {len(options.orders)} orders"
+    table = measure.table(title, ("", *(f"{rate:g}" for rate in options.rates)), rows)
+    settings = {key: value for key, value in vars(options).items() if key != "json"}
+    document: Json = {"benchmark": "fine_tuning", "environment": measure.environment(), "settings": settings}
+    measure.finish(document | {"tables": [table]}, options.json or RESULTS)
+
+
+def at_rate(rate: float) -> Family:
+    """The study with other fine-tuned models of the same base."""
+    if rate == STUDY.finetune.learning_rate:
+        return STUDY
+    return dataclasses.replace(
+        STUDY, name=f"{STUDY.name}-{rate:g}", finetune=dataclasses.replace(STUDY.finetune, learning_rate=rate)
+    )
+
+
+def _at(rate: float, orders: list[int], n_images: int) -> dict[str, str]:
+    """One column: what the fine-tuned models are like, and what becomes of them."""
+    family = at_rate(rate)
+    build(family, weights_folder(family), Console(stderr=True), pretrained=weights_folder(STUDY))
+    stream = StudyStream(family, n_images)
+    own = [stream.scores(stream.model(name), [name])[name] for name in stream.tasks]
+    before = stream.scores(stream.model("base"), stream.tasks)
+    found = {
+        "‖τ‖ / ‖θ0‖ of the selected layers, %": f"{100 * _size(stream):.1f}",
+        "pre-trained": f"{100 * np.mean(list(before.values())):.1f}",
+        "individual": f"{100 * np.mean(own):.1f}",
+    }
+    settings = study_settings.published(stream.config["hidden_size"])
+    for label in ROWS:
+        runs = [merge(stream, settings[label], order)["scores"]["test"] for order in orders]
+        acc, bwt = (100 * float(np.mean([run[key] for run in runs])) for key in ("acc", "bwt"))
+        measure.say(f"{rate:g}, {label}: {acc:.1f} {bwt:+.1f}")
+        found[label] = f"{acc:.1f} / {bwt:+.1f}"
+    return found
+
+
+def _size(stream: Stream) -> float:
+    """Of the task vectors, mean over tasks and layers, in proportion to the base's."""
+    base = {name: x for name, x in stream.model("base").items() if published_layers(name, x.shape)}
+    models = (stream.model(name) for name in stream.tasks)
+    return float(
+        np.mean([np.linalg.norm(model[name] - x) / np.linalg.norm(x) for model in models for name, x in base.items()])
+    )
+
+
+if __name__ == "__main__":
+    main()
