@@ -7,10 +7,12 @@ import json
 
 import fine_tuning
 import jax
+import measure
 import numpy as np
 import paper_tables
 import pytest
 import streams
+import study_levers
 import study_settings
 import tables
 from rich.console import Console
@@ -195,6 +197,18 @@ def test_the_papers_checkpoints(monkeypatch, tmp_path):
         stream.scores(stream.model("base"), ["letters"], "val")
     with pytest.raises(ConfigError, match="--data: is missing"):
         stream.examples("letters", None, 1)
+
+
+def test_the_levers_start_from_what_the_package_does(chosen, monkeypatch, tmp_path):
+    monkeypatch.setattr(study_levers, "StudyStream", functools.partial(streams.StudyStream, SMALL))
+    levers = {"as chosen": study_levers.Lever(), "more": study_levers.Lever(with_fc2=True, other_params="average")}
+    monkeypatch.setattr(study_levers, "LEVERS", levers)
+    out = tmp_path / "levers.json"
+    call(study_levers, monkeypatch, "--images", 64, "--json", out)
+    package, ours, more = measure.rows(json.loads(out.read_text()), "The closed form on the study's validation draw")
+    assert ours["ACC %"] == pytest.approx(package["ACC %"], abs=1)  # rounding may move an image or two
+    assert ours["BWT %"] == pytest.approx(package["BWT %"], abs=1)
+    assert more != ours
 
 
 def test_other_rates_of_fine_tuning(monkeypatch, tmp_path):
