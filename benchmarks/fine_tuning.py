@@ -1,7 +1,8 @@
 """How much the strength of fine-tuning decides: the study's tasks, fine-tuned at several learning rates, then merged.
 
 Everything else stays: tasks, images, pre-trained tower, steps, orders, and every method's published settings, ranks in
-proportion to the width. Models that are not there yet are trained first, ten for each rate.
+proportion to the width. NUFILT also runs with those that validation chose at the study's own rate. Models that are not
+there yet are trained first, ten for each rate.
 """
 
 import dataclasses
@@ -22,7 +23,8 @@ from nufilt_jax.zoo.train import build
 
 RESULTS = measure.RESULTS / "fine_tuning_study.json"
 ROWS = ("weight_average", "sum", "null_space", "iso_c", "opcm", "nufilt", CLOSED_FORM)
-RATES = (5e-5, 1.5e-4, 5e-4)
+TUNED = ("nufilt", CLOSED_FORM)
+RATES = (1.5e-4, 5e-4)
 
 
 def main() -> None:
@@ -64,9 +66,11 @@ def _at(rate: float, orders: list[int], n_images: int) -> dict[str, str]:
         "pre-trained": f"{100 * np.mean(list(before.values())):.1f}",
         "individual": f"{100 * np.mean(own):.1f}",
     }
-    settings = study_settings.published(stream.config["hidden_size"])
-    for label in ROWS:
-        runs = [merge(stream, settings[label], order)["scores"]["test"] for order in orders]
+    published, chosen = (of(stream.config["hidden_size"]) for of in (study_settings.published, study_settings.chosen))
+    settings = {label: published[label] for label in ROWS}
+    settings |= {f"{label}, chosen by validation": chosen[label] for label in TUNED}
+    for label, setting in settings.items():
+        runs = [merge(stream, setting, order)["scores"]["test"] for order in orders]
         acc, bwt = (100 * float(np.mean([run[key] for run in runs])) for key in ("acc", "bwt"))
         measure.say(f"{rate:g}, {label}: {acc:.1f} {bwt:+.1f}")
         found[label] = f"{acc:.1f} / {bwt:+.1f}"

@@ -211,7 +211,7 @@ def test_the_levers_start_from_what_the_package_does(chosen, monkeypatch, tmp_pa
     assert more != ours
 
 
-def test_other_rates_of_fine_tuning(monkeypatch, tmp_path):
+def test_other_rates_of_fine_tuning(chosen, monkeypatch, tmp_path):
     monkeypatch.setattr(fine_tuning, "STUDY", SMALL)
     monkeypatch.setattr(fine_tuning, "ROWS", ("sum", "task_arithmetic"))
     out = tmp_path / "rates.json"
