@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -22,15 +24,23 @@ def test_its_python_runs():
     assert doctest.DocTestRunner().run(test).failed == 0
 
 
-def test_its_numbers_are_those_of_the_results_files():
+@pytest.mark.parametrize("page", ["README.md", "benchmarks/STUDY.md"])
+def test_its_numbers_are_those_of_the_results_files(page):
     import measure
     import tiny
 
-    quoted = re.findall(r"<!-- results: (\S+) ?([^\n]*?) ?-->\n(.*?)\n<!-- end of results -->", README, re.DOTALL)
-    assert len(quoted) == README.count("<!-- results:") > 1
+    written = (ROOT / page).read_text(encoding="utf-8")
+    quoted = re.findall(r"<!-- results: (\S+) ?([^\n]*?) ?-->\n(.*?)\n<!-- end of results -->", written, re.DOTALL)
+    assert len(quoted) == written.count("<!-- results:") > 1
     for path, title, text in quoted:
         results = json.loads((ROOT / path).read_text())
         assert text == (tiny.markdown(results) if ROOT / path == tiny.RESULTS else measure.markdown(results, title))
+
+
+def test_the_pictures_of_the_study_are_there():
+    pictures = re.findall(r"!\[[^]]+\]\((\S+)\)", (ROOT / "benchmarks" / "STUDY.md").read_text(encoding="utf-8"))
+    assert pictures
+    assert all((ROOT / "benchmarks" / picture).is_file() for picture in pictures)
 
 
 def test_its_options_exist():
