@@ -6,9 +6,11 @@ import json
 import shutil
 
 import figures
+import forecast_check
 import measure
 import numpy as np
 import pytest
+import scipy.stats
 import streams
 import study_settings
 
@@ -27,6 +29,8 @@ def small_study(tmp_path, monkeypatch):
     shutil.copytree(zoo.store.weights_folder(zoo.TINY), tmp_path / "small" / "weights")
     monkeypatch.setattr(figures, "STUDY", SMALL)
     monkeypatch.setattr(figures, "StudyStream", functools.partial(streams.StudyStream, SMALL))
+    monkeypatch.setattr(forecast_check, "STUDY", SMALL)
+    monkeypatch.setattr(forecast_check, "StudyStream", functools.partial(streams.StudyStream, SMALL))
 
 
 @pytest.fixture
@@ -93,3 +97,24 @@ def test_losses(run, monkeypatch):
     # The mean of two models gives each half of what the sum adds, and takes half of the first away.
     assert found["weight_average"]["stability"] < found["sum"]["stability"]
     assert found["weight_average"]["plasticity"] < found["sum"]["plasticity"]
+
+
+def test_the_forecast_against_measurements(tmp_path, monkeypatch):
+    out = tmp_path / "forecast.json"
+    argv = ("forecast_check.py", "--orders", 1, 2, 3, "--images", IMAGES, "--json", out)
+    monkeypatch.setattr("sys.argv", list(map(str, argv)))
+    forecast_check.main()
+    [table] = json.loads(out.read_text())["tables"]
+    found = {tuple(row[:2]): row[2:] for row in table["rows"]}
+    assert set(found) == {
+        (label, words) for label in forecast_check.ROWS for words in forecast_check.FORECASTS.values()
+    }
+    stream = forecast_check.StudyStream(n_images=IMAGES)
+    setting = study_settings.published(128)["nufilt"]
+    merges = [forecast_check.check(stream, setting, order, IMAGES) for order in (1, 2, 3)]
+    told = np.array([merge.told["drift"][1].mean() for merge in merges])  # of two tasks, one step has a forecast
+    lost = np.array([merge.lost[1] for merge in merges])
+    _, by_step = found["nufilt", "drift on kept directions, share of ‖D V₂‖²"]
+    wanted = scipy.stats.spearmanr(told, lost).statistic if np.ptp(lost) else None
+    assert by_step == pytest.approx(wanted)
+    assert all(-1 <= by_layer <= 1 for by_layer, _ in found.values())
