@@ -212,7 +212,7 @@ def main() -> None:
         "dtype": "float32",
         "environment": environment,
         "percent_cpu_of_others": neighbours.percent(),
-        "settings": {key: value for key, value in vars(options).items() if key != "json"},
+        "settings": measure.settings(options),
         "tables": [
             measure.table(f"{name}: {rank} directions", COLUMNS, rows[name]) for name, rank in DIRECTIONS.items()
         ],

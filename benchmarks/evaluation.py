@@ -154,7 +154,7 @@ def run(options: Any) -> Json:
             "memory": {name: {n: one.times.seconds for n, one in entries.items()} for name, entries in memory.items()},
             "jpeg": {name: entry.times.seconds for name, entry in files.items()},
         },
-        "settings": {key: value for key, value in vars(options).items() if key != "json"},
+        "settings": measure.settings(options),
         "tables": tables,
     }
 

@@ -15,6 +15,7 @@ import measure
 import numpy as np
 import study_settings
 from measure import Json
+from runs import Scores
 from streams import ORDERS, Stream, StudyStream
 
 from nufilt_jax import methods
@@ -22,12 +23,10 @@ from nufilt_jax.analysis import affinity, losses, plots
 from nufilt_jax.analysis.figures import as_png
 from nufilt_jax.analysis.layers import GROUPS, in_group
 from nufilt_jax.errors import NufiltError
-from nufilt_jax.evaluation import accuracy_matrix, average_accuracy, backward_transfer
 from nufilt_jax.evaluation.task_images import TaskImages
 from nufilt_jax.methods.sweep import Ranks, figure_4, merge_settings
 from nufilt_jax.pipeline.measured import measure as measure_stream
 from nufilt_jax.presets import shuffled
-from nufilt_jax.zoo import STUDY, evaluation_tasks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,7 +60,7 @@ def main() -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     for name, figure in drawn.pictures.items():
         path.with_name(f"{path.stem}_{name}.png").write_bytes(as_png(figure))
-    settings = {key: value for key, value in vars(options).items() if key != "json"}
+    settings = measure.settings(options)
     document = {"benchmark": "figures", "environment": measure.environment(), "settings": settings}
     measure.finish(document | {"tables": drawn.tables}, path)
 
@@ -72,8 +71,7 @@ def draw(options: argparse.Namespace) -> Drawn:
     if options.figure == 4:
         return ranks(stream, options.orders)
     names = shuffled(stream.tasks, options.orders[0])
-    tasks = evaluation_tasks(names, n_images=options.images, family=STUDY)
-    images = [TaskImages(task.images, task.mean, task.std) for task in tasks]
+    images = stream.images(names)
     return affinities(stream, names, images) if options.figure == 2 else all_losses(stream, names, images)
 
 
@@ -95,14 +93,13 @@ def ranks(stream: Stream, orders: Iterable[int]) -> Drawn:
 def _scores(stream: Stream, settings: tuple[Ranks, ...], order: int) -> list[tuple[float, float]]:
     """ACC and BWT of every setting."""
     names = shuffled(stream.tasks, order)
-    scores: list[list[Mapping[str, float]]] = [[] for _ in settings]
+    scores = [Scores(stream, names) for _ in settings]
     tasks = (stream.model(name) for name in names)
-    for step, models in enumerate(merge_settings(stream.model("base"), tasks, settings)):
-        wanted = names if step + 1 == len(names) else [names[step]]
+    for models in merge_settings(stream.model("base"), tasks, settings):
         for found, model in zip(scores, models, strict=True):
-            found.append(stream.scores({key: np.asarray(x) for key, x in model.items()}, wanted))
-    matrices = (accuracy_matrix(found, names) for found in scores)
-    return [(average_accuracy(matrix), backward_transfer(matrix)) for matrix in matrices]
+            found.add({key: np.asarray(x) for key, x in model.items()})
+    measured = [found.as_dict() for found in scores]
+    return [(one["acc"], one["bwt"]) for one in measured]
 
 
 def affinities(stream: Stream, names: tuple[str, ...], images: list[TaskImages]) -> Drawn:

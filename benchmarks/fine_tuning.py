@@ -12,7 +12,7 @@ import numpy as np
 import study_settings
 from measure import Json
 from rich.console import Console
-from runs import merge
+from runs import mean_scores, merge
 from streams import ORDERS, Stream, StudyStream
 from study_settings import CLOSED_FORM
 
@@ -40,7 +40,7 @@ def main() -> None:
     rows = [[label, *(columns[rate][label] for rate in options.rates)] for label in next(iter(columns.values()))]
     title = f"The study at several learning rates of fine-tuning: ACC / BWT in %, {len(options.orders)} orders"
     table = measure.table(title, ("", *(f"{rate:g}" for rate in options.rates)), rows)
-    settings = {key: value for key, value in vars(options).items() if key != "json"}
+    settings = measure.settings(options)
     document: Json = {"benchmark": "fine_tuning", "environment": measure.environment(), "settings": settings}
     measure.finish(document | {"tables": [table]}, options.json or RESULTS)
 
@@ -70,8 +70,7 @@ def _at(rate: float, orders: list[int], n_images: int) -> dict[str, str]:
     settings = {label: published[label] for label in ROWS}
     settings |= {f"{label}, chosen by validation": chosen[label] for label in TUNED}
     for label, setting in settings.items():
-        runs = [merge(stream, setting, order)["scores"]["test"] for order in orders]
-        acc, bwt = (100 * float(np.mean([run[key] for run in runs])) for key in ("acc", "bwt"))
+        acc, bwt = mean_scores([merge(stream, setting, order) for order in orders])
         measure.say(f"{rate:g}, {label}: {acc:.1f} {bwt:+.1f}")
         found[label] = f"{acc:.1f} / {bwt:+.1f}"
     return found

@@ -18,13 +18,18 @@ from study_settings import CLOSED_FORM
 
 from nufilt_jax import methods
 from nufilt_jax.analysis import losses
-from nufilt_jax.analysis.forecast import QUANTITIES, accuracy_lost, forecast_values, layer_agreement, rank_correlation
+from nufilt_jax.analysis.forecast import (
+    QUANTITIES,
+    accuracy_lost,
+    added_share,
+    forecast_values,
+    layer_agreement,
+    rank_correlation,
+)
 from nufilt_jax.evaluation import accuracy_matrix
-from nufilt_jax.evaluation.task_images import TaskImages
 from nufilt_jax.pipeline.measured import measure as measure_stream
 from nufilt_jax.pipeline.recipe import forecast_entry
 from nufilt_jax.presets import shuffled
-from nufilt_jax.zoo import STUDY, evaluation_tasks
 
 RESULTS = measure.RESULTS / "forecast_study.json"
 ADDED = "added_share"
@@ -52,15 +57,15 @@ def main() -> None:
     published = study_settings.published(stream.config["hidden_size"])
     rows = []
     for label in ROWS:
-        merges = [check(stream, published[label], order, options.images) for order in options.orders]
+        merges = [check(stream, published[label], order) for order in options.orders]
         rows += [[label, words, *_agreement(merges, quantity)] for quantity, words in FORECASTS.items()]
     title = f"The forecast against measurements: rank correlations, {len(options.orders)} orders"
-    settings = {key: value for key, value in vars(options).items() if key != "json"}
+    settings = measure.settings(options)
     document = {"benchmark": "forecast_check", "environment": measure.environment(), "settings": settings}
     measure.finish(document | {"tables": [measure.table(title, COLUMNS, rows)]}, options.json or RESULTS)
 
 
-def check(stream: StudyStream, setting: Setting, order: int, n_images: int) -> Checked:
+def check(stream: StudyStream, setting: Setting, order: int) -> Checked:
     """Merges in one order, and measures every task after every step."""
     measure.say(f"{setting.label}: order {order}")
     names = shuffled(stream.tasks, order)
@@ -71,11 +76,9 @@ def check(stream: StudyStream, setting: Setting, order: int, n_images: int) -> C
         state = rule.update(state, model)
         told.append(forecast_entry(names[step], state.report))
         scores.append(stream.scores(merged_params(state), names[: step + 1]))
-    tasks = evaluation_tasks(names, n_images=n_images, family=STUDY)
-    images = [TaskImages(task.images, task.mean, task.std) for task in tasks]
-    found = measure_stream(base, models, stream.config, images, {setting.label: rule})
+    found = measure_stream(base, models, stream.config, stream.images(names), {setting.label: rule})
     forecasts = {quantity: forecast_values(told, quantity, found.merged_layers) for quantity in QUANTITIES}
-    forecasts[ADDED] = 1 - forecasts["removed_share"] + forecasts["restored_share"]
+    forecasts[ADDED] = added_share(forecasts)
     return Checked(
         forecasts,
         losses.layer_stability(losses.relative(found.losses[setting.label])),

@@ -251,6 +251,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
+def settings(options: argparse.Namespace) -> Json:
+    """The options as the results file holds them: all but where it is written."""
+    return {key: value for key, value in vars(options).items() if key != "json"}
+
+
 def at_least(least: int) -> Callable[[str], int]:
     """Type of an argument: a whole number that is not below `least`."""
 

@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import jax
 import numpy as np
@@ -40,6 +40,37 @@ class Setting:
         return {"method": self.method, "config": dataclasses.asdict(self.config), "other_params": self.other_params}
 
 
+class Scores:
+    """Accuracies of one merge, all that ACC and BWT need: of every task when it is merged and at the end.
+
+    Args:
+      stream: the tasks.
+      names: in the order merged.
+      split: draw to score on.
+    """
+
+    def __init__(self, stream: Stream, names: Sequence[str], split: Split = "test") -> None:
+        self._stream, self._names = stream, names
+        self._split: Split = split
+        self._steps: list[dict[str, float]] = []
+
+    def add(self, merged: Params) -> None:
+        """Scores the model after the next step."""
+        step = len(self._steps)
+        wanted = self._names if step + 1 == len(self._names) else [self._names[step]]
+        self._steps.append(self._stream.scores(merged, wanted, self._split))
+
+    def as_dict(self) -> Json:
+        """ACC, BWT and what they are made of, after the last step."""
+        matrix = accuracy_matrix(self._steps, self._names)
+        return {
+            "acc": average_accuracy(matrix),
+            "bwt": backward_transfer(matrix),
+            "when_merged": dict(zip(self._names, np.diagonal(matrix).tolist(), strict=True)),
+            "at_the_end": self._steps[-1],
+        }
+
+
 def merge(stream: Stream, setting: Setting, order: int, *, splits: Sequence[Split] = ("test",)) -> Json:
     """Merges all tasks and scores every task when it is merged and at the end: all that ACC and BWT need.
 
@@ -55,9 +86,9 @@ def merge(stream: Stream, setting: Setting, order: int, *, splits: Sequence[Spli
     names = shuffled(stream.tasks, order)
     rule = methods.get(setting.method, setting.config, other_params=setting.other_params)
     state = rule.init(stream.model("base"))
-    scores: dict[Split, list[dict[str, float]]] = {split: [] for split in splits}
+    scores = {split: Scores(stream, names, split) for split in splits}
     seconds, merged = [], stream.model("base")
-    for index, name in enumerate(names):
+    for name in names:
         data = _examples(stream, setting, name, order) if methods.RULES[setting.method].needs_data else None
         task, log = stream.model(name), CompileLog()
         with log.listening():
@@ -67,13 +98,12 @@ def merge(stream: Stream, setting: Setting, order: int, *, splits: Sequence[Spli
             wall = time.perf_counter() - start
         seconds.append(round(wall - log.as_dict()["seconds"], 4))
         merged = merged_params(state)
-        for split in splits:
-            scores[split].append(stream.scores(merged, names if index + 1 == len(names) else [name], split))
-    measured = {split: _measures(scores[split], names) for split in splits}
+        for found in scores.values():
+            found.add(merged)
     return setting.as_dict() | {
         "order": order,
         "tasks": list(names),
-        "scores": measured,
+        "scores": {split: found.as_dict() for split, found in scores.items()},
         "seconds": seconds,
         "parameters": sum(value.size for value in merged.values()),
     }
@@ -85,6 +115,12 @@ def find_run(runs: Sequence[Json], setting: Setting, order: int) -> Json | None:
     return next((run for run in runs if all(run[key] == value for key, value in wanted.items())), None)
 
 
+def mean_scores(runs: Sequence[Json], split: Split = "test") -> tuple[float, float]:
+    """ACC and BWT on one draw in percent, means over runs."""
+    acc, bwt = (100 * float(np.mean([run["scores"][split][key] for run in runs])) for key in ("acc", "bwt"))
+    return acc, bwt
+
+
 def merged_params(state: MergeState) -> Params:
     """The merged model on the host."""
     return {name: np.asarray(value) for name, value in state.merged.items()}
@@ -92,13 +128,3 @@ def merged_params(state: MergeState) -> Params:
 
 def _examples(stream: Stream, setting: Setting, name: str, order: int) -> methods.TaskData:
     return stream.examples(name, cast(LearningConfig, setting.config), seed=order)
-
-
-def _measures(scores: list[dict[str, float]], names: Sequence[str]) -> dict[str, Any]:
-    matrix = accuracy_matrix(scores, names)
-    return {
-        "acc": average_accuracy(matrix),
-        "bwt": backward_transfer(matrix),
-        "when_merged": dict(zip(names, np.diagonal(matrix).tolist(), strict=True)),
-        "at_the_end": scores[-1],
-    }

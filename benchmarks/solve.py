@@ -156,7 +156,7 @@ def run(options: argparse.Namespace, config: NufiltConfig, device: str) -> Json:
         "machine": {"matmul_gflops": machine.matmul, "copy_gb_per_s": machine.copy},
         "notes": {name: entry.notes for name, entry in entries.items() if entry.notes},
         "seconds": {name: entry.stages for name, entry in entries.items()},
-        "settings": {key: value for key, value in vars(options).items() if key != "json"},
+        "settings": measure.settings(options),
         "tables": [one for one in tables if one["rows"]],
     }
 

@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> Json:
         "environment": environment,
         "layers": shapes.shape_counts(layers.values()),
         "percent_cpu_of_others": neighbours.percent(),
-        "settings": {key: value for key, value in vars(options).items() if key != "json"},
+        "settings": measure.settings(options),
         "tables": [measure.table(title, COLUMNS, paper_rows() + rows)],
     }
 

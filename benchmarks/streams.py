@@ -13,6 +13,7 @@ from nufilt_jax.config import LearningConfig
 from nufilt_jax.errors import ConfigError, Problem
 from nufilt_jax.evaluation import Task, evaluate_tasks
 from nufilt_jax.evaluation.seeds import clip_task_data
+from nufilt_jax.evaluation.task_images import TaskImages
 from nufilt_jax.methods import TaskData
 from nufilt_jax.pipeline.evaluation import open_suite
 from nufilt_jax.pipeline.examples import load_examples, pixels
@@ -93,6 +94,11 @@ class StudyStream(Stream):
         per_class = config.examples_per_class
         found = clip_task_data(pixels(task), task.head, task.labels, self.config, examples_per_class=per_class, **draw)
         return TaskData(*found)
+
+    def images(self, names: Sequence[str]) -> list[TaskImages]:
+        """Of these tasks, from the test draw, without the answers."""
+        tasks = (self._tasks["test"][name] for name in names)
+        return [TaskImages(task.images, task.mean, task.std) for task in tasks]
 
 
 class PaperStream(Stream):

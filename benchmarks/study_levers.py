@@ -12,12 +12,11 @@ import measure
 import numpy as np
 import study_settings
 from jaxtyping import Float
-from runs import merge
+from runs import Scores, mean_scores, merge
 from streams import Params, Stream, StudyStream
 from study_settings import CLOSED_FORM, ORDERS
 
 from nufilt_jax.config import NufiltConfig, OtherParams
-from nufilt_jax.evaluation import accuracy_matrix, average_accuracy, backward_transfer
 from nufilt_jax.methods.selection import published_layers
 from nufilt_jax.presets import shuffled
 
@@ -73,10 +72,8 @@ def main() -> None:
     stream = StudyStream(n_images=options.images)
     chosen = study_settings.chosen(stream.config["hidden_size"])[CLOSED_FORM]
     assert isinstance(chosen.config, NufiltConfig)
-    package = [merge(stream, chosen, order, splits=("val",))["scores"]["val"] for order in ORDERS]
-    rows = [
-        ["as chosen, the package", *(100 * float(np.mean([run[key] for run in package])) for key in ("acc", "bwt"))]
-    ]
+    package = [merge(stream, chosen, order, splits=("val",)) for order in ORDERS]
+    rows = [["as chosen, the package", *mean_scores(package, "val")]]
     for label, lever in LEVERS.items():
         rows.append([label, *np.mean([scores(stream, lever, chosen.config, order) for order in ORDERS], axis=0)])
         measure.say(f"{label}: {rows[-1][1]:.2f} {rows[-1][2]:+.2f}")
@@ -92,7 +89,7 @@ def scores(stream: Stream, lever: Lever, config: NufiltConfig, order: int) -> tu
     base, names = stream.model("base"), shuffled(stream.tasks, order)
     selected = {name for name, x in base.items() if _is_merged(name, x.shape, lever)}
     delta: dict[str, np.ndarray] = {}
-    found = []
+    found = Scores(stream, names, "val")
     for step, task in enumerate(names):
         model = stream.model(task)
         for name in base:
@@ -104,9 +101,9 @@ def scores(stream: Stream, lever: Lever, config: NufiltConfig, order: int) -> tu
             elif lever.other_params == "average":
                 delta[name] = delta[name] + (tau - delta[name]) / (step + 1)
         merged: Params = {name: x + delta.get(name, np.float32(0)) for name, x in base.items()}
-        found.append(stream.scores(merged, names if step + 1 == len(names) else [task], "val"))
-    matrix = accuracy_matrix(found, names)
-    return 100 * average_accuracy(matrix), 100 * backward_transfer(matrix)
+        found.add(merged)
+    measured = found.as_dict()
+    return 100 * measured["acc"], 100 * measured["bwt"]
 
 
 def update(merged: Matrix, task: Matrix, lever: Lever, config: NufiltConfig) -> Matrix:

@@ -12,7 +12,7 @@ from typing import Any
 
 import measure
 import numpy as np
-from runs import Setting, merge
+from runs import Setting, mean_scores, merge
 from streams import Stream, StudyStream
 
 from nufilt_jax import methods
@@ -101,7 +101,7 @@ def _with(setting: Setting, name: str, value: Any) -> Setting:
 def _try(stream: Stream, setting: Setting, name: str, value: Any) -> tuple[float, list[Any]]:
     """Mean ACC over the orders, and the row that says so."""
     runs = [merge(stream, setting, order, splits=("val",)) for order in ORDERS]
-    acc, bwt = (100 * float(np.mean([run["scores"]["val"][key] for run in runs])) for key in ("acc", "bwt"))
+    acc, bwt = mean_scores(runs, "val")
     measure.say(f"{setting.label}: {name} {value}: {acc:.2f} {bwt:+.2f}")
     return acc, [setting.label, name, value, acc, bwt, float(np.median(runs[-1]["seconds"]))]
 

@@ -10,6 +10,7 @@ from nufilt_jax.analysis import affinity, losses
 from nufilt_jax.analysis.forecast import (
     QUANTITIES,
     accuracy_lost,
+    added_share,
     forecast_layers,
     forecast_values,
     layer_agreement,
@@ -156,7 +157,7 @@ def _check(
         stability = losses.layer_stability(found)
         pairs = {
             "drift_and_stability": (shares["drift"], stability),
-            "added_share_and_stability": (1 - shares["removed_share"] + shares["restored_share"], stability),
+            "added_share_and_stability": (added_share(shares), stability),
             "removed_share_and_plasticity": (shares["removed_share"], found.plasticity),
         }
         for name, (told_before, values) in pairs.items():

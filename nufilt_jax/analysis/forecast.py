@@ -46,6 +46,23 @@ def forecast_values(
     return np.array(rows, dtype=np.float64).reshape(len(forecast), len(layers))
 
 
+def added_share(
+    values: Mapping[str, Float[np.ndarray, "steps layers"]],
+) -> Float[np.ndarray, "steps layers"]:
+    """What a step adds in all, share of ‖τ‖²: what the filter leaves, and what the adapter adds.
+
+    Args:
+      values: `forecast_values` by quantity; `removed_share` and `restored_share` are needed.
+
+    Returns:
+      NaN where either is not known.
+
+    >>> added_share({"removed_share": np.array([[0.75]]), "restored_share": np.array([[0.125]])}).tolist()
+    [[0.375]]
+    """
+    return 1 - values["removed_share"] + values["restored_share"]
+
+
 def layer_agreement(told: Float[np.ndarray, "steps layers"], measured: Float[np.ndarray, "steps layers"]) -> Agreement:
     """Whether the layers for which most is forecast are those in which most is measured.
 

@@ -27,9 +27,7 @@ IMAGES = 16
 def small_study(tmp_path, monkeypatch):
     monkeypatch.setenv("NUFILT_CACHE", str(tmp_path))
     shutil.copytree(zoo.store.weights_folder(zoo.TINY), tmp_path / "small" / "weights")
-    monkeypatch.setattr(figures, "STUDY", SMALL)
     monkeypatch.setattr(figures, "StudyStream", functools.partial(streams.StudyStream, SMALL))
-    monkeypatch.setattr(forecast_check, "STUDY", SMALL)
     monkeypatch.setattr(forecast_check, "StudyStream", functools.partial(streams.StudyStream, SMALL))
 
 
@@ -111,7 +109,7 @@ def test_the_forecast_against_measurements(tmp_path, monkeypatch):
     }
     stream = forecast_check.StudyStream(n_images=IMAGES)
     setting = study_settings.published(128)["nufilt"]
-    merges = [forecast_check.check(stream, setting, order, IMAGES) for order in (1, 2, 3)]
+    merges = [forecast_check.check(stream, setting, order) for order in (1, 2, 3)]
     told = np.array([merge.told["drift"][1].mean() for merge in merges])  # of two tasks, one step has a forecast
     lost = np.array([merge.lost[1] for merge in merges])
     _, by_step = found["nufilt", "drift on kept directions, share of ‖D V₂‖²"]

@@ -11,6 +11,7 @@ import pipeline_builders as build
 import pytest
 
 from nufilt_jax.cli import main
+from nufilt_jax.pipeline import run as pipeline_run
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -88,6 +89,24 @@ def command():
         return ["merge", "--base", str(models / "base"), *given, "--out", str(out), *ranks, *options]
 
     return arguments
+
+
+@pytest.fixture
+def stop_before(monkeypatch):
+    """Ends a run, as Ctrl-C does, before it merges the task of this name; returns what lets it go on."""
+
+    def arm(task):
+        update = pipeline_run._update
+
+        def interrupted(rule, state, ready, *rest):
+            if ready.name == task:
+                raise KeyboardInterrupt
+            return update(rule, state, ready, *rest)
+
+        monkeypatch.setattr(pipeline_run, "_update", interrupted)
+        return lambda: monkeypatch.setattr(pipeline_run, "_update", update)
+
+    return arm
 
 
 @pytest.fixture

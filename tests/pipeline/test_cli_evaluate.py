@@ -94,23 +94,6 @@ def test_a_plain_model_is_evaluated_too(study, tmp_path, nufilt):
     assert read(model) == result.json["evaluation"]
 
 
-@pytest.fixture
-def stop_before(monkeypatch):
-    """Ends a run, as Ctrl-C does, before it merges the task of this name."""
-    update = pipeline_run._update
-
-    def arm(task):
-        def interrupted(rule, state, ready, *rest):
-            if ready.name == task:
-                raise KeyboardInterrupt
-            return update(rule, state, ready, *rest)
-
-        monkeypatch.setattr(pipeline_run, "_update", interrupted)
-        return lambda: monkeypatch.setattr(pipeline_run, "_update", update)
-
-    return arm
-
-
 def without_times(document):
     return [{key: row[key] for key in row if key != "seconds"} for row in document["models"]]
 

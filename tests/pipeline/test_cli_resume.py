@@ -23,24 +23,6 @@ def beside(out):
     return {path.name for path in out.parent.iterdir()} - {out.name, f"{out.name}.lock"}
 
 
-@pytest.fixture
-def stop_after(monkeypatch):
-    """Ends a run, as Ctrl-C does, when it begins with the task of this name."""
-
-    def arm(task):
-        update = pipeline_run._update
-
-        def interrupted(rule, state, ready, *rest):
-            if ready.name == task:
-                raise KeyboardInterrupt
-            return update(rule, state, ready, *rest)
-
-        monkeypatch.setattr(pipeline_run, "_update", interrupted)
-        return lambda: monkeypatch.setattr(pipeline_run, "_update", update)
-
-    return arm
-
-
 def test_same_command_twice_touches_nothing(shared_models, tmp_path, nufilt, command):
     argv = command(shared_models, tmp_path / "out", "--json")
     first = nufilt(*argv)
@@ -132,10 +114,10 @@ def test_adding_the_last_name_with_other_weights_is_refused(shared_models, tmp_p
     assert build.snapshot(out) == before
 
 
-def test_interrupted_run_goes_on(shared_models, tmp_path, nufilt, command, stop_after):
+def test_interrupted_run_goes_on(shared_models, tmp_path, nufilt, command, stop_before):
     assert nufilt(*command(shared_models, tmp_path / "whole")).code == 0
     argv = command(shared_models, tmp_path / "out", "--json")
-    go_on = stop_after("gamma")
+    go_on = stop_before("gamma")
     result = nufilt(*argv)
     assert (result.code, len(result.lines), result.out) == (130, 1, "")
     assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").is_dir()
@@ -148,9 +130,9 @@ def test_interrupted_run_goes_on(shared_models, tmp_path, nufilt, command, stop_
     assert forecasts[0] == forecasts[1]
 
 
-def test_a_run_that_finished_no_step_binds_nobody(shared_models, tmp_path, nufilt, command, stop_after):
+def test_a_run_that_finished_no_step_binds_nobody(shared_models, tmp_path, nufilt, command, stop_before):
     out = tmp_path / "deep" / "er" / "out"
-    go_on = stop_after("alpha")
+    go_on = stop_before("alpha")
     assert nufilt(*command(shared_models, out)).code == 130
     go_on()
     result = nufilt(*command(shared_models, out, "--method", "sum", "--json", n=2))
@@ -159,10 +141,10 @@ def test_a_run_that_finished_no_step_binds_nobody(shared_models, tmp_path, nufil
 
 
 @pytest.mark.parametrize("stop_at", ["alpha", "beta"])
-def test_add_to_an_unfinished_merge(shared_models, tmp_path, nufilt, command, stop_after, stop_at):
+def test_add_to_an_unfinished_merge(shared_models, tmp_path, nufilt, command, stop_before, stop_at):
     assert nufilt(*command(shared_models, tmp_path / "whole", n=4)).code == 0
     out = tmp_path / "out"
-    go_on = stop_after(stop_at)
+    go_on = stop_before(stop_at)
     assert nufilt(*command(shared_models, out, n=3)).code == 130
     go_on()
     result = nufilt(*add(shared_models, out, "delta", options=("--json",)))
@@ -171,11 +153,11 @@ def test_add_to_an_unfinished_merge(shared_models, tmp_path, nufilt, command, st
     assert build.weight_bytes(out) == build.weight_bytes(tmp_path / "whole")
 
 
-def test_interrupted_add_goes_on_and_hides_nothing(shared_models, tmp_path, nufilt, command, stop_after):
+def test_interrupted_add_goes_on_and_hides_nothing(shared_models, tmp_path, nufilt, command, stop_before):
     out = tmp_path / "out"
     assert nufilt(*command(shared_models, out, n=2, tasks=None)).code == 0
     before = build.snapshot(out)
-    go_on = stop_after("delta")
+    go_on = stop_before("delta")
     assert nufilt(*add(shared_models, out, "gamma", "delta")).code == 130
     assert build.snapshot(out) == before
     go_on()
