@@ -12,7 +12,7 @@ Reduce, Adam and fuse have formulas, with r = r_p + r_v directions. Per layer [m
   with Vᵀ (2 n r_l r each); BᵀG B, G B Z Zᵀ (2 n r_l² each); Z Zᵀ and BᵀGB Z (2 r_l² r each); Bᵀ K and K Z1ᵀ
   (2 n r_l r_v each); 26 flops for each of the 2 n r_l trained numbers. The loss after the last step is one more
   evaluation of the products.
-- fuse: τ B and (τ B) A (2 m n r_l each); (τ B A) V2 for the forecast (2 m n r_p).
+- fuse: τ B and (τ B) A (2 m n r_l each); A V2 and (τ B) (A V2) for the forecast (2 (n + m) r_l r_p).
 
 How often an iteration multiplies depends on the data, so the decompositions are counted as they run (`counted`): every
 product, and nominal counts for the library calls: eigh 6 n³ (4/3 to tridiagonal form, 8/3 divide and conquer, 2 back),
@@ -90,8 +90,8 @@ def adam_count(m: int, n: int, config: NufiltConfig, *, factored: bool = False) 
 
 def fuse_count(m: int, n: int, config: NufiltConfig) -> Count:
     """One layer's stage 5."""
-    r_l = config.adapter_rank
-    return total([product(m, n, r_l), product(m, r_l, n), product(m, n, config.filter_rank)])
+    r_l, p = config.adapter_rank, config.filter_rank
+    return total([product(m, n, r_l), product(m, r_l, n), product(r_l, n, p), product(m, r_l, p)])
 
 
 def counted(function: Callable[..., Any], *args: Any) -> Count:

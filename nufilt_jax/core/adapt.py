@@ -41,9 +41,14 @@ class Problem(NamedTuple):
 
 
 class Adapter(NamedTuple):
-    """The low-rank correction B A of the filter."""
+    """The low-rank correction B A of the filter.
 
-    a: Float[Array, "*layers r_l n"]
+    Attributes:
+      at: Aᵀ: products of columns are faster on a CPU, half of the small ones several times.
+      b: B.
+    """
+
+    at: Float[Array, "*layers n r_l"]
     b: Float[Array, "*layers n r_l"]
 
 
@@ -76,16 +81,16 @@ def loss_and_gradients(problem: Problem, adapter: Adapter) -> tuple[Float[Array,
     """The surrogate and its gradients, written out: they share G B, which is most of the work."""
     directions = jnp.concatenate([problem.prior, problem.task], axis=1)
     free = directions.shape[1] - problem.pull.shape[1]  # columns without a target
-    z = matmul(adapter.a, directions)
-    z_pulled = z[:, free:]
-    overlap = matmul(z, z.T)
+    z = matmul(directions.T, adapter.at)  # transposed, as all that follows
+    z_pulled = z[free:]
+    overlap = matmul(z.T, z)
     gb = problem.gram.times(adapter.b)
     bgb = matmul(adapter.b.T, gb)
-    b_pull = matmul(adapter.b.T, problem.pull)
+    b_pull = matmul(problem.pull.T, adapter.b)
     loss = problem.constant - 2 * jnp.sum(b_pull * z_pulled) + jnp.sum(bgb * overlap)
-    grad_b = 2 * (matmul(gb, overlap) - matmul(problem.pull, z_pulled.T))
-    grad_z = matmul(bgb, z).at[:, free:].add(-b_pull)
-    return loss, Adapter(2 * matmul(grad_z, directions.T), grad_b)
+    grad_b = matmul(gb, 2 * overlap) - matmul(problem.pull, 2 * z_pulled)
+    grad_z = matmul(z, bgb) - jnp.pad(b_pull, ((free, 0), (0, 0)))
+    return loss, Adapter(matmul(directions, 2 * grad_z), grad_b)
 
 
 def adapt(
@@ -96,7 +101,7 @@ def adapt(
     Returns:
       The adapter, and the loss before every step and after the last one.
     """
-    adapter = Adapter(start, jnp.zeros_like(start.T))
+    adapter = Adapter(start.T, jnp.zeros_like(start.T))
     if start.shape[0] == 0:
         return adapter, jnp.full(steps + 1, problem.constant)
     optimizer = optax.adam(learning_rate)

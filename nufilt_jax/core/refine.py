@@ -4,6 +4,7 @@ Forming XᵀX squares the spectrum, and float32 cannot tell its small end from r
 of the first eigenvectors is far off. X V, measured directly, shows how the vectors still couple.
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -19,6 +20,10 @@ MOST_ROTATION = 0.5
 CERTIFIED_ANGLE = 1e-5
 # Above this no gap is small enough to excuse it: the SVD decides.
 WORST_ANGLE = 1e-2
+# Random vectors that look for what the block misses altogether.
+PROBES = 8
+# Most that kept directions may couple with each other: as columns of a rank that the matrix does not have they would.
+MOST_COUPLED = 0.9
 
 
 def refine(
@@ -29,6 +34,10 @@ def refine(
     Within the block, sweeps over the b x b matrix of responses: a small eigenproblem for the directions next to the
     cut, and simultaneous Jacobi rotations for all other pairs (in the manner of Ogita and Aishima, Japan J. Indust.
     Appl. Math. 35, 2018). Then one correction, to first order, from outside the block.
+
+    Certified is what came from orthonormal columns, has no more coupling left than the angle allows, within the block
+    and with the outside, and beside which there is no more energy than the weakest direction kept allows. Directions
+    kept may still couple with each other, but not as much as to hide that the rank is less.
 
     Args:
       x: the matrix.
@@ -41,6 +50,7 @@ def refine(
     """
     eps = jnp.finfo(x.dtype).eps
     b = block.shape[1]
+    skew = jnp.linalg.norm(gram(block) - jnp.eye(b, dtype=x.dtype))
     response = matmul(x, block)
     coupling = gram(response)  # its entries are as exact as the directions they belong to are large
     scale = jnp.trace(coupling)
@@ -48,8 +58,8 @@ def refine(
     turn = jnp.eye(b, dtype=x.dtype)
     size = jnp.zeros((), x.dtype)
     for _ in range(SWEEPS):
-        step, size = _sweep(coupling, rank, float(max(x.shape) * eps))
-        turn, coupling = matmul(turn, step), matmul(step.T, matmul(coupling, step))
+        step, coupling, size = _sweep(coupling, rank, float(max(x.shape) * eps))
+        turn = matmul(turn, step)
     squares = jnp.diagonal(coupling) * scale
     block, kept_response = matmul(block, turn), matmul(response, turn[:, :rank])
     top, following, least = jnp.max(squares[:rank]), jnp.max(squares[rank:]), jnp.maximum(jnp.min(squares[rank:]), 0)
@@ -57,27 +67,49 @@ def refine(
     outside = matmul(x.T, kept_response)
     outside -= matmul(block, matmul(block.T, outside))
     # An outside direction of eigenvalue λ, 0 <= λ <= least, is missing by outside / (σ² − λ): take the middle for λ.
-    middle = jnp.maximum(squares[:rank] - least / 2, eps * top)
-    nearest = jnp.maximum(squares[:rank] - least, eps * top)
-    missing = jnp.where(used[None], outside / jnp.where(middle > 0, middle, 1)[None], 0)
-    left = jnp.where(used[None], outside / jnp.where(nearest > 0, nearest, 1)[None], 0) * (least / 2 / middle)[None]
+    middle, nearest = (jnp.maximum(squares[:rank] - part * least, eps * top) for part in (0.5, 1))
+    middle, nearest = (jnp.where(distance > 0, distance, 1) for distance in (middle, nearest))
+    missing = jnp.where(used[None], outside / middle[None], 0)
+    left = jnp.where(used[None], outside / nearest[None], 0) * (least / 2 / middle)[None]
     root, last = jnp.sqrt(top), jnp.sqrt(jnp.min(jnp.where(used, squares[:rank], top)))
     following, outer = jnp.sqrt(following), jnp.sqrt(least)
     # What float32 rounding of X V leaves at these distances, in any route: within the block and outside it.
-    within, beyond = (eps * root / jnp.maximum(last - other, eps * root) for other in (following, outer))
+    least_distance = jnp.where(root > 0, eps * root, 1)
+    within, beyond = (eps * root / jnp.maximum(last - other, least_distance) for other in (following, outer))
     angle = CERTIFIED_ANGLE * rank**0.5
-    certified = (size <= jnp.minimum(angle + within, WORST_ANGLE)) & (last >= following)
+    certified = (size <= jnp.minimum(angle + within, WORST_ANGLE)) & (last >= following) & (skew <= (b + 16) * eps)
     certified &= jnp.linalg.norm(left) <= jnp.minimum(angle + beyond, WORST_ANGLE)
+    # Nothing above shows a strong direction at right angles to the block: its energy does.
+    weakest = jnp.maximum(jnp.min(squares[:rank]), (max(x.shape) * eps) ** 2 * top)
+    certified &= _energy_outside(x, block) <= (x.shape[1] - b + 1) * weakest
+    certified &= _coupled(coupling[:rank, :rank], used) <= MOST_COUPLED
     gap = jnp.where(jnp.all(used) & (last > 0), (last - following) / jnp.where(last > 0, last, 1), 1)
     kept = orthonormalize(block[:, :rank] + missing, 2)
     return jnp.concatenate([kept, block[:, rank:]], axis=1), gap, certified
 
 
-def _sweep(coupling: Float[Array, "b b"], rank: int, threshold: float) -> tuple[Float[Array, "b b"], Float[Array, ""]]:
+def _energy_outside(x: Float[Array, "m n"], block: Float[Array, "n b"]) -> Float[Array, ""]:
+    """‖X (I − QQᵀ)‖² of a block Q, estimated."""
+    probes = jax.random.normal(jax.random.key(0), (x.shape[1], PROBES), x.dtype)
+    for _ in range(2):  # the second time for what rounding left
+        probes -= matmul(block, matmul(block.T, probes))
+    return jnp.sum(matmul(x, probes) ** 2) / PROBES
+
+
+def _coupled(coupling: Float[Array, "k k"], used: Bool[Array, " k"]) -> Float[Array, ""]:
+    """Largest sum of a used direction's couplings to the others, relative to both: below 1, all are independent."""
+    size = jnp.sqrt(jnp.where(used, jnp.diagonal(coupling), 1))
+    others = used[:, None] & used[None] & ~jnp.eye(len(used), dtype=bool)
+    return jnp.max(jnp.sum(jnp.where(others, jnp.abs(coupling) / size[:, None] / size[None], 0), axis=1))
+
+
+def _sweep(
+    coupling: Float[Array, "b b"], rank: int, threshold: float
+) -> tuple[Float[Array, "b b"], Float[Array, "b b"], Float[Array, ""]]:
     """One orthogonal (to first order) turn of the block towards decoupled kept and dropped sets.
 
     Returns:
-      The turn, and the size of its rotations between the two sets.
+      The turn, the coupling after it, and the size of its rotations between the two sets.
     """
     b = coupling.shape[0]
     width = min(CUT_WINDOW, rank, b - rank)
@@ -85,8 +117,8 @@ def _sweep(coupling: Float[Array, "b b"], rank: int, threshold: float) -> tuple[
     near = coupling[window, window]
     scale = jnp.max(jnp.abs(near))
     _, u = eigh_descending(near / jnp.where(scale > 0, scale, 1))
-    turn = jnp.eye(b, dtype=coupling.dtype).at[window, window].set(u)
-    coupling = matmul(turn.T, matmul(coupling, turn))
+    coupling = coupling.at[:, window].set(matmul(coupling[:, window], u))
+    coupling = coupling.at[window].set(matmul(u.T, coupling[window]))
     squares = jnp.diagonal(coupling)
     used = squares[:rank] > threshold**2 * jnp.max(squares)
     pull = coupling[rank:, :rank]
@@ -97,4 +129,6 @@ def _sweep(coupling: Float[Array, "b b"], rank: int, threshold: float) -> tuple[
     size = jnp.linalg.norm(tangent)
     tangent *= jnp.minimum(1, MOST_ROTATION / jnp.maximum(size, jnp.finfo(size.dtype).eps))
     rotation = jnp.eye(b, dtype=coupling.dtype).at[rank:, :rank].set(tangent).at[:rank, rank:].set(-tangent.T)
-    return matmul(turn, rotation), size
+    coupling = matmul(rotation.T, matmul(coupling, rotation))
+    # The window's turn first, then the rotations.
+    return rotation.at[window].set(matmul(u, rotation[window])), coupling, size

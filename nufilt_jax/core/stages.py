@@ -110,8 +110,8 @@ def _filter_layer(
 def _fuse_layer(
     task: Float[Array, "m n"], filtered: _Filtered, adapter: adapting.Adapter
 ) -> tuple[Float[Array, "m n"], Shares]:
-    update, restored = fuse(task, filtered.kept.update, adapter)
-    return update, _shares(task, filtered, restored)
+    update, restored, felt = fuse(task, filtered.kept.update, adapter, filtered.problem.prior)
+    return update, _shares(task, filtered, restored, felt)
 
 
 def _correct_layer(
@@ -119,12 +119,15 @@ def _correct_layer(
 ) -> tuple[Float[Array, "m n"], Shares, Float[Array, "2"]]:
     problem = filtered.problem
     restored, losses = smallest_correction(filtered.kept.target, problem.prior, problem.task, ridge=ridge)
-    return filtered.kept.update + restored, _shares(task, filtered, restored), losses
+    felt = matmul(restored, problem.prior)
+    return filtered.kept.update + restored, _shares(task, filtered, restored, felt), losses
 
 
-def _shares(task: Float[Array, "m n"], filtered: _Filtered, restored: Float[Array, "m n"]) -> Shares:
+def _shares(
+    task: Float[Array, "m n"], filtered: _Filtered, restored: Float[Array, "m n"], felt: Float[Array, "m r_p"]
+) -> Shares:
+    """Of what is restored, the directions of the earlier tasks have `felt`."""
     size = jnp.sum(task**2)
-    felt = matmul(restored, filtered.problem.prior)
     if filtered.kept.felt is not None:
         felt += filtered.kept.felt
     return (

@@ -13,18 +13,19 @@ On CPU, LAPACK calls of XLA must never overlap: as many in flight as the pool ha
 Every function here is therefore written for a whole batch, one call at a time.
 """
 
+import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from nufilt_jax.config import Decomposition
-from nufilt_jax.core.chebyshev import block_width, leading_block
+from nufilt_jax.core.chebyshev import block_width, improved_block, leading_block
 from nufilt_jax.core.grams import Gram
-from nufilt_jax.core.linalg import after, eigh_descending, matmul, orthonormalize
+from nufilt_jax.core.linalg import after, eigh_descending, matmul, orthonormalize, transpose
 from nufilt_jax.core.refine import refine
 
 # Up to this many inputs `auto` takes a full decomposition: see `route`.
@@ -69,19 +70,47 @@ def leading(stacks: Stacks, grams: Gram, rank: int, chosen: Decomposition) -> Di
         return leading_by_svd(stacks, rank)
     if rank >= n:  # nothing is cut off
         return Directions(eigh_descending(grams.formed())[1], jnp.ones(n_layers), jnp.ones(n_layers, bool))
+    apart = functools.partial(_set_apart, grams, rank=rank)
     if chosen == "eigh":
         blocks = eigh_descending(grams.formed())[1][:, :, : block_width(rank, n)]
+        prepare = [lambda v: v, apart]
     else:
-        blocks = leading_block(grams, n, rank)
-
-    found = _refined(stacks, blocks, rank)
+        blocks, edge = leading_block(grams, n, rank)
+        prepare = [lambda v: v, apart, lambda v: apart(improved_block(grams, orthonormalize(v), edge, rank)), apart]
     # Spectra that fall steeply need the correction twice.
-    found = jax.lax.cond(
-        jnp.all(found.certified),
-        lambda: found,
-        lambda: _refined(stacks, orthonormalize(after(found.vectors, found.gap)), rank),
-    )
+    found = _refined_until_certified(stacks, blocks, rank, prepare)
     return _certified_or_svd(found._replace(vectors=found.vectors[:, :, :rank]), stacks, rank)
+
+
+def _set_apart(grams: Gram, vectors: Float[Array, "layers n b"], rank: int) -> Float[Array, "layers n b"]:
+    """Orthonormal columns, the leading ones decoupled from each other, their span unchanged."""
+    vectors = orthonormalize(vectors)
+    kept = vectors[:, :, :rank]
+    _, u = eigh_descending(matmul(transpose(kept), grams.times(kept)))
+    return jnp.concatenate([matmul(kept, u), vectors[:, :, rank:]], axis=2)
+
+
+def _refined_until_certified(
+    stacks: Stacks, blocks: Float[Array, "layers n b"], rank: int, prepare: Sequence[Callable[[Array], Array]]
+) -> Directions:
+    """Refines blocks, each attempt prepared in its own way; a layer keeps the first result that is certified."""
+
+    def wanted(state: tuple[Directions, Int[Array, ""]]) -> Bool[Array, ""]:
+        found, attempt = state
+        return ~jnp.all(found.certified) & (attempt < len(prepare))
+
+    def try_again(state: tuple[Directions, Int[Array, ""]]) -> tuple[Directions, Int[Array, ""]]:
+        found, attempt = state
+        prepared = jax.lax.switch(attempt, prepare, after(found.vectors, found.gap))
+        new = _refined(stacks, prepared, rank)
+
+        def choose(old: Array, new: Array) -> Array:
+            return jnp.where(found.certified.reshape(-1, *[1] * (new.ndim - 1)), old, new)
+
+        return jax.tree.map(choose, found, new), attempt + 1
+
+    nothing = Directions(blocks, jnp.zeros(len(blocks), blocks.dtype), jnp.zeros(len(blocks), bool))
+    return jax.lax.while_loop(wanted, try_again, (nothing, jnp.zeros((), int)))[0]
 
 
 def _refined(stacks: Stacks, blocks: Float[Array, "layers n b"], rank: int) -> Directions:

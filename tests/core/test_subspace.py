@@ -10,7 +10,7 @@ from nufilt_jax.core.adapt import Adapter, draw_start, loss_and_gradients, reduc
 from nufilt_jax.core.filter import authors_first_filter, keep, null_space_filter
 from nufilt_jax.core.fuse import fuse
 from nufilt_jax.core.grams import GramFactor, GramMatrix, gram_of
-from nufilt_jax.core.refine import CERTIFIED_ANGLE
+from nufilt_jax.core.refine import CERTIFIED_ANGLE, refine
 from nufilt_jax.core.stacks import group_layers
 
 ROUTES = ["eigh", "svd", "subspace"]
@@ -107,6 +107,16 @@ def test_an_iteration_that_cannot_converge_falls_back():
     np.testing.assert_array_equal(v, by_svd)
 
 
+@pytest.mark.parametrize(("missing", "certified"), [(60, True), (4, False)])
+def test_a_block_that_misses_a_strong_direction_is_not_certified(missing, certified):
+    """All that it does hold is right, and null directions stand in for the missing one: only energy tells."""
+    x = matrices.power_law((80, 90), seed=1, rank=10, exponent=0.5)
+    v = np.linalg.svd(x.astype(float))[2].T
+    block = jnp.asarray(np.delete(v, missing, axis=1)[:, :30], jnp.float32)
+    found = jax.jit(refine, static_argnums=2)(jnp.asarray(x), block, 20)
+    assert bool(found[2]) is certified
+
+
 def test_a_neighbour_without_certificate_changes_nothing():
     hard, easy = (matrices.power_law((300, 300), seed=1, exponent=exponent) for exponent in (2.0, 0.8))
     call = jax.jit(subspace.leading, static_argnums=(2, 3))
@@ -158,12 +168,12 @@ def test_gradients_are_those_of_the_unreduced_objective(held, right_factor):
     v2, v1 = oracle.leading(d, 6), oracle.leading(tau, 4)
     a, b = rng.normal(size=(5, 32)) * 0.1, rng.normal(size=(32, 5)) * 0.1
     p = {"P + BA": oracle.projector(d, 6), "I + BA": np.eye(32), "BA": np.zeros((32, 32))}[right_factor]
-    expected = oracle.gradients(d.astype(float), tau.astype(float), p, b, a, v1, v2)
+    grad_a, grad_b = oracle.gradients(d.astype(float), tau.astype(float), p, b, a, v1, v2)
     task, prior, new, *responses = (jnp.asarray(x, jnp.float32) for x in (tau, v2, v1, tau @ v1, d @ v1))
     problem = reduce(held(task), task, keep(right_factor, task, prior, new, *responses).target, prior, new)
-    loss, found = loss_and_gradients(problem, Adapter(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)))
+    loss, found = loss_and_gradients(problem, Adapter(jnp.asarray(a.T, jnp.float32), jnp.asarray(b, jnp.float32)))
     assert float(loss) == pytest.approx(oracle.loss(d, tau, p, b, a, v1, v2), rel=1e-5)
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(found, (grad_a.T, grad_b), strict=True):
         assert matrices.relative_error(one, other) < 1e-5
 
 
@@ -173,10 +183,13 @@ def test_filter_and_fuse_never_need_the_projector():
     v2 = matrices.orthonormal(rng, 10, 3).astype(np.float32)
     a, b = rng.normal(size=(2, 10)).astype(np.float32), rng.normal(size=(10, 2)).astype(np.float32)
     filtered, removed = null_space_filter(jnp.asarray(tau), jnp.asarray(v2))
-    update, restored = fuse(jnp.asarray(tau), filtered, Adapter(jnp.asarray(a), jnp.asarray(b)))
+    update, restored, felt = fuse(
+        jnp.asarray(tau), filtered, Adapter(jnp.asarray(a.T), jnp.asarray(b)), jnp.asarray(v2)
+    )
     np.testing.assert_allclose(update, tau @ (np.eye(10) - v2 @ v2.T + b @ a), atol=1e-5)
     np.testing.assert_allclose(removed, tau @ v2, atol=1e-6)
     np.testing.assert_allclose(restored, tau @ b @ a, atol=1e-5)
+    np.testing.assert_allclose(felt, tau @ b @ a @ v2, atol=1e-5)
 
 
 def test_the_authors_first_task_loses_its_first_coordinates():
