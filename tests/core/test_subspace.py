@@ -107,14 +107,25 @@ def test_an_iteration_that_cannot_converge_falls_back():
     np.testing.assert_array_equal(v, by_svd)
 
 
-@pytest.mark.parametrize(("missing", "certified"), [(60, True), (4, False)])
-def test_a_block_that_misses_a_strong_direction_is_not_certified(missing, certified):
-    """All that it does hold is right, and null directions stand in for the missing one: only energy tells."""
-    x = matrices.power_law((80, 90), seed=1, rank=10, exponent=0.5)
+def blocks_of_a_matrix_of_rank_10():
+    """What a certificate for 60 directions has to tell apart, by name; the first is right."""
+    x = matrices.power_law((120, 150), seed=1, rank=10, exponent=0.5)
     v = np.linalg.svd(x.astype(float))[2].T
-    block = jnp.asarray(np.delete(v, missing, axis=1)[:, :30], jnp.float32)
-    found = jax.jit(refine, static_argnums=2)(jnp.asarray(x), block, 20)
-    assert bool(found[2]) is certified
+    right = v[:, :92]
+    skewed, mixed = right.copy(), right.copy()
+    skewed[:, 91] = 0.8 * v[:, 90] + 0.6 * v[:, 91]
+    # The same span, but twice as many columns respond: the rank could not be told.
+    mixed[:, :20] = right[:, :20] @ matrices.orthonormal(np.random.default_rng(0), 20, 20)
+    # Null directions stand in for a strong one, and all that is there is right.
+    missing = np.delete(v, 4, axis=1)[:, :92]
+    return x, {"right": right, "skewed": skewed, "mixed": mixed, "missing": missing}
+
+
+@pytest.mark.parametrize("name", ["right", "skewed", "mixed", "missing"])
+def test_only_the_right_block_is_certified(name):
+    x, blocks = blocks_of_a_matrix_of_rank_10()
+    found = jax.jit(refine, static_argnums=2)(jnp.asarray(x), jnp.asarray(blocks[name], jnp.float32), 60)
+    assert bool(found[2]) == (name == "right")
 
 
 def test_a_neighbour_without_certificate_changes_nothing():
