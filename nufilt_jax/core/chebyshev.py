@@ -9,6 +9,7 @@ Between products the columns are made independent again (Cholesky-QR). That is t
 the order of their eigenvalues, and nearly decoupled, which is all that `core.refine` needs.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -77,7 +78,7 @@ def leading_block(grams: Gram, width: int, rank: int) -> tuple[Float[Array, "lay
     grams = _of_trace_one(grams)
     start = jax.random.normal(jax.random.key(0), (width, block_width(rank, width)), grams.trace().dtype)
     block = _first(grams, jnp.broadcast_to(start[None], (len(grams.trace()), *start.shape)), rank)
-    return _filtered(grams, block, rank, FIRST_MARGIN, 2, MOST_FIRST_GROWTH), block.edge
+    return _filtered(grams, block, rank, new=True), block.edge
 
 
 def improved_block(
@@ -99,7 +100,7 @@ def improved_block(
 
     def one_round(state: tuple[_Block, Int[Array, ""]]) -> tuple[_Block, Int[Array, ""]]:
         block, rounds = state
-        found = _look(grams, _filtered(grams, block, rank, LATER_MARGIN, 0, MOST_GROWTH), block.edge, rank)
+        found = _look(grams, _filtered(grams, block, rank, new=False), block.edge, rank)
         improves = jnp.any((found.angle > found.goal) & (found.angle < 0.5 * block.angle))
         return found, jnp.where(improves, rounds + 1, MOST_ROUNDS)
 
@@ -127,20 +128,16 @@ def _first(grams: Gram, start: Float[Array, "layers n b"], rank: int) -> _Block:
     return _Block(q, grams.times(q), values, edge, angle, jnp.full_like(angle, BLOCK_ANGLE * rank**0.5))
 
 
-def _filtered(
-    grams: Gram, block: _Block, rank: int, margin: float, head_start: int, most_growth: float
-) -> Float[Array, "layers n b"]:
+def _filtered(grams: Gram, block: _Block, rank: int, *, new: bool) -> Float[Array, "layers n b"]:
     """The block, orthonormal, after a polynomial of as high a degree as its angle asks for.
 
     Args:
       grams: the matrices.
       block: what is known of the block.
       rank: how many eigenvectors are wanted.
-      margin: by how much to overdo it.
-      head_start: how many products have gone into the block since it was random, if few.
-      most_growth: how much faster than the weakest wanted direction the strongest may grow between two passes of
-        Cholesky-QR, after so many products.
+      new: whether it is from `_first`.
     """
+    margin = FIRST_MARGIN if new else LATER_MARGIN
     edge = jnp.where(block.edge > 0, block.edge, 1)
     x = jnp.maximum(2 * _last(block.values, rank) / edge - 1, 1 + 1e-3)
     growth = x + jnp.sqrt(x**2 - 1)  # of the weakest wanted vector, per degree
@@ -149,12 +146,14 @@ def _filtered(
 
     # Products between two passes of Cholesky-QR.
     steepest = jnp.log(jnp.maximum(jnp.max(4 * block.values[:, 0] / edge / growth), 2))
-    stride = jnp.minimum(np.log(MOST_GROWTH) / steepest, head_start + np.log(most_growth) / steepest)
+    stride = np.log(MOST_GROWTH) / steepest
+    if new:  # two products came before
+        stride = jnp.minimum(stride, 2 + np.log(MOST_FIRST_GROWTH) / steepest)
     stride = jnp.maximum(stride.astype(int), 1)
 
     per_edge = (2 / edge)[:, None, None]
     scaled = grams.scaled(per_edge)  # of spectrum 0 to 2 where unwanted; the polynomial's argument is this, less 1
-    roots = jnp.asarray(_ROOTS, edge.dtype)[degree]
+    roots = jnp.asarray(_roots_by_degree(), edge.dtype)[degree]
 
     def factor(i: Int[Array, ""], y: Float[Array, "layers n b"]) -> Float[Array, "layers n b"]:
         # Counted from the end: what follows the last factor must bring the whole block back to orthonormal columns.
@@ -204,10 +203,11 @@ def _chebyshev_roots(degree: int) -> np.ndarray:
     return np.array(ordered)
 
 
-# By degree; rows are filled up with zeros.
-_ROOTS = np.zeros((MOST_DEGREE + 1, MOST_DEGREE))
-for _degree in range(1, MOST_DEGREE + 1):
-    _ROOTS[_degree, :_degree] = _chebyshev_roots(_degree)
+@functools.cache
+def _roots_by_degree() -> np.ndarray:
+    """A row per degree, from 0 on, filled up with zeros."""
+    rows = [_chebyshev_roots(degree) for degree in range(1, MOST_DEGREE + 1)]
+    return np.stack([np.zeros(MOST_DEGREE), *(np.pad(row, (0, MOST_DEGREE - len(row))) for row in rows)])
 
 
 def _independent(y: Float[Array, "layers n b"]) -> tuple[Float[Array, "layers n b"], Float[Array, "layers b"]]:
