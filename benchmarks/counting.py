@@ -6,13 +6,13 @@ scalings and masks count as part of the product next to them.
 
 Reduce, Adam and fuse have formulas, with r = r_p + r_v directions. Per layer [m, n]:
 
-- reduce: responses D V2, τ V2 (2 m n r_p each) and τ V1, D V1 (2 m n r_v each); τ P = τ − (τ V2) V2ᵀ (2 m n r_p);
-  V2ᵀ V1 and (τ V2) (V2ᵀ V1) (2 (n + m) r_p r_v); K = τᵀ C1 (2 m n r_v).
+- reduce: U = V2 (V2ᵀ V1) (4 n r_p r_v); τ U, D V1 and K = τᵀ C1 (2 m n r_v each).
 - adam, per step: G B (2 n² r_l), or τᵀ(τ B) (4 m n r_l) where no Gram matrix is formed; A V and its gradient's product
   with Vᵀ (2 n r_l r each); BᵀG B, G B Z Zᵀ (2 n r_l² each); Z Zᵀ and BᵀGB Z (2 r_l² r each); Bᵀ K and K Z1ᵀ
   (2 n r_l r_v each); 26 flops for each of the 2 n r_l trained numbers. The loss after the last step is one more
   evaluation of the products.
-- fuse: τ B and (τ B) A (2 m n r_l each); A V2 and (τ B) (A V2) for the forecast (2 (n + m) r_l r_p).
+- fuse: τ [V2 B] and [−τ V2, τ B] [V2 Aᵀ]ᵀ (2 m n (r_p + r_l) each); for the forecast A V2 and (τ B) (A V2)
+  (2 (n + m) r_l r_p), (τ B)ᵀ (τ B) and A Aᵀ (2 (n + m) r_l²).
 
 How often an iteration multiplies depends on the data, so the decompositions are counted as they run (`counted`): every
 product, and nominal counts for the library calls: eigh 6 n³ (4/3 to tridiagonal form, 8/3 divide and conquer, 2 back),
@@ -61,8 +61,7 @@ def total(counts: Iterable[Count]) -> Count:
 def reduce_count(m: int, n: int, config: NufiltConfig) -> Count:
     """One layer's stage 3."""
     p, v = config.filter_rank, config.task_rank
-    responses = [product(m, n, p)] * 2 + [product(m, n, v)] * 2
-    return total([*responses, product(m, p, n), product(p, n, v), product(m, p, v), product(n, m, v)])
+    return total([product(p, n, v), product(n, p, v), *[product(m, n, v)] * 2, product(n, m, v)])
 
 
 def adam_count(m: int, n: int, config: NufiltConfig, *, factored: bool = False) -> Count:
@@ -91,7 +90,9 @@ def adam_count(m: int, n: int, config: NufiltConfig, *, factored: bool = False) 
 def fuse_count(m: int, n: int, config: NufiltConfig) -> Count:
     """One layer's stage 5."""
     r_l, p = config.adapter_rank, config.filter_rank
-    return total([product(m, n, r_l), product(m, r_l, n), product(r_l, n, p), product(m, r_l, p)])
+    products = [product(m, n, p + r_l), product(m, p + r_l, n)]
+    for_forecast = [product(r_l, n, p), product(m, r_l, p), product(r_l, m, r_l), product(r_l, n, r_l)]
+    return total(products + for_forecast)
 
 
 def counted(function: Callable[..., Any], *args: Any) -> Count:

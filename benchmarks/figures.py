@@ -22,7 +22,6 @@ from nufilt_jax import methods
 from nufilt_jax.analysis import affinity, losses, plots
 from nufilt_jax.analysis.figures import as_png
 from nufilt_jax.analysis.layers import GROUPS, in_group
-from nufilt_jax.errors import NufiltError
 from nufilt_jax.evaluation.task_images import TaskImages
 from nufilt_jax.methods.sweep import Ranks, figure_4, merge_settings
 from nufilt_jax.pipeline.measured import measure as measure_stream
@@ -53,10 +52,8 @@ def main() -> None:
     parser.add_argument("--images", type=measure.at_least(1), default=500, help="per task (default: 500)")
     options = parser.parse_args()
     path = options.json or measure.RESULTS / f"figure_{options.figure}_study.json"
-    try:
+    with parser.refusals():
         drawn = draw(options)
-    except NufiltError as error:
-        parser.exit(1, "".join(f"{parser.prog}: {problem}\n" for problem in error.problems))
     path.parent.mkdir(parents=True, exist_ok=True)
     for name, figure in drawn.pictures.items():
         path.with_name(f"{path.stem}_{name}.png").write_bytes(as_png(figure))

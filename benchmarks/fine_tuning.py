@@ -12,7 +12,7 @@ import numpy as np
 import study_settings
 from measure import Json
 from rich.console import Console
-from runs import mean_scores, merge
+from runs import mean_scores, merge, references
 from streams import ORDERS, Stream, StudyStream
 from study_settings import CLOSED_FORM
 
@@ -59,13 +59,8 @@ def _at(rate: float, orders: list[int], n_images: int) -> dict[str, str]:
     family = at_rate(rate)
     build(family, weights_folder(family), Console(stderr=True), pretrained=weights_folder(STUDY))
     stream = StudyStream(family, n_images)
-    own = [stream.scores(stream.model(name), [name])[name] for name in stream.tasks]
-    before = stream.scores(stream.model("base"), stream.tasks)
-    found = {
-        "‖τ‖ / ‖θ0‖ of the selected layers, %": f"{100 * _size(stream):.1f}",
-        "pre-trained": f"{100 * np.mean(list(before.values())):.1f}",
-        "individual": f"{100 * np.mean(own):.1f}",
-    }
+    found = {"‖τ‖ / ‖θ0‖ of the selected layers, %": f"{100 * _size(stream):.1f}"}
+    found |= {label: f"{100 * np.mean(list(scores.values())):.1f}" for label, scores in references(stream).items()}
     published, chosen = (of(stream.config["hidden_size"]) for of in (study_settings.published, study_settings.chosen))
     settings = {label: published[label] for label in ROWS}
     settings |= {f"{label}, chosen by validation": chosen[label] for label in TUNED}

@@ -14,13 +14,15 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
 from rich.console import Console
+
+from nufilt_jax.errors import NufiltError
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("jax", "jaxlib", "numpy", "torch")
@@ -249,6 +251,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Says it and exits with status 2."""
         self.exit(2, f"{self.prog}: {message}\n")
+
+    @contextlib.contextmanager
+    def refusals(self) -> Iterator[None]:
+        """What the package refuses is said, a line each, and ends the program with status 1."""
+        try:
+            yield
+        except NufiltError as error:
+            self.exit(1, "".join(f"{self.prog}: {problem}\n" for problem in error.problems))
 
 
 def settings(options: argparse.Namespace) -> Json:

@@ -1,4 +1,4 @@
-"""The package's solve as the benchmarks run it: whole, stage by stage, and task after task."""
+"""The package's solve as the benchmarks run it: task after task, and stage by stage."""
 
 import functools
 from collections.abc import Callable
@@ -59,37 +59,59 @@ def _group_to_device(group: Group, inputs: Inputs) -> Task:
     return Task(*jax.device_put((merged, task, start)))
 
 
-class Solve:
-    """One task's solve: a program per group, compiled; the arrays are on the device."""
+class Merge:
+    """A merge in memory, D updated on the device as the package does: θ^m_1 = θ_1, then a solve per task.
 
-    def __init__(self, inputs: Inputs, config: NufiltConfig) -> None:
-        self._groups = grouped(inputs)
-        self.tasks = to_device(inputs)
-        function = jax.jit(solve.solve_group, static_argnames="config")
-        compiled = [measure.compile_it(function, *task, config=config) for task in self.tasks]
+    Of one task, it is that task's solve.
+    """
+
+    def __init__(self, tasks: list[Inputs], config: NufiltConfig) -> None:
+        self._groups = grouped(tasks[0])
+        first = to_device(tasks[0])
+        self._first = [task.merged for task in first]
+        self._tasks = [[task._replace(merged=()) for task in to_device(inputs)] for inputs in tasks]
+        function = jax.jit(solve.solve_group, static_argnames=("config", "add"), donate_argnums=0)
+        compiled = [measure.compile_it(function, *task, config=config, add=True) for task in first]
         self._programs = [program for program, _ in compiled]
         self.compile_seconds = sum(seconds for _, seconds in compiled)
 
-    def run(self) -> list[solve.GroupSolution]:
-        """Solves once."""
-        return [run_alone(program, *task) for program, task in zip(self._programs, self.tasks, strict=True)]
+    def times(self, repeats: int) -> Times:
+        """Seconds of whole merges, after one that does not count."""
+        seconds = []
+        for _ in range(repeats + 1):
+            merged = self._start()
+            seconds += measure.time_it(lambda merged=merged: self._run(merged), 1, warm_up=False).seconds
+        return Times(tuple(seconds[1:]))
 
     def results(self) -> tuple[dict[str, np.ndarray], int]:
-        """Solves once: the updates by name, on the host, and how many layers needed no SVD.
+        """Merges once: what it added to D by name, on the host, and how many layers of the last task needed no SVD.
 
         Raises:
           ArithmeticError: an update is not finite.
         """
-        found = self.run()
+        found = self._run(self._start())
         if not all(bool(jnp.all(solution.ok)) for solution in found):
             raise ArithmeticError("an update is not finite")
-        pairs = [
-            (names, np.asarray(stack))
-            for group, solution in zip(self._groups, found, strict=True)
-            for names, stack in zip(group.stacks, solution.updates, strict=True)
-        ]
-        updates = {name: x for names, stack in pairs for name, x in zip(names, stack, strict=True)}
+        updates = {
+            name: after - before
+            for group, solution, stacks in zip(self._groups, found, self._first, strict=True)
+            for names, *pair in zip(group.stacks, solution.updates, stacks, strict=True)
+            for name, after, before in zip(names, *map(np.asarray, pair), strict=True)
+        }
         return updates, sum(int(jnp.sum(solution.forecast.certified)) for solution in found)
+
+    def _start(self) -> list[tuple[jax.Array, ...]]:
+        """D before the first task, to be used up."""
+        return jax.block_until_ready(jax.tree.map(jnp.copy, self._first))
+
+    def _run(self, merged: list[tuple[jax.Array, ...]]) -> list[solve.GroupSolution]:
+        """All solves one after another; the last one's solutions."""
+        found = []
+        for tasks in self._tasks:
+            steps = zip(self._programs, merged, tasks, strict=True)
+            found = [run_alone(program, d, x.task, x.start) for program, d, x in steps]
+            merged = [solution.updates for solution in found]
+        return found
 
 
 def stages(tasks: list[Task], config: NufiltConfig, repeats: int, *, count: bool = True) -> dict[str, Stage]:
@@ -176,36 +198,3 @@ def _adam_count(part: Task, config: NufiltConfig) -> Count:
     factored = gram.shape[-2] != gram.shape[-1]
     sizes = [x.shape for x in part.merged]
     return counting.total(counting.adam_count(m, n, config, factored=factored).times(layers) for layers, m, n in sizes)
-
-
-class Merge:
-    """A whole merge in memory: θ^m_1 = θ_1, then a solve per task, D updated on the device."""
-
-    def __init__(self, tasks: list[Inputs], config: NufiltConfig) -> None:
-        first = to_device(tasks[0])
-        self._first = [task.merged for task in first]
-        self._tasks = [[task._replace(merged=()) for task in to_device(inputs)] for inputs in tasks]
-        function = jax.jit(_advance, static_argnames="config", donate_argnums=0)
-        compiled = [measure.compile_it(function, *task, config=config) for task in first]
-        self._programs = [program for program, _ in compiled]
-        self.compile_seconds = sum(seconds for _, seconds in compiled)
-
-    def run(self, merged: list[tuple[jax.Array, ...]]) -> list[tuple[jax.Array, ...]]:
-        """All solves one after another; `merged` is used up."""
-        for tasks in self._tasks:
-            steps = zip(self._programs, merged, tasks, strict=True)
-            merged = [run_alone(program, d, x.task, x.start) for program, d, x in steps]
-        return merged
-
-    def times(self, repeats: int) -> Times:
-        """Seconds of whole merges, after one that does not count."""
-        seconds = []
-        for _ in range(repeats + 1):
-            merged = jax.block_until_ready(jax.tree.map(jnp.copy, self._first))
-            seconds += measure.time_it(lambda merged=merged: self.run(merged), 1, warm_up=False).seconds
-        return Times(tuple(seconds[1:]))
-
-
-def _advance(merged: Any, task: Any, start: jax.Array, *, config: NufiltConfig) -> tuple[jax.Array, ...]:
-    solution = solve.solve_group(merged, task, start, config=config)
-    return tuple(d + update for d, update in zip(merged, solution.updates, strict=True))

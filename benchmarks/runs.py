@@ -40,6 +40,12 @@ class Setting:
         return {"method": self.method, "config": dataclasses.asdict(self.config), "other_params": self.other_params}
 
 
+def references(stream: Stream) -> dict[str, dict[str, float]]:
+    """Accuracies without merging: of the pre-trained model, and of each task's own on it."""
+    individual = {name: stream.scores(stream.model(name), [name])[name] for name in stream.tasks}
+    return {"pre-trained": stream.scores(stream.model("base"), stream.tasks), "individual": individual}
+
+
 class Scores:
     """Accuracies of one merge, all that ACC and BWT need: of every task when it is merged and at the end.
 

@@ -20,7 +20,7 @@ import measure
 import numpy as np
 import shapes
 from measure import Json, Machine
-from package_solve import DECOMPOSITION, Merge, Solve, Stage, stages
+from package_solve import DECOMPOSITION, Merge, Stage, stages, to_device
 from shapes import Inputs, Shape
 
 from nufilt_jax.config import Decomposition, NufiltConfig
@@ -124,11 +124,11 @@ def run(options: argparse.Namespace, config: NufiltConfig, device: str) -> Json:
     inputs = shapes.inputs(layers, config.adapter_rank, alpha=options.alpha)
     measure.say(f"{options.model}: {len(layers)} layers")
     machine = measure.machine_rates()
-    ours = Solve(inputs, config)
+    ours = Merge([inputs], config)
     measure.say("compiled; timing the solve and its stages")
     neighbours = measure.Neighbours()
-    times = measure.time_it(ours.run, options.repeats)
-    parts = stages(ours.tasks, config, options.repeats)
+    times = ours.times(options.repeats)
+    parts = stages(to_device(inputs), config, options.repeats)
     seconds = {"total": list(times.seconds), **{name: list(part.times.seconds) for name, part in parts.items()}}
     updates, certified = ours.results()
     notes = {"certified layers": certified}
@@ -163,9 +163,9 @@ def run(options: argparse.Namespace, config: NufiltConfig, device: str) -> Json:
 
 def _plain(inputs: Inputs, config: NufiltConfig) -> Entry:
     """The package with full SVDs, timed once."""
-    plain = Solve(inputs, dataclasses.replace(config, decomposition="svd"))
+    plain = Merge([inputs], dataclasses.replace(config, decomposition="svd"))
     neighbours = measure.Neighbours()
-    seconds = {"total": list(measure.time_it(plain.run, 1).seconds)}
+    seconds = {"total": list(plain.times(1).seconds)}
     return Entry(plain.compile_seconds, seconds, plain.results()[0], {}, neighbours.percent())
 
 

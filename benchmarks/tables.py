@@ -22,12 +22,11 @@ import paper_tables
 import study_settings
 import table_forms
 from measure import Json
-from runs import Setting, find_run, merge
+from runs import Setting, find_run, merge, references
 from streams import ORDERS, PaperStream, Stream, StudyStream
 from study_settings import CLOSED_FORM
 
 from nufilt_jax import methods
-from nufilt_jax.errors import NufiltError
 from nufilt_jax.methods import RULES
 from nufilt_jax.presets import FLAN_T5, Preset
 from nufilt_jax.zoo import STUDY
@@ -60,10 +59,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.table == 2 and options.on == "study":
         parser.error("--table 2 is of Flan-T5, which the study does not have: say --on paper")
-    try:
+    with parser.refusals():
         document, path = run(options)
-    except NufiltError as error:
-        parser.exit(1, "".join(f"{parser.prog}: {problem}\n" for problem in error.problems))
     measure.finish(document, path)
 
 
@@ -87,12 +84,6 @@ def run(options: argparse.Namespace) -> tuple[Json, Path]:
     others = [table for table in stored.get("tables", []) if not table["title"].startswith(f"Table {options.table}:")]
     document["tables"] = sorted(others + table_forms.make(document, columns, options), key=lambda table: table["title"])
     return document, path
-
-
-def references(stream: Stream) -> Json:
-    """The pre-trained model and each task's own, on every task."""
-    individual = {name: stream.scores(stream.model(name), [name])[name] for name in stream.tasks}
-    return {"pre-trained": stream.scores(stream.model("base"), stream.tasks), "individual": individual}
 
 
 def study(options: argparse.Namespace) -> tuple[Stream, Mapping[str, Sequence[Setting]]]:

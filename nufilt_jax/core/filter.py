@@ -12,52 +12,43 @@ from nufilt_jax.config import RightFactor
 from nufilt_jax.core.linalg import matmul
 
 
-class Kept(NamedTuple):
-    """What the update keeps of τ before an adapter is added: τ F, with F = P, I or 0.
+class Target(NamedTuple):
+    """What the filtered task vector τ F, with F = P, I or 0, leaves for an adapter to do.
 
     Attributes:
-      update: τ F.
-      target: C, what τ B A V should be, in the columns of V = [V2 V1] where that is not zero: those of V1 or all.
-      felt: τ F V2, what the directions of the earlier tasks feel of it; None if that is zero by construction.
-      removed: ‖τ V2‖² if the filter took it away, else 0.
+      wanted: C, what τ B A V should be, in the columns of V = [V2 V1] where that is not zero: those of V1 or all.
+      felt: τ F V2, what the directions of the earlier tasks feel of τ F; None if that is zero by construction.
     """
 
-    update: Float[Array, "*layers m n"]
-    target: Float[Array, "*layers m pulled"]
+    wanted: Float[Array, "*layers m pulled"]
     felt: Float[Array, "*layers m r_p"] | None
-    removed: Float[Array, "*layers"]
 
 
-def keep(
+def target(
     right_factor: RightFactor,
+    merged_delta: Float[Array, "m n"],
     task_delta: Float[Array, "m n"],
     prior: Float[Array, "n r_p"],
     new: Float[Array, "n r_v"],
-    new_response: Float[Array, "m r_v"],
-    merged_response: Float[Array, "m r_v"],
-) -> Kept:
-    """Keeps of a task vector what stands beside B A in the right factor.
+) -> Target:
+    """The target of the adapter, which needs no filtered task vector.
 
     The loss ‖(τ − D − τ(F + BA)) V1‖² + ‖τ(F + BA) V2‖² (Eq. 16 in two blocks, arXiv:2509.21413v2) is ‖τ B A V − C‖²
-    with C = [−τ F V2, (τ − D − τ F) V1].
+    with C = [−τ F V2, τ (I − F) V1 − D V1].
 
     Args:
       right_factor: F + BA.
+      merged_delta: D.
       task_delta: τ.
       prior: V2.
       new: V1.
-      new_response: τ V1.
-      merged_response: D V1.
     """
-    if right_factor == "P + BA":
-        filtered, removed = null_space_filter(task_delta, prior)
-        target = matmul(removed, matmul(prior.T, new)) - merged_response
-        return Kept(filtered, target, None, jnp.sum(removed**2))
-    nothing = jnp.zeros((), task_delta.dtype)
-    if right_factor == "BA":
-        return Kept(jnp.zeros_like(task_delta), new_response - merged_response, None, nothing)
-    felt = matmul(task_delta, prior)
-    return Kept(task_delta, -jnp.concatenate([felt, merged_response], axis=1), felt, nothing)
+    merged_response = matmul(merged_delta, new)
+    if right_factor == "I + BA":
+        felt = matmul(task_delta, prior)
+        return Target(-jnp.concatenate([felt, merged_response], axis=1), felt)
+    missing = matmul(prior, matmul(prior.T, new)) if right_factor == "P + BA" else new
+    return Target(matmul(task_delta, missing) - merged_response, None)
 
 
 def null_space_filter(

@@ -1,25 +1,55 @@
 """Step 3, fusion: the update τ (P + BA) of the merged weights (Eq. 10, arXiv:2509.21413v2)."""
 
+from typing import NamedTuple
+
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from nufilt_jax.config import RightFactor
 from nufilt_jax.core.adapt import Adapter
-from nufilt_jax.core.linalg import matmul
+from nufilt_jax.core.linalg import gram, matmul
+
+
+class Fused(NamedTuple):
+    """One layer's update, and what the forecast tells of it.
+
+    Attributes:
+      update: τ (F + BA), F = P, I or 0.
+      removed: ‖τ V2‖² if the filter took it away, else 0.
+      restored: ‖τ B A‖².
+      felt: τ B A V2.
+    """
+
+    update: Float[Array, "*layers m n"]
+    removed: Float[Array, "*layers"]
+    restored: Float[Array, "*layers"]
+    felt: Float[Array, "*layers m r_p"]
 
 
 def fuse(
-    task_delta: Float[Array, "m n"], kept: Float[Array, "m n"], adapter: Adapter, prior: Float[Array, "n r_p"]
-) -> tuple[Float[Array, "m n"], Float[Array, "m n"], Float[Array, "m r_p"]]:
-    """Update of one layer's merged weights: τ P + (τ B) A. Neither projector nor B A is ever built.
+    right_factor: RightFactor, task_delta: Float[Array, "m n"], adapter: Adapter, prior: Float[Array, "n r_p"]
+) -> Fused:
+    """Update of one layer's merged weights: τ + [−τ V2, τ B] [V2, Aᵀ]ᵀ. Neither projector nor B A is ever built.
 
     Args:
+      right_factor: F + BA.
       task_delta: τ.
-      kept: τ P, or what stands in its place.
       adapter: B and A.
       prior: V2.
-
-    Returns:
-      The update, the part of it that the adapter put there, and what V2 feels of that part.
     """
-    left = matmul(task_delta, adapter.b)
-    restored = matmul(left, adapter.at.T)
-    return kept + restored, restored, matmul(left, matmul(adapter.at.T, prior))
+    at, b = adapter
+    if right_factor == "P + BA":
+        k = prior.shape[1]
+        responses = matmul(task_delta, jnp.concatenate([prior, b], axis=1))
+        removed, left = responses[:, :k], responses[:, k:]
+        pieces = jnp.concatenate([-removed, left], axis=1), jnp.concatenate([prior, at], axis=1)
+    else:
+        removed, left = jnp.zeros((0,), task_delta.dtype), matmul(task_delta, b)
+        pieces = left, at
+    change = matmul(pieces[0], pieces[1].T)
+    return Fused(
+        update=change if right_factor == "BA" else task_delta + change,
+        removed=jnp.sum(removed**2),
+        restored=jnp.sum(gram(left) * gram(at)),
+        felt=matmul(left, matmul(at.T, prior)),
+    )

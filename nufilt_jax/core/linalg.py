@@ -61,16 +61,16 @@ def orthonormalize(v: Float[Array, "*batch n k"], steps: int = 3) -> Float[Array
     return v
 
 
-def after(x: Float[Array, "..."], done: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`x`, unchanged, but not available before `done` is: a dependence that no compiler pass removes.
+def after(x: Float[Array, "..."], *done: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`x`, unchanged, but not available before all of `done` are: a dependence that no compiler pass removes.
 
     On CPU, LAPACK calls of XLA must never overlap (see `core.dispatch`), and `jax.lax.optimization_barrier` is no
     help: the CPU compiler drops it.
     """
-    if done.size == 0:
-        return x
-    probe = jnp.ravel(done)[-1]  # of a concatenation the last part: the compiler looks through to it alone
-    return x + jnp.where(jnp.isfinite(probe), jnp.minimum(jnp.abs(probe), 0), 0).astype(x.dtype)
+    # Of a concatenation the last part: the compiler looks through to it alone.
+    for probe in (jnp.ravel(array)[-1] for array in done if array.size):
+        x = x + jnp.where(jnp.isfinite(probe), jnp.minimum(jnp.abs(probe), 0), 0).astype(x.dtype)
+    return x
 
 
 def layers_at_once() -> int:
@@ -79,7 +79,7 @@ def layers_at_once() -> int:
     return min(cores, LAPACK_BATCH)
 
 
-def in_chunks(function: Callable[..., Any], arrays: Any, size: int) -> Any:
+def in_chunks(function: Callable[..., Any], arrays: Any, size: int, *, in_place: bool = False) -> Any:
     """`function(*arrays)` on at most `size` layers at a time, one chunk after another.
 
     The LAPACK calls of one chunk never overlap those of another.
@@ -89,6 +89,7 @@ def in_chunks(function: Callable[..., Any], arrays: Any, size: int) -> Any:
         same row of the arrays alone.
       arrays: a tuple of pytrees of such arrays.
       size: chunks are made equal, the last one filled up with copies of the last layer.
+      in_place: `function` returns a pair, the first of it to be written where the first array, of the same shape, was.
     """
     n_layers = len(jax.tree.leaves(arrays)[0])
     n_chunks = -(-n_layers // size)
@@ -104,4 +105,13 @@ def in_chunks(function: Callable[..., Any], arrays: Any, size: int) -> Any:
     def join(x: Array) -> Array:
         return x.reshape(n_chunks * size, *x.shape[2:])[:n_layers]
 
-    return jax.tree.map(join, jax.lax.map(lambda chunk: function(*chunk), jax.tree.map(split, arrays)))
+    chunks = jax.tree.map(split, arrays)
+    if not in_place:
+        return jax.tree.map(join, jax.lax.map(lambda chunk: function(*chunk), chunks))
+
+    def overwrite(first: Array, chunk: tuple[Array, Any]) -> tuple[Array, Any]:
+        i, others = chunk
+        written, result = function(first[i], *others)
+        return first.at[i].set(written), result
+
+    return jax.tree.map(join, jax.lax.scan(overwrite, chunks[0], (jnp.arange(n_chunks), chunks[1:])))

@@ -28,7 +28,7 @@ MOST_COUPLED = 0.9
 
 def refine(
     x: Float[Array, "m n"], block: Float[Array, "n b"], rank: int
-) -> tuple[Float[Array, "n b"], Float[Array, ""], Bool[Array, ""]]:
+) -> tuple[Float[Array, "n b"], Float[Array, " k"], Float[Array, ""], Bool[Array, ""]]:
     """Separates the leading `rank` right singular vectors of X from the rest of a block that nearly contains them.
 
     Within the block, sweeps over the b x b matrix of responses: a small eigenproblem for the directions next to the
@@ -45,8 +45,9 @@ def refine(
       rank: how many to keep; less than b.
 
     Returns:
-      The block, nearly orthonormal, its first `rank` columns corrected and orthonormal; the relative gap at the cut;
-      and whether the corrected columns are certified. Where they are not, once more may help.
+      The block, nearly orthonormal, its first `rank` columns corrected and orthonormal; ‖X v‖ of these, measured
+      before the correction, whose square is all it changes there; the relative gap at the cut; and whether the
+      corrected columns are certified. Where they are not, once more may help.
     """
     eps = jnp.finfo(x.dtype).eps
     b = block.shape[1]
@@ -85,7 +86,7 @@ def refine(
     certified &= _coupled(coupling[:rank, :rank], used) <= MOST_COUPLED
     gap = jnp.where(jnp.all(used) & (last > 0), (last - following) / jnp.where(last > 0, last, 1), 1)
     kept = orthonormalize(block[:, :rank] + missing, 2)
-    return jnp.concatenate([kept, block[:, rank:]], axis=1), gap, certified
+    return jnp.concatenate([kept, block[:, rank:]], axis=1), jnp.linalg.norm(kept_response, axis=0), gap, certified
 
 
 def _energy_outside(x: Float[Array, "m n"], block: Float[Array, "n b"]) -> Float[Array, ""]:

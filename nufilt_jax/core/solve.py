@@ -5,6 +5,7 @@ Decompositions and the adapter see only n, so they run once for the group; produ
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -37,7 +38,14 @@ class LayerSolution(NamedTuple):
 
 
 class GroupSolution(NamedTuple):
-    """Updates stack by stack; everything else over all layers of the group, in the same order."""
+    """Updates stack by stack, or what they make of D; everything else over all layers of the group, in the same order.
+
+    Attributes:
+      updates: τ (P + BA), or D + τ (P + BA) if the updates are to be added.
+      losses: as of `LayerSolution`.
+      ok: likewise.
+      forecast: what can be told without data.
+    """
 
     updates: Stacks
     losses: Float[Array, "layers n_losses"]
@@ -46,7 +54,7 @@ class GroupSolution(NamedTuple):
 
 
 def solve_group(
-    merged: Stacks, task: Stacks, start: Float[Array, "layers r_l n"], *, config: SolveConfig
+    merged: Stacks, task: Stacks, start: Float[Array, "layers r_l n"], *, config: SolveConfig, add: bool = False
 ) -> GroupSolution:
     """One step for all layers of one input width, as one program.
 
@@ -59,30 +67,36 @@ def solve_group(
       task: τ = θ_t − θ0, likewise.
       start: A's start, one per layer in the order of the stacks.
       config: static.
+      add: add the updates to D, in its memory where the program is given that; static.
     """
-    whole = functools.partial(_solve_at_once, config=config)
-    return jax.lax.platform_dependent(
-        merged, task, start, cpu=functools.partial(_solve_in_turn, config=config), default=whole
-    )
+    solve = functools.partial(_solve_at_once, config=config, add=add)
+    return jax.lax.platform_dependent(merged, task, start, cpu=functools.partial(_solve_in_turn, solve), default=solve)
 
 
-def _solve_in_turn(merged: Stacks, task: Stacks, start: Array, *, config: SolveConfig) -> GroupSolution:
+def _solve_in_turn(
+    solve: Callable[[Stacks, Stacks, Array], GroupSolution], merged: Stacks, task: Stacks, start: Array
+) -> GroupSolution:
     """`solve_group`, one stack after another, chunk by chunk."""
-
-    def one(d: Array, t: Array, a: Array) -> GroupSolution:
-        return _solve_at_once((d,), (t,), a, config=config)
-
+    stacks: list[Array] = []
     parts: list[GroupSolution] = []
     for d, t, (i, j) in zip(merged, task, subspace.bounds(merged), strict=True):
-        if parts:  # no two LAPACK calls at once; at rank 0 the updates or the losses alone may wait for none
-            d, t = (after(after(x, parts[-1].updates[0]), parts[-1].losses) for x in (d, t))
-        parts.append(in_chunks(one, (d, t, start[i:j]), layers_at_once()))
-    rest = [part._replace(updates=()) for part in parts]
-    joined = jax.tree.map(lambda *xs: jnp.concatenate(xs), *rest)
-    return joined._replace(updates=tuple(part.updates[0] for part in parts))
+        # No two LAPACK calls at once; at rank 0 the updates or the losses alone may wait for none.
+        done = [jnp.ravel(x)[-1] for x in (stacks[-1], parts[-1].losses)] if parts else []
+
+        def one(d: Array, t: Array, rows: Array, done: list[Array] = done) -> tuple[Array, GroupSolution]:
+            found = solve((after(d, *done),), (after(t, *done),), start[rows])
+            return found.updates[0], found._replace(updates=())
+
+        updates, rest = in_chunks(one, (d, t, jnp.arange(i, j)), layers_at_once(), in_place=True)
+        stacks.append(updates)
+        parts.append(rest)
+    joined = jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
+    return joined._replace(updates=tuple(stacks))
 
 
-def _solve_at_once(merged: Stacks, task: Stacks, start: Array, *, config: SolveConfig) -> GroupSolution:
+def _solve_at_once(
+    merged: Stacks, task: Stacks, start: Array, *, config: SolveConfig, add: bool = False
+) -> GroupSolution:
     """`solve_group`, the layers of all stacks side by side: its stages, one after another."""
     prior = prior_directions(merged, config=config)
     task = tuple(after(x, prior.vectors) for x in task)  # no two LAPACK calls at once
@@ -91,20 +105,20 @@ def _solve_at_once(merged: Stacks, task: Stacks, start: Array, *, config: SolveC
     parts, problems = reduce(merged, task, grams, prior, new, right_factor=config.right_factor)
     if config.closed_form_ridge is None:
         adapters, losses = train(problems, start, config=config)
-        updates, shares = fuse_updates(task, parts, adapters)
+        updates, shares = fuse_updates(task, parts, adapters, right_factor=config.right_factor)
     else:
         updates, shares, losses = correct(task, parts, ridge=config.closed_form_ridge)
     removed, restored, drift, captured = shares
-    finite = [jnp.all(jnp.isfinite(update), axis=(1, 2)) for update in updates]
+    finite = [jnp.sum(0 * update, axis=(1, 2)) == 0 for update in updates]
     return GroupSolution(
-        updates=updates,
+        updates=tuple(d + update for d, update in zip(merged, updates, strict=True)) if add else updates,
         losses=losses,
         ok=jnp.concatenate(finite) & jnp.all(jnp.isfinite(losses), axis=1),
         forecast=Forecast(removed, restored, drift, prior.gap, captured, prior.certified & new.certified),
     )
 
 
-_solve_group = jax.jit(solve_group, static_argnames="config")
+_solve_group = jax.jit(solve_group, static_argnames=("config", "add"))
 
 
 def solve_stack(

@@ -11,7 +11,7 @@ from nufilt_jax.config import RightFactor, SolveConfig
 from nufilt_jax.core import adapt as adapting
 from nufilt_jax.core import subspace
 from nufilt_jax.core.closed_form import smallest_correction
-from nufilt_jax.core.filter import Kept, keep
+from nufilt_jax.core.filter import Target, null_space_filter, target
 from nufilt_jax.core.forecast import share
 from nufilt_jax.core.fuse import fuse
 from nufilt_jax.core.grams import Gram, gram_of
@@ -40,15 +40,15 @@ def reduce(
     new: Directions,
     *,
     right_factor: RightFactor = "P + BA",
-) -> tuple[list["_Filtered"], adapting.Problem]:
-    """Stage 3: filters τ and reduces the adapter's objective to the n inputs.
+) -> tuple[list["_Reduced"], adapting.Problem]:
+    """Stage 3: the target of the adapter, and its objective reduced to the n inputs.
 
     Returns:
-      The filtered stacks, and the problems of all layers.
+      The reduced stacks, and the problems of all layers.
     """
-    filter_layer = functools.partial(_filter_layer, right_factor=right_factor)
+    reduce_layer = functools.partial(_reduce_layer, right_factor=right_factor)
     parts = [
-        jax.vmap(filter_layer)(d, t, *jax.tree.map(lambda x, i=i, j=j: x[i:j], (grams, prior.vectors, new.vectors)))
+        jax.vmap(reduce_layer)(d, t, *jax.tree.map(lambda x, i=i, j=j: x[i:j], (grams, prior, new)))
         for d, t, (i, j) in zip(merged, task, subspace.bounds(merged), strict=True)
     ]
     return parts, jax.tree.map(lambda *xs: jnp.concatenate(xs), *(part.problem for part in parts))
@@ -63,17 +63,20 @@ def train(
     )
 
 
-def fuse_updates(task: Stacks, parts: list["_Filtered"], adapters: adapting.Adapter) -> tuple[Stacks, Shares]:
+def fuse_updates(
+    task: Stacks, parts: list["_Reduced"], adapters: adapting.Adapter, *, right_factor: RightFactor = "P + BA"
+) -> tuple[Stacks, Shares]:
     """Stage 5: the updates τ (P + BA), and the shares of the forecast."""
+    fuse_layer = functools.partial(_fuse_layer, right_factor=right_factor)
     fused = [
-        jax.vmap(_fuse_layer)(t, part, jax.tree.map(lambda x, i=i, j=j: x[i:j], adapters))
+        jax.vmap(fuse_layer)(t, part, jax.tree.map(lambda x, i=i, j=j: x[i:j], adapters))
         for t, part, (i, j) in zip(task, parts, subspace.bounds(task), strict=True)
     ]
     return tuple(f[0] for f in fused), jax.tree.map(lambda *xs: jnp.concatenate(xs), *(f[1] for f in fused))
 
 
 def correct(
-    task: Stacks, parts: list["_Filtered"], *, ridge: float
+    task: Stacks, parts: list["_Reduced"], *, ridge: float
 ) -> tuple[Stacks, Shares, Float[Array, "layers before_and_after"]]:
     """Stages 4 and 5 of the closed form: the updates τ P + E, the shares of the forecast, and the losses."""
     correct_layer = jax.vmap(functools.partial(_correct_layer, ridge=ridge))
@@ -82,57 +85,59 @@ def correct(
     return tuple(c[0] for c in corrected), shares, losses
 
 
-class _Filtered(NamedTuple):
-    """One layer after the filter, and the problem that its adapter has to solve."""
+class _Reduced(NamedTuple):
+    """One layer before its adapter."""
 
-    kept: Kept
+    target: Target
     problem: adapting.Problem
     prior_response: Float[Array, "*layers"]  # ‖D V2‖²
     merged: Float[Array, "*layers"]  # ‖D‖²
 
 
-def _filter_layer(
+def _reduce_layer(
     merged: Float[Array, "m n"],
     task: Float[Array, "m n"],
     task_gram: Gram,
-    prior: Float[Array, "n r_p"],
-    new: Float[Array, "n r_v"],
+    prior: Directions,
+    new: Directions,
     *,
     right_factor: RightFactor,
-) -> _Filtered:
-    prior, prior_response = rank_mask(merged, prior)
-    new, new_response = rank_mask(task, new)
-    kept = keep(right_factor, task, prior, new, new_response, matmul(merged, new))
-    problem = adapting.reduce(task_gram, task, kept.target, prior, new)
-    return _Filtered(kept, problem, jnp.sum(prior_response**2), jnp.sum(merged**2))
+) -> _Reduced:
+    prior, new = rank_mask(prior, len(merged)), rank_mask(new, len(merged))
+    goal = target(right_factor, merged, task, prior.vectors, new.vectors)
+    problem = adapting.reduce(task_gram, task, goal.wanted, prior.vectors, new.vectors)
+    return _Reduced(goal, problem, jnp.sum(prior.sizes**2), jnp.sum(merged**2))
 
 
 def _fuse_layer(
-    task: Float[Array, "m n"], filtered: _Filtered, adapter: adapting.Adapter
+    task: Float[Array, "m n"], part: _Reduced, adapter: adapting.Adapter, *, right_factor: RightFactor
 ) -> tuple[Float[Array, "m n"], Shares]:
-    update, restored, felt = fuse(task, filtered.kept.update, adapter, filtered.problem.prior)
-    return update, _shares(task, filtered, restored, felt)
+    fused = fuse(right_factor, task, adapter, part.problem.prior)
+    felt = fused.felt if part.target.felt is None else part.target.felt + fused.felt
+    return fused.update, _shares(task, part, fused.removed, fused.restored, felt)
 
 
 def _correct_layer(
-    task: Float[Array, "m n"], filtered: _Filtered, *, ridge: float
+    task: Float[Array, "m n"], part: _Reduced, *, ridge: float
 ) -> tuple[Float[Array, "m n"], Shares, Float[Array, "2"]]:
-    problem = filtered.problem
-    restored, losses = smallest_correction(filtered.kept.target, problem.prior, problem.task, ridge=ridge)
-    felt = matmul(restored, problem.prior)
-    return filtered.kept.update + restored, _shares(task, filtered, restored, felt), losses
+    problem = part.problem
+    filtered, removed = null_space_filter(task, problem.prior)
+    restored, losses = smallest_correction(part.target.wanted, problem.prior, problem.task, ridge=ridge)
+    shares = _shares(task, part, jnp.sum(removed**2), jnp.sum(restored**2), matmul(restored, problem.prior))
+    return filtered + restored, shares, losses
 
 
 def _shares(
-    task: Float[Array, "m n"], filtered: _Filtered, restored: Float[Array, "m n"], felt: Float[Array, "m r_p"]
+    task: Float[Array, "m n"],
+    part: _Reduced,
+    removed: Float[Array, ""],
+    restored: Float[Array, ""],
+    felt: Float[Array, "m r_p"],
 ) -> Shares:
-    """Of what is restored, the directions of the earlier tasks have `felt`."""
     size = jnp.sum(task**2)
-    if filtered.kept.felt is not None:
-        felt += filtered.kept.felt
     return (
-        share(filtered.kept.removed, size),
-        share(jnp.sum(restored**2), size),
-        share(jnp.sum(felt**2), filtered.prior_response),
-        share(filtered.prior_response, filtered.merged, of_nothing=1),
+        share(removed, size),
+        share(restored, size),
+        share(jnp.sum(felt**2), part.prior_response),
+        share(part.prior_response, part.merged, of_nothing=1),
     )

@@ -39,14 +39,16 @@ class Directions(NamedTuple):
 
     Attributes:
       vectors: orthonormal columns that span the leading directions.
+      sizes: ‖X v‖ of each, as measured: the root of a Gram eigenvalue would be rounding noise where X is small.
       gap: relative distance of the last singular value kept to the next one. Near 0 the cut falls among equals
         and which directions are kept is arbitrary.
       certified: false where the route in hand gave no certificate and the SVD took over.
     """
 
-    vectors: Float[Array, "layers n k"]
-    gap: Float[Array, " layers"]
-    certified: Bool[Array, " layers"]
+    vectors: Float[Array, "*layers n k"]
+    sizes: Float[Array, "*layers k"]
+    gap: Float[Array, "*layers"]
+    certified: Bool[Array, "*layers"]
 
 
 def bounds(stacks: Stacks) -> list[tuple[int, int]]:
@@ -64,12 +66,16 @@ def leading(stacks: Stacks, grams: Gram, rank: int, chosen: Decomposition) -> Di
       chosen: `eigh`, `svd` or `subspace`, from `route`.
     """
     n_layers, n = sum(len(x) for x in stacks), stacks[0].shape[-1]
+    whole = jnp.ones(n_layers), jnp.ones(n_layers, bool)
     if rank == 0:
-        return Directions(jnp.zeros((n_layers, n, 0), stacks[0].dtype), jnp.ones(n_layers), jnp.ones(n_layers, bool))
+        none = jnp.zeros((n_layers, n, 0), stacks[0].dtype)
+        return Directions(none, none[:, 0], *whole)
     if chosen == "svd":
         return leading_by_svd(stacks, rank)
     if rank >= n:  # nothing is cut off
-        return Directions(eigh_descending(grams.formed())[1], jnp.ones(n_layers), jnp.ones(n_layers, bool))
+        vectors = eigh_descending(grams.formed())[1]
+        responses = [matmul(x, vectors[i:j]) for x, (i, j) in zip(stacks, bounds(stacks), strict=True)]
+        return Directions(vectors, jnp.concatenate([jnp.linalg.norm(x, axis=1) for x in responses]), *whole)
     apart = functools.partial(_set_apart, grams, rank=rank)
     if chosen == "eigh":
         blocks = eigh_descending(grams.formed())[1][:, :, : block_width(rank, n)]
@@ -109,7 +115,8 @@ def _refined_until_certified(
 
         return jax.tree.map(choose, found, new), attempt + 1
 
-    nothing = Directions(blocks, jnp.zeros(len(blocks), blocks.dtype), jnp.zeros(len(blocks), bool))
+    zeros = jnp.zeros((len(blocks), rank), blocks.dtype)
+    nothing = Directions(blocks, zeros, zeros[:, 0], jnp.zeros(len(blocks), bool))
     return jax.lax.while_loop(wanted, try_again, (nothing, jnp.zeros((), int)))[0]
 
 
@@ -129,8 +136,9 @@ def leading_by_svd(stacks: Stacks, rank: int) -> Directions:
         _u, s, vt = jnp.linalg.svd(x, full_matrices=False)
         leading = jnp.swapaxes(vt[:, :rank], 1, 2)
         # With fewer outputs than directions the rest stays zero: it is unused by definition.
-        vectors = jnp.pad(leading, ((0, 0), (0, 0), (0, min(rank, x.shape[2]) - leading.shape[2])))
-        return Directions(vectors, relative_gap(s, rank), jnp.ones(len(x), bool))
+        rest = (0, min(rank, x.shape[2]) - leading.shape[2])
+        vectors, sizes = jnp.pad(leading, ((0, 0), (0, 0), rest)), jnp.pad(s[:, :rank], ((0, 0), rest))
+        return Directions(vectors, sizes, relative_gap(s, rank), jnp.ones(len(x), bool))
 
     return _in_turn(thin, stacks)
 
@@ -172,21 +180,20 @@ def relative_gap(s: Float[Array, "layers k"], rank: int) -> Float[Array, " layer
     return jnp.where(last > 0, (last - s[:, rank]) / jnp.where(last > 0, last, 1), 1)
 
 
-def rank_mask(x: Float[Array, "m n"], vectors: Float[Array, "n k"]) -> tuple[Float[Array, "n k"], Float[Array, "m k"]]:
-    """Sets directions that `x` does not really use to zero.
+def rank_mask(found: Directions, outputs: int) -> Directions:
+    """Sets directions of one matrix that it does not really use to zero.
 
     A direction counts if ‖X v_k‖ > max(m, n) eps σ_1. A mask and not a slice: one program serves all ranks.
-    ‖X v_k‖ is measured: the root of a Gram eigenvalue would count rounding noise.
 
-    Returns:
-      The masked vectors V and the product X V.
+    Args:
+      found: directions, without a layer axis.
+      outputs: m.
     """
-    if vectors.shape[1] == 0:
-        return vectors, matmul(x, vectors)
-    response = matmul(x, vectors)
-    s = jnp.linalg.norm(response, axis=0)
-    used = s > jnp.max(s) * max(x.shape) * jnp.finfo(x.dtype).eps
-    return jnp.where(used[None], vectors, 0), jnp.where(used[None], response, 0)
+    n, k = found.vectors.shape
+    if k == 0:
+        return found
+    used = found.sizes > jnp.max(found.sizes) * max(outputs, n) * jnp.finfo(found.sizes.dtype).eps
+    return found._replace(vectors=jnp.where(used[None], found.vectors, 0), sizes=jnp.where(used, found.sizes, 0))
 
 
 def route(decomposition: Decomposition, width: int) -> Decomposition:

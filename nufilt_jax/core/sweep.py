@@ -72,7 +72,7 @@ def _solve(merged: Array, task: Array, start: Array, ranks: Array, *, config: So
         v2, v1 = _cut(v2, ranks[:, 0]), _cut(v1, ranks[:, 2])
         parts, problems = reduce(d, t, gram, v2, v1, right_factor=config.right_factor)
         adapters, _ = train(problems, a * _first(a.shape[1], ranks[:, 1])[:, :, None], config=config)
-        return fuse_updates(t, parts, adapters)[0][0]
+        return fuse_updates(t, parts, adapters, right_factor=config.right_factor)[0][0]
 
     which = jnp.broadcast_to(own, (n_settings, n_layers)).ravel(), jnp.tile(jnp.arange(n_layers), n_settings)
     updates = in_chunks(rows, (*which, jnp.repeat(ranks, n_layers, axis=0)), size)
@@ -85,8 +85,8 @@ def _at(tree: Any, where: Int[Array, " rows"]) -> Any:
 
 def _cut(directions: Directions, ranks: Int[Array, " rows"]) -> Directions:
     """The first directions of every row; the others are zero, which the rank mask leaves so."""
-    vectors = directions.vectors
-    return directions._replace(vectors=vectors * _first(vectors.shape[2], ranks)[:, None])
+    kept = _first(directions.sizes.shape[1], ranks)
+    return directions._replace(vectors=directions.vectors * kept[:, None], sizes=directions.sizes * kept)
 
 
 def _first(most: int, ranks: Int[Array, " rows"]) -> Float[Array, "rows most"]:

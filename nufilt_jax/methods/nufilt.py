@@ -83,11 +83,10 @@ def _step(
     """D + τ (P + BA) for the layers of one width; takes the memory of D."""
     width = deltas[0].shape[-1]
     start = jax.vmap(lambda key: draw_start(key, config.trained_rank, width))(keys)
-    solution = solve_group(deltas, task, start, config=config)
-    merged = tuple(d + update for d, update in zip(deltas, solution.updates, strict=True))
+    solution = solve_group(deltas, task, start, config=config, add=True)
     solves = config.trained_rank > 0 or config.closed_form_ridge is not None
     losses = solution.losses if solves else solution.losses[:, :0]
-    return merged, solution._replace(updates=(), losses=losses)
+    return solution.updates, solution._replace(updates=(), losses=losses)
 
 
 def adapter_keys(seed: int, step: int, names: tuple[str, ...]) -> UInt32[np.ndarray, "layers 2"]:

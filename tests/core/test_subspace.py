@@ -7,7 +7,7 @@ import pytest
 
 from nufilt_jax.core import linalg, subspace
 from nufilt_jax.core.adapt import Adapter, draw_start, loss_and_gradients, reduce
-from nufilt_jax.core.filter import authors_first_filter, keep, null_space_filter
+from nufilt_jax.core.filter import authors_first_filter, null_space_filter, target
 from nufilt_jax.core.fuse import fuse
 from nufilt_jax.core.grams import GramFactor, GramMatrix, gram_of
 from nufilt_jax.core.refine import CERTIFIED_ANGLE, refine
@@ -25,8 +25,8 @@ def find(x, rank, chosen):
     stacks = (jnp.asarray(x)[None],)
     call = jax.jit(subspace.leading, static_argnums=(2, 3))
     found = call(stacks, gram_of(stacks), rank, chosen)
-    masked, response = subspace.rank_mask(stacks[0][0], found.vectors[0])
-    return found, np.asarray(masked, np.float64), np.asarray(response)
+    used = subspace.rank_mask(jax.tree.map(lambda leaf: leaf[0], found), len(x))
+    return found, np.asarray(used.vectors, np.float64), np.asarray(used.sizes)
 
 
 @pytest.mark.parametrize("chosen", ROUTES)
@@ -34,13 +34,13 @@ def find(x, rank, chosen):
 @pytest.mark.parametrize("true_rank", [0, 2, None])
 def test_projector(shape, true_rank, chosen):
     x = matrices.power_law(shape, seed=0, rank=true_rank, exponent=0.8)
-    _, v, response = find(x, 6, chosen)
+    _, v, sizes = find(x, 6, chosen)
     p = np.eye(shape[1]) - v @ v.T
     # The routes are backward stable: the error grows with eps and shrinks with the spectrum's gap at the cut.
     tolerance = 200 * max(shape) * oracle.EPS
     np.testing.assert_allclose(p, oracle.projector(x, 6), atol=tolerance)
     np.testing.assert_allclose(p @ p, p, atol=tolerance)
-    np.testing.assert_allclose(response, x @ v, atol=tolerance)
+    np.testing.assert_allclose(sizes, np.linalg.norm(x @ v, axis=0), atol=tolerance)
 
 
 @pytest.mark.parametrize("exponent", [0.0, 0.3, 0.8, 1.2, 2.0])
@@ -124,8 +124,9 @@ def blocks_of_a_matrix_of_rank_10():
 @pytest.mark.parametrize("name", ["right", "skewed", "mixed", "missing"])
 def test_only_the_right_block_is_certified(name):
     x, blocks = blocks_of_a_matrix_of_rank_10()
-    found = jax.jit(refine, static_argnums=2)(jnp.asarray(x), jnp.asarray(blocks[name], jnp.float32), 60)
-    assert bool(found[2]) == (name == "right")
+    block = jnp.asarray(blocks[name], jnp.float32)
+    *_, certified = jax.jit(refine, static_argnums=2)(jnp.asarray(x), block, 60)
+    assert bool(certified) == (name == "right")
 
 
 def test_a_neighbour_without_certificate_changes_nothing():
@@ -155,14 +156,16 @@ def test_gap_is_relative_to_the_last_direction_kept():
     assert float(find(x, 4, "eigh")[0].gap[0]) == 1
 
 
-def test_rank_mask_measures_instead_of_trusting_eigenvalues():
+@pytest.mark.parametrize("chosen", ROUTES)
+@pytest.mark.parametrize("rank", [64, 512], ids=["some", "all"])
+def test_rank_mask_measures_instead_of_trusting_eigenvalues(rank, chosen):
     """Roots of eigenvalues of rounding noise would count null directions as used."""
     x = jnp.asarray(matrices.power_law((512, 512), seed=4, rank=5, exponent=0.3))
-    values, vectors = jnp.linalg.eigh(gram(x))
+    values, _ = jnp.linalg.eigh(gram(x))
     roots = np.sqrt(np.maximum(np.asarray(values)[::-1], 0))
     assert (roots > roots[0] * 512 * oracle.EPS).sum() > 5
-    masked, _ = subspace.rank_mask(x, vectors[:, ::-1][:, :64])
-    assert int(jnp.sum(jnp.any(masked != 0, axis=0))) == 5
+    _, masked, sizes = find(x, rank, chosen)
+    assert np.sum(np.any(masked != 0, axis=0)) == np.sum(sizes > 0) == 5
 
 
 def test_after_changes_nothing_but_the_order():
@@ -180,27 +183,31 @@ def test_gradients_are_those_of_the_unreduced_objective(held, right_factor):
     a, b = rng.normal(size=(5, 32)) * 0.1, rng.normal(size=(32, 5)) * 0.1
     p = {"P + BA": oracle.projector(d, 6), "I + BA": np.eye(32), "BA": np.zeros((32, 32))}[right_factor]
     grad_a, grad_b = oracle.gradients(d.astype(float), tau.astype(float), p, b, a, v1, v2)
-    task, prior, new, *responses = (jnp.asarray(x, jnp.float32) for x in (tau, v2, v1, tau @ v1, d @ v1))
-    problem = reduce(held(task), task, keep(right_factor, task, prior, new, *responses).target, prior, new)
+    merged, task, prior, new = (jnp.asarray(x, jnp.float32) for x in (d, tau, v2, v1))
+    problem = reduce(held(task), task, target(right_factor, merged, task, prior, new).wanted, prior, new)
     loss, found = loss_and_gradients(problem, Adapter(jnp.asarray(a.T, jnp.float32), jnp.asarray(b, jnp.float32)))
     assert float(loss) == pytest.approx(oracle.loss(d, tau, p, b, a, v1, v2), rel=1e-5)
     for one, other in zip(found, (grad_a.T, grad_b), strict=True):
         assert matrices.relative_error(one, other) < 1e-5
 
 
-def test_filter_and_fuse_never_need_the_projector():
+@pytest.mark.parametrize("right_factor", ["P + BA", "I + BA", "BA"])
+def test_filter_and_fuse_never_need_the_projector(right_factor):
     rng = np.random.default_rng(0)
     tau = rng.normal(size=(12, 10)).astype(np.float32)
     v2 = matrices.orthonormal(rng, 10, 3).astype(np.float32)
     a, b = rng.normal(size=(2, 10)).astype(np.float32), rng.normal(size=(10, 2)).astype(np.float32)
     filtered, removed = null_space_filter(jnp.asarray(tau), jnp.asarray(v2))
-    update, restored, felt = fuse(
-        jnp.asarray(tau), filtered, Adapter(jnp.asarray(a.T), jnp.asarray(b)), jnp.asarray(v2)
-    )
-    np.testing.assert_allclose(update, tau @ (np.eye(10) - v2 @ v2.T + b @ a), atol=1e-5)
+    projector = np.eye(10) - v2 @ v2.T
+    np.testing.assert_allclose(filtered, tau @ projector, atol=1e-5)
     np.testing.assert_allclose(removed, tau @ v2, atol=1e-6)
-    np.testing.assert_allclose(restored, tau @ b @ a, atol=1e-5)
-    np.testing.assert_allclose(felt, tau @ b @ a @ v2, atol=1e-5)
+    kept = {"P + BA": projector, "I + BA": np.eye(10), "BA": np.zeros((10, 10))}[right_factor]
+    fused = fuse(right_factor, jnp.asarray(tau), Adapter(jnp.asarray(a.T), jnp.asarray(b)), jnp.asarray(v2))
+    np.testing.assert_allclose(fused.update, tau @ (kept + b @ a), atol=1e-5)
+    taken_away = np.sum((tau @ v2) ** 2) if right_factor == "P + BA" else 0
+    np.testing.assert_allclose(fused.removed, taken_away, rtol=1e-5)
+    np.testing.assert_allclose(fused.restored, np.sum((tau @ b @ a) ** 2), rtol=1e-4)
+    np.testing.assert_allclose(fused.felt, tau @ b @ a @ v2, atol=1e-5)
 
 
 def test_the_authors_first_task_loses_its_first_coordinates():
