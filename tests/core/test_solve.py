@@ -199,6 +199,23 @@ def test_shapes_of_one_width_share_a_batch_without_touching_each_other():
         assert matrices.relative_error(both.updates[k], np.asarray(alone.update, np.float64)) < PARITY
 
 
+@pytest.mark.parametrize("n_layers", [1, 4, 7])
+def test_updates_are_added_in_the_memory_of_the_merged_model(n_layers):
+    """Also where the layers do not divide into equal chunks."""
+    config = NufiltConfig(**SMALL)
+    d, tau = (
+        jnp.stack([jnp.asarray(matrices.power_law((60, 48), seed=s + i)) for i in range(n_layers)]) for s in (1, 50)
+    )
+    a0 = jnp.stack([jnp.asarray(matrices.start(6, 48, seed=i)) for i in range(n_layers)])
+    alone = solve_stack(d, tau, config=config, adapter_init=a0)
+    program = jax.jit(solve.solve_group, static_argnames=("config", "add"), donate_argnums=0)
+    given = jnp.copy(d)
+    found = run_alone(functools.partial(program, config=config, add=True), (given,), (tau,), a0)
+    assert given.is_deleted()
+    np.testing.assert_allclose(found.updates[0], d + alone.update, rtol=0, atol=1e-6 * jnp.max(jnp.abs(d)))
+    np.testing.assert_array_equal(found.losses, alone.losses)
+
+
 def test_the_second_call_at_a_shape_compiles_nothing():
     chex.clear_trace_counter()
     counted = jax.jit(chex.assert_max_traces(solve.solve_group, n=1), static_argnames="config")
