@@ -67,9 +67,9 @@ class Merge:
 
     def __init__(self, tasks: list[Inputs], config: NufiltConfig) -> None:
         self._groups = grouped(tasks[0])
-        first = to_device(tasks[0])
+        first, *later = (to_device(inputs) for inputs in tasks)
         self._first = [task.merged for task in first]
-        self._tasks = [[task._replace(merged=()) for task in to_device(inputs)] for inputs in tasks]
+        self._tasks = [[task._replace(merged=()) for task in groups] for groups in (first, *later)]
         function = jax.jit(solve.solve_group, static_argnames=("config", "add"), donate_argnums=0)
         compiled = [measure.compile_it(function, *task, config=config, add=True) for task in first]
         self._programs = [program for program, _ in compiled]

@@ -227,7 +227,7 @@ def _independent(y: Float[Array, "layers n b"]) -> tuple[Float[Array, "layers n 
     scale = jnp.where(size > 0, jax.lax.rsqrt(jnp.where(size > 0, size, 1)), 0)
     overlap = overlap * scale[:, :, None] * scale[:, None, :]
     sharp = jax.lax.linalg.cholesky(overlap + 16 * eps * eye, symmetrize_input=False)
-    failed = jnp.isnan(sharp[:, -1:, -1:])
+    failed = jnp.isnan(sharp[:, -1:, -1:])  # from where it fails to the end, a factor is NaN
 
     def shifted() -> Float[Array, "layers b b"]:
         safe = jax.lax.linalg.cholesky(after(overlap, sharp) + 2 * b * eps * eye, symmetrize_input=False)
