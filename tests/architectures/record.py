@@ -234,7 +234,7 @@ def timm_shapes():
 
 
 def as_text(document):
-    """JSON with a line for each tensor and each config; a series that stores what an earlier one does says so."""
+    """JSON with a line for each tensor and each config."""
     lines = ["{", f'"versions": {json.dumps(document["versions"], sort_keys=True)},', '"families": {']
     for family, by_series in sorted(document["families"].items()):
         parts = []
