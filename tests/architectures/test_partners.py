@@ -1,0 +1,335 @@
+"""Models of one base that differ in what no layer holds; tensors that no rule can merge."""
+
+import architecture_models as arch
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import nufilt_jax as nj
+
+BERT, BERT_MODEL = arch.Entry("bert", "5"), arch.Entry("bert_model", "5")
+VIT, VIT_MODEL = arch.Entry("vit", "5"), arch.Entry("vit_model", "5")
+LLAMA, GPT2 = arch.Entry("llama", "5"), arch.Entry("gpt2", "4.57")
+FILTERED = ("--method", "null_space", *arch.FILTER)
+# Every rule but those that learn from examples, as cheaply as it goes.
+METHODS = {name: () for name in sorted(nj.methods.RULES) if not nj.methods.RULES[name].needs_data}
+METHODS |= {"nufilt": arch.RANKS, "adapter_only": arch.RANKS[2:], "null_space": arch.FILTER} | {
+    "wudi": ("--method-args", "steps=3")
+}
+
+
+def headless(tensors, entry):
+    """The backbone alone, under its own names."""
+    prefix = f"{entry.config['model_type']}."
+    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+
+
+def with_head(tensors, n_classes, name="classifier", seed=7):
+    """The model with a head of so many classes."""
+    rng = np.random.default_rng(seed)
+    return tensors | {
+        f"{name}.weight": rng.standard_normal((n_classes, width_of(tensors))).astype(np.float32),
+        f"{name}.bias": rng.standard_normal(n_classes).astype(np.float32),
+    }
+
+
+def width_of(tensors):
+    return next(x.shape[1] for name, x in tensors.items() if name.endswith("attention.output.dense.weight"))
+
+
+def without(tensors, word):
+    return {name: x for name, x in tensors.items() if word not in name}
+
+
+def merged(nufilt, folder, *options, **where):
+    """Merges; returns the tensors and what was said on stderr."""
+    result = nufilt(*arch.merge_command(folder, *(options or FILTERED), **where))
+    assert result.code == 0, result.err
+    return arch.weights(folder / where.get("out", "out"))[0], result.lines
+
+
+def assert_same(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name, x in wanted.items():
+        assert arch.same_bits(found[name], x), name
+
+
+def one_line(lines, *words):
+    """The one line that names all of these."""
+    [line] = [line for line in lines if all(word in line for word in words)]
+    return line
+
+
+# --- heads ---
+
+
+@pytest.mark.parametrize("entry", [BERT, VIT], ids=arch.label)
+def test_task_heads_that_the_base_lacks(entry, tmp_path, nufilt):
+    base = without(entry.stored(), "classifier")
+    tasks = [arch.fine_tuned(base, seed) for seed in (1, 2)]
+    arch.write_trio(tmp_path / "plain", base, entry.config, tasks)
+    wanted, lines = merged(nufilt, tmp_path / "plain")
+    assert lines == []
+    arch.write_trio(tmp_path / "heads", base, entry.config, [with_head(tasks[0], 10), with_head(tasks[1], 7)])
+    found, lines = merged(nufilt, tmp_path / "heads")
+    assert_same(found, wanted)
+    assert all("classifier" in line and "2" in line for line in lines)
+    assert 1 <= len(lines) <= 2  # one for each task at most
+    refused = nufilt(*arch.merge_command(tmp_path / "heads", *FILTERED, "--strict", out="strict"))
+    assert (refused.code, refused.out) == (1, "") and not (tmp_path / "heads" / "strict").exists()
+    for task in ("t1", "t2"):
+        for leaf in ("weight", "bias"):
+            assert one_line(refused.lines, f"classifier.{leaf}", str(tmp_path / "heads" / task)).startswith("nufilt: ")
+
+
+def test_task_heads_of_other_sizes(tmp_path, nufilt):
+    base = with_head(without(VIT.stored(), "classifier"), 1000)
+    plain = [arch.fine_tuned(base, seed) for seed in (1, 2)]
+    arch.write_trio(tmp_path / "plain", base, VIT.config, plain)
+    wanted, _ = merged(nufilt, tmp_path / "plain")
+    arch.write_trio(tmp_path / "heads", base, VIT.config, [with_head(plain[0], 10), with_head(plain[1], 7)])
+    found, lines = merged(nufilt, tmp_path / "heads")
+    assert_same(found, wanted)
+    assert arch.same_bits(found["classifier.weight"], base["classifier.weight"])
+    assert lines and all("classifier" in line for line in lines)
+    refused = nufilt(*arch.merge_command(tmp_path / "heads", *FILTERED, "--strict", out="strict"))
+    assert (refused.code, refused.out) == (1, "") and not (tmp_path / "heads" / "strict").exists()
+    one_line(refused.lines, "classifier.weight", "[10, 32]", "[1000, 32]")
+    one_line(refused.lines, "classifier.bias", "[7]", "[1000]")
+
+
+def test_a_sequence_classifier_of_a_language_model(tmp_path, nufilt):
+    """`score.weight` in place of `lm_head.weight`, as LlamaForSequenceClassification has it."""
+    base = LLAMA.stored()
+    plain = [arch.fine_tuned(base, seed) for seed in (1, 2)]
+    score = {"score.weight": np.ones((3, 32), np.float32)}
+    arch.write_trio(tmp_path / "plain", base, LLAMA.config, plain)
+    arch.write_trio(tmp_path / "score", base, LLAMA.config, [without(task, "lm_head") | score for task in plain])
+    found, lines = merged(nufilt, tmp_path / "score")
+    assert_same(found, merged(nufilt, tmp_path / "plain")[0])
+    assert "score.weight" in " ".join(lines)
+
+
+def test_a_layer_that_only_one_side_has_is_no_head(tmp_path, nufilt):
+    base = LLAMA.stored()
+    short, long = [arch.fine_tuned(base, seed) for seed in (1, 2)]
+    long |= {name.replace("layers.1.", "layers.2."): x for name, x in long.items() if "layers.1." in name}
+    arch.write_trio(tmp_path / "more", base, LLAMA.config, [short, long])
+    arch.write_trio(tmp_path / "less", base, LLAMA.config, [short, without(short, "layers.1.")])
+    for kind, word in (("more", "layers.2."), ("less", "layers.1.")):
+        result = nufilt(*arch.merge_command(tmp_path / kind, *FILTERED))
+        assert result.code == 1 and word in result.err and not (tmp_path / kind / "out").exists()
+
+
+# --- prefixes ---
+
+
+@pytest.mark.parametrize("side", ["tasks", "base"])
+@pytest.mark.parametrize(
+    ("entry", "prefix"),
+    [
+        (BERT_MODEL, "bert."),
+        (VIT_MODEL, "vit."),
+        (arch.Entry("llama_model", "5"), "model."),
+        (LLAMA, "module."),
+        (LLAMA, "_orig_mod."),
+        (VIT, "module."),
+        (BERT, "_orig_mod."),
+    ],
+    ids=lambda part: part if isinstance(part, str) else arch.label(part),
+)
+def test_a_prefix_on_one_side_only(entry, prefix, side, tmp_path, nufilt):
+    base = entry.stored()
+    tasks = [arch.fine_tuned(base, seed) for seed in (1, 2)]
+    arch.write_trio(tmp_path / "plain", base, entry.config, tasks)
+    wanted, lines = merged(nufilt, tmp_path / "plain")
+    assert lines == []
+    if side == "tasks":
+        tasks = [prefixed(task, prefix) for task in tasks]
+    else:
+        base, wanted = prefixed(base, prefix), prefixed(wanted, prefix)
+    arch.write_trio(tmp_path / "prefixed", base, entry.config, tasks)
+    found, lines = merged(nufilt, tmp_path / "prefixed")
+    assert_same(found, wanted)
+    assert 1 <= len(lines) <= 2 and all(prefix in line for line in lines)
+    assert all(str(len(base)) in line for line in lines)
+    refused = nufilt(*arch.merge_command(tmp_path / "prefixed", *FILTERED, "--strict", out="strict"))
+    assert (refused.code, refused.out) == (1, "") and prefix in refused.err
+    assert not (tmp_path / "prefixed" / "strict").exists()
+
+
+def prefixed(tensors, prefix):
+    return {prefix + name: x for name, x in tensors.items()}
+
+
+def test_a_prefix_and_heads_together(tmp_path, nufilt):
+    """A bare encoder as base, classifiers of it as tasks, and the other way round."""
+    whole = without(BERT.stored(), "classifier")
+    base = headless(whole, BERT)
+    tasks = [arch.fine_tuned(base, seed) for seed in (1, 2)]
+    arch.write_trio(tmp_path / "plain", base, BERT_MODEL.config, tasks)
+    wanted, _ = merged(nufilt, tmp_path / "plain")
+    heads = [with_head(prefixed(task, "bert."), n) for task, n in zip(tasks, (3, 5), strict=True)]
+    arch.write_trio(tmp_path / "heads", base, BERT_MODEL.config, heads)
+    found, lines = merged(nufilt, tmp_path / "heads")
+    assert_same(found, wanted)
+    assert "bert." in " ".join(lines) and "classifier" in " ".join(lines)
+    larger = with_head(prefixed(base, "bert."), 2)
+    arch.write_trio(tmp_path / "bare", larger, BERT.config, tasks)
+    found, lines = merged(nufilt, tmp_path / "bare")
+    assert_same(found, prefixed(wanted, "bert.") | {name: larger[name] for name in found if "classifier" in name})
+
+
+# --- vocabularies and buffers ---
+
+
+def test_grown_embeddings(tmp_path, nufilt):
+    base = LLAMA.stored()
+    plain = [arch.fine_tuned(base, seed) for seed in (1, 2)]
+    arch.write_trio(tmp_path / "plain", base, LLAMA.config, plain)
+    wanted, _ = merged(nufilt, tmp_path / "plain")
+    more = np.full((6, 32), 0.5, np.float32)
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    grown = plain[1] | {name: np.concatenate([plain[1][name], more]) for name in names}
+    arch.write_trio(tmp_path / "grown", base, LLAMA.config, [plain[0], grown])
+    found, lines = merged(nufilt, tmp_path / "grown")
+    assert_same(found, wanted)
+    text = " ".join(lines)
+    assert "[70, 32]" in text and "[64, 32]" in text and "embed_tokens" in text
+    refused = nufilt(*arch.merge_command(tmp_path / "grown", *FILTERED, "--strict", out="strict"))
+    assert refused.code == 1 and all(any(name in line for line in refused.lines) for name in names)
+
+
+def rotary(n=2):
+    frequencies = (1e4 ** -(np.arange(8) / 8)).astype(np.float32)
+    return {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": frequencies for i in range(n)}
+
+
+def masks():
+    tri = np.tril(np.ones((16, 16), np.float32))[None, None]
+    found = {f"transformer.h.{i}.attn.bias": tri for i in range(2)}
+    return found | {f"transformer.h.{i}.attn.masked_bias": np.asarray(-1e4, np.float32) for i in range(2)}
+
+
+POSITIONS = {"bert.embeddings.position_ids": np.arange(20, dtype=np.float32)[None]}
+BUFFERS = {
+    "inv_freq": (LLAMA, rotary()),
+    "one inv_freq": (LLAMA, {"model.rotary_emb.inv_freq": next(iter(rotary().values()))}),
+    "masks": (GPT2, masks()),
+    "positions": (BERT, POSITIONS),
+}
+
+
+@pytest.mark.parametrize("method", ["null_space", "task_arithmetic"])
+@pytest.mark.parametrize("kind", BUFFERS)
+def test_computed_buffers_on_one_side_only(kind, method, tmp_path, nufilt):
+    entry, buffers = BUFFERS[kind]
+    base = entry.stored()
+    plain = [arch.fine_tuned(base, seed) for seed in (1, 2)]
+    options = ("--method", method, *(arch.FILTER if method == "null_space" else ()))
+    arch.write_trio(tmp_path / "plain", base, entry.config, plain)
+    wanted, _ = merged(nufilt, tmp_path / "plain", *options)
+    arch.write_trio(tmp_path / "task", base, entry.config, [plain[0], plain[1] | buffers])
+    assert_same(merged(nufilt, tmp_path / "task", *options)[0], wanted)
+    arch.write_trio(tmp_path / "base", base | buffers, entry.config, plain)
+    assert_same(merged(nufilt, tmp_path / "base", *options)[0], wanted | buffers)
+
+
+# --- tensors that no rule can merge ---
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_empty_tensors_are_copied(method, tmp_path, nufilt):
+    empty = {
+        "model.layers.0.self_attn.extra.weight": np.zeros((0, 16), np.float32),
+        "model.layers.1.mlp.extra.weight": np.zeros((0,), np.float32),
+        "model.extra": np.zeros((0,), np.float32),
+    }
+    base = LLAMA.stored()
+    tasks = [arch.fine_tuned(base, seed) for seed in (1, 2)]
+    arch.write_trio(tmp_path, base | empty, LLAMA.config, [task | empty for task in tasks])
+    found, _ = merged(nufilt, tmp_path, "--method", method, *METHODS[method])
+    assert found.keys() == base.keys() | empty.keys()
+    assert all(arch.same_bits(found[name], x) for name, x in empty.items())
+    layer = LLAMA.layers[0]
+    assert not arch.same_bits(found[layer], base[layer])
+
+
+def fp8(name, x):
+    scale = np.float32(np.abs(x).max() / 448)
+    return {
+        name: (x / scale).astype(ml_dtypes.float8_e4m3fn),
+        f"{name}_scale_inv": np.full((1, 1), scale, np.float32),
+    }
+
+
+def int8(name, x):
+    largest = np.abs(x).max(1)
+    return {
+        name: np.round(x / largest[:, None] * 127).astype(np.int8),
+        f"{name.removesuffix('weight')}SCB": largest.astype(np.float32),
+    }
+
+
+def packed(name, x):
+    """bitsandbytes' four bits: two numbers a byte, a scale for each block, a table of what the bits mean."""
+    return {
+        name: np.arange(x.size // 2, dtype=np.int64).astype(np.uint8)[:, None],
+        f"{name}.absmax": np.ones(x.size // 64, np.float32),
+        f"{name}.quant_map": np.linspace(-1, 1, 16, dtype=np.float32),
+        f"{name}.quant_state.bitsandbytes__nf4": np.zeros(90, np.uint8),
+    }
+
+
+def gptq(name, x):
+    stem = name.removesuffix("weight")
+    return {
+        f"{stem}qweight": np.ones((x.shape[1] // 8, x.shape[0]), np.int32),
+        f"{stem}qzeros": np.ones((1, x.shape[0] // 8), np.int32),
+        f"{stem}scales": np.ones((1, x.shape[0]), np.float16),
+        f"{stem}g_idx": np.zeros(x.shape[1], np.int32),
+    }
+
+
+# How a layer is stored, and its tensor that no rule can read, with the type that the file gives.
+QUANTISED = {
+    "fp8": (fp8, "weight", "F8_E4M3"),
+    "int8": (int8, "weight", "I8"),
+    "packed": (packed, "weight", "U8"),
+    "gptq": (gptq, "qweight", "I32"),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_quantised_weights_are_refused(kind, method, tmp_path, nufilt):
+    change, leaf, dtype = QUANTISED[kind]
+
+    def quantised(model):
+        found = {}
+        for name, x in model.items():
+            found |= change(name, x) if name in LLAMA.layers else {name: x.astype(ml_dtypes.bfloat16)}
+        return found
+
+    base = LLAMA.stored()
+    config = LLAMA.config | {"quantization_config": {"quant_method": kind}}
+    arch.write_trio(tmp_path, quantised(base), config, [quantised(arch.fine_tuned(base, s)) for s in (1, 2)])
+    result = nufilt(*arch.merge_command(tmp_path, "--method", method, *METHODS[method]))
+    assert (result.code, result.out) == (1, "") and not (tmp_path / "out").exists()
+    assert all(line.startswith("nufilt: ") for line in result.lines)
+    where = str(tmp_path / "base" / "model.safetensors")
+    for layer in LLAMA.layers:
+        named = layer.removesuffix("weight") + leaf
+        assert any(where in line and named in line and dtype in line for line in result.lines), named
+
+
+def test_one_quantised_task_is_refused_too(tmp_path, nufilt):
+    base = LLAMA.stored()
+    arch.write_trio(tmp_path, base, LLAMA.config)
+    task = tmp_path / "t2" / "model.safetensors"
+    layer = LLAMA.layers[3]
+    save_file(without(arch.fine_tuned(base, 2), layer) | int8(layer, base[layer]), task)
+    for method in ("sum", "ties", "null_space"):
+        result = nufilt(*arch.merge_command(tmp_path, "--method", method, *METHODS[method]))
+        assert result.code == 1 and any(str(task) in line and layer in line and "I8" in line for line in result.lines)
