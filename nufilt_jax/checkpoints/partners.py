@@ -1,6 +1,8 @@
 """Whether a task's checkpoint fits the base's, and what of it stays the base's."""
 
 import dataclasses
+import os
+import re
 from collections.abc import Collection, Iterable, Iterator
 
 from nufilt_jax.anatomy import is_buffer, is_head, is_vocabulary
@@ -107,9 +109,9 @@ def _extra(base: Checkpoint, task: Checkpoint) -> list[str]:
 
 def _renamed(matched: Matched) -> Iterator[str]:
     if matched.removed:
-        yield f"its names begin with {matched.removed!r}, which the base's do not: read without it"
+        yield f"{matched.renamed} names begin with {matched.removed!r}, which the base's do not: read without it"
     if matched.added:
-        yield f"the base's names begin with {matched.added!r}, which its own do not: read as if they did"
+        yield f"{matched.renamed} names lack the base's prefix {matched.added!r}: read with it"
 
 
 def _staying(own: dict[str, str], task: Checkpoint) -> Iterator[str]:
@@ -181,10 +183,9 @@ def _named(where: str, names: Iterable[str], what: str, fix: str) -> Iterator[Pr
     """One problem per tensor, or one per prefix where many share it, as in `text_model.* (196 tensors)`."""
     groups: dict[str, list[str]] = {}
     for name in names:
-        separator = "/" if "/" in name else "."
-        head, dot, _ = name.partition(separator)
-        groups.setdefault(f"{head}{dot}*" if dot else name, []).append(name)
-    for prefix, members in groups.items():
-        many = len(members) > _LISTED
-        for tensor in [f"{prefix} ({len(members)} tensors)"] if many else members:
+        groups.setdefault(re.split("[./]", name, maxsplit=1)[0], []).append(name)
+    for members in groups.values():
+        shared = re.match(r"(.*[./])?", os.path.commonprefix(members))
+        many = f"{shared[0] if shared else ''}* ({len(members)} tensors)"
+        for tensor in [many] if len(members) > _LISTED else members:
             yield Problem(where, what, fix, tensor)

@@ -75,7 +75,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
         "other_touched": len(plan.selection.other),
         "kept_from_base": len(plan.base.tensors) - len(plan.selection.touched),
         "stacks": [
-            {"layers": len(names), "shape": list(plan.base.tensors[names[0]].shape)}
+            {"layers": len(names), "shape": list(plan.layer_shape(names[0]))}
             for group in plan.groups
             for names in group.stacks
         ],
