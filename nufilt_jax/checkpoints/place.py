@@ -12,6 +12,7 @@ from typing import Any, TextIO
 from nufilt_jax.checkpoints.state import load_state, save_state
 from nufilt_jax.checkpoints.writer import output_error, sync
 from nufilt_jax.errors import OutputError, Problem
+from nufilt_jax.strict_json import JsonError, parse_object
 
 RECIPE = "nufilt.json"
 FORECAST = "forecast.json"
@@ -187,17 +188,17 @@ def read_json(path: Path) -> dict[str, Any]:
       OutputError: it cannot be read, or is none.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise OutputError(Problem(str(path), f"cannot be read: {error}", "remove the folder to start over")) from error
-    if not isinstance(content, dict):
-        raise OutputError(Problem(str(path), "holds no JSON object", "remove the folder to start over"))
-    return content
+        return parse_object(path.read_bytes())
+    except JsonError as error:
+        raise OutputError(Problem(str(path), str(error), error.fix or "remove the folder to start over")) from error
+    except OSError as error:
+        what = f"cannot be read: {error.strerror or error}"
+        raise OutputError(Problem(str(path), what, "remove the folder to start over")) from error
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON object, whole or not at all."""
+    """Writes a JSON object, whole or not at all; in ASCII, whose escapes can spell paths that are no text."""
     beside = path.with_name(path.name + ".new")
-    beside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside.write_text(json.dumps(content, indent=1) + "\n", encoding="ascii")
     sync(beside)
     os.replace(beside, path)
