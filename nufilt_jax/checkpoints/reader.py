@@ -126,7 +126,7 @@ def open_checkpoint(
     Raises:
       CheckpointError: with everything that is wrong with this folder.
     """
-    place = locate(source, revision=revision, offline=offline, headers_only=headers_only)
+    place = locate(source, revision=revision, offline=offline, headers_only=headers_only, whole=role == "base")
     try:
         return _open_at(place, source, role)
     except OSError as error:

@@ -5,14 +5,14 @@ import json
 import numpy as np
 import pytest
 from checkpoint_builders import flax_vision_tree, vision_tower, write_flax, write_safetensors
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nufilt_jax.checkpoints import open_checkpoint, save
 from nufilt_jax.checkpoints.place import read_json, write_json
 from nufilt_jax.errors import CheckpointError, OutputError
 
-MANY = settings(max_examples=100, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+MANY = settings(max_examples=100, deadline=None, database=None)
 NUMBERS = st.one_of(st.integers(-2, 70), st.sampled_from([2**31, 2**63, 2**64, 10**30, 10**400]), st.floats())
 TEXTS = st.one_of(st.sampled_from(["F32", "BF16", "F4", "w", "w.weight", "w/kernel", "\ud800", "x" * 300]), st.text())
 VALUES = st.recursive(

@@ -375,7 +375,7 @@ def test_a_pickle_alone_is_refused_with_reason_and_remedy(tmp_path, name):
     (tmp_path / name).write_bytes(b"cos\nsystem\n")
     [line] = refusals(tmp_path)
     assert line.startswith(f"{tmp_path}/{name}: is a pickle, which can run any code when loaded")
-    assert "save_pretrained(folder, safe_serialization=True)" in line
+    assert "call save_pretrained(folder), which writes safetensors" in line  # in 4.35 and later, and in 5
 
 
 def test_adapters_and_folders_without_weights_are_refused(tmp_path):
