@@ -70,9 +70,7 @@ def _weights_kept(folder: str, files: Sequence[str], has_modules: bool) -> list[
 
 
 def _is_left(folder: str, file: str) -> bool:
-    return not folder and (
-        file in _OWN_FILES or file == _TRAINING or file == ".git" or bool(_MISLEADING.fullmatch(file))
-    )
+    return not folder and (file in _OWN_FILES or file in _LEFT or _MISLEADING.fullmatch(file) is not None)
 
 
 def is_wanted_of_task(name: str) -> bool:

@@ -140,9 +140,8 @@ def _fetch(source: str, revision: str | None, *, headers_only: bool, whole: bool
     if headers_only:
         return Place(remote, Path(source), info.sha, is_local=False)
     beside = files_beside(sizes) if whole else filter(is_wanted_of_task, sizes)
-    wanted = [
-        _PATTERN.sub(r"[\g<0>]", name) for name in {*_weight_names(remote, layout), *beside, ADDED} if name in sizes
-    ]
+    wanted = {*_weight_names(remote, layout), *beside, ADDED} & sizes.keys()
+    patterns = [_PATTERN.sub(r"[\g<0>]", name) for name in wanted]
     path = Path(snapshot_download(source, revision=info.sha, allow_patterns=patterns))
     _remember(path, revision, info.sha)
     return Place(LocalFolder(path), path, info.sha)
