@@ -197,8 +197,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON object, whole or not at all; in ASCII, whose escapes can spell paths that are no text."""
+    """Writes a JSON object, whole or not at all."""
     beside = path.with_name(path.name + ".new")
-    beside.write_text(json.dumps(content, indent=1) + "\n", encoding="ascii")
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    # As JSON itself spells what is no text: the bytes of a path may be any.
+    beside.write_text(text, encoding="utf-8", errors="backslashreplace")
     sync(beside)
     os.replace(beside, path)

@@ -148,7 +148,8 @@ def _write_index(path: Path, metadata: Mapping[str, Any], shards: Mapping[str, l
 
 
 def _write_json(path: Path, content: object, *, sort: bool = False) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=sort, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=2, sort_keys=sort, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")  # as JSON spells halves of characters
 
 
 def _copy_files(like: Checkpoint, out: Path, dtype: str | None) -> None:
