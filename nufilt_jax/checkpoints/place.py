@@ -1,6 +1,7 @@
 """The place of an output folder: locked while in use, and never holding half a model."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -36,6 +37,12 @@ class OutputPlace:
         self.staging = self.partial / "output"
         self._previous = self.partial / "previous"
         self._lock = self.out.with_name(self.out.name + ".lock")
+        try:
+            os.lstat(self.partial)  # the longest of the names
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                what = f"is too long a name: {self.partial.name} cannot stand beside it"
+                raise OutputError(Problem(str(out), what, "choose a shorter one")) from error
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

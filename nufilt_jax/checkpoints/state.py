@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -12,9 +13,9 @@ import numpy as np
 
 from nufilt_jax.checkpoints.dtypes import AnyArray, Array
 from nufilt_jax.errors import CheckpointError, OutputError, Problem
-from nufilt_jax.strict_json import is_text
 
 _ROOM = 1.1  # free space asked for, per byte of state
+_PLAIN = re.compile(r"[\w/.-]+", re.ASCII)
 _SLACK = 1 << 17  # bytes that orbax writes whatever the size: measured at 30 kB
 
 
@@ -36,7 +37,7 @@ def save_state(folder: Path, arrays: Mapping[str, Mapping[str, AnyArray]], step:
     try:
         # Not compressed: float32 task vectors hardly shrink, and the processor is busy merging.
         handler = ocp.PyTreeCheckpointHandler(use_zarr3=True, use_compression=False)
-        with _quiet(), _in_text(folder) as path, ocp.Checkpointer(handler) as checkpointer:
+        with _quiet(), _spelt_plainly(folder) as path, ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(path, {**groups, "step": step})
     except (OSError, ValueError, RuntimeError) as error:
         what = f"the state cannot be written: {error}"
@@ -59,10 +60,10 @@ def _require_room(folder: Path, n_bytes: int) -> None:
 
 
 @contextlib.contextmanager
-def _in_text(folder: Path) -> Iterator[Path]:
-    """A path that orbax can spell: it knows UTF-8 alone, and a folder's name may be any bytes."""
+def _spelt_plainly(folder: Path) -> Iterator[Path]:
+    """A path that orbax takes as it is: it knows UTF-8 alone, and reads a pattern or an address into some names."""
     path = folder.absolute()
-    if is_text(str(path)):
+    if _PLAIN.fullmatch(str(path)):
         yield path
         return
     with tempfile.TemporaryDirectory(prefix="nufilt-") as scratch:
@@ -95,7 +96,7 @@ def load_state(folder: Path) -> tuple[dict[str, dict[str, Array]], int]:
     import orbax.checkpoint as ocp
 
     try:
-        with _quiet(), _in_text(folder) as path, ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with _quiet(), _spelt_plainly(folder) as path, ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             tree = checkpointer.restore(path)
         step = int(tree.pop("step"))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
