@@ -3,7 +3,6 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 LFS_POINTER = "is a Git LFS pointer, not the file itself"
@@ -44,7 +43,7 @@ def parse_object(text: bytes, *, lenient: bool = False) -> dict[str, Any]:
     """
     if is_lfs_pointer(text):
         raise JsonError(LFS_POINTER, LFS_PULL)
-    strict: dict[str, Callable[[Any], Any]] = {} if lenient else _STRICT
+    strict: dict[str, Any] = {} if lenient else _STRICT
     try:
         content = json.loads(text.decode("utf-8-sig"), parse_int=_whole, **strict)
     except JsonError:
@@ -95,7 +94,7 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-_STRICT: dict[str, Callable[[Any], Any]] = {
+_STRICT = {
     "parse_float": _number,
     "parse_constant": _constant,
     "object_pairs_hook": _pairs,
