@@ -185,7 +185,7 @@ def _named(where: str, names: Iterable[str], what: str, fix: str) -> Iterator[Pr
     for name in names:
         groups.setdefault(re.split("[./]", name, maxsplit=1)[0], []).append(name)
     for members in groups.values():
-        shared = re.match(r"(.*[./])?", os.path.commonprefix(members))
-        many = f"{shared[0] if shared else ''}* ({len(members)} tensors)"
+        alike = len(os.path.commonprefix([min(members), max(members)]))  # noqa: RUF071  characters are meant
+        many = re.sub(r"[^./]*$", "*", members[0][:alike]) + f" ({len(members)} tensors)"
         for tensor in [many] if len(members) > _LISTED else members:
             yield Problem(where, what, fix, tensor)

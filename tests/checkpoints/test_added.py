@@ -16,7 +16,7 @@ from nufilt_jax.checkpoints import (
     write_added,
     write_checkpoint,
 )
-from nufilt_jax.checkpoints.folders import is_wanted_beside
+from nufilt_jax.checkpoints.beside import is_wanted_of_task
 from nufilt_jax.errors import CheckpointError, OutputError
 
 FILE = "added_parameters.safetensors"
@@ -125,8 +125,8 @@ def test_neither_base_nor_task_may_be_a_mixture(folder, tmp_path):
 
 
 def test_the_hub_gives_it_too():
-    assert is_wanted_beside(FILE)
-    assert not is_wanted_beside(f"sub/{FILE}") and not is_wanted_beside("other.safetensors")
+    assert is_wanted_of_task(FILE)
+    assert not is_wanted_of_task(f"sub/{FILE}") and not is_wanted_of_task("other.safetensors")
 
 
 def test_names_of_the_model_itself_are_refused(tmp_path):
