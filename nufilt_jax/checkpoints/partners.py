@@ -54,7 +54,8 @@ def fit(
     kept = {} if asked_for else {name: what for name in touched if (what := _own_head(base, task, name))}
     kept |= {name: what for name in base.tensors if name not in touched and (what := _other_size(base, task, name))}
     extra = _extra(base, task)
-    heads = [name for name in extra if is_head(name) or name in matched.apart]
+    tied = {alias.name for info in base.tensors.values() for alias in info.aliases}
+    heads = [name for name in extra if (is_head(name) or name in matched.apart) and name not in tied]
     problems = [
         *_mixtures(base, task),
         *_missing(base, task, [name for name in touched if name not in kept]),
@@ -186,6 +187,6 @@ def _named(where: str, names: Iterable[str], what: str, fix: str) -> Iterator[Pr
         groups.setdefault(re.split("[./]", name, maxsplit=1)[0], []).append(name)
     for members in groups.values():
         alike = len(os.path.commonprefix([min(members), max(members)]))  # noqa: RUF071  characters are meant
-        many = re.sub(r"[^./]*$", "*", members[0][:alike]) + f" ({len(members)} tensors)"
+        many = re.sub(r"[^./]*$", "*", members[0][:alike], count=1) + f" ({len(members)} tensors)"
         for tensor in [many] if len(members) > _LISTED else members:
             yield Problem(where, what, fix, tensor)

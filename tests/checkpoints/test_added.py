@@ -8,9 +8,9 @@ from checkpoint_builders import HIDDEN, WIDTH, bits_equal, folder_bytes, vision_
 from safetensors.numpy import load_file, save_file
 
 from nufilt_jax.checkpoints import (
+    fit,
     load,
     open_checkpoint,
-    partner_problems,
     read_added,
     save,
     write_added,
@@ -118,9 +118,9 @@ def test_no_writer_copies_a_stale_file(folder, tmp_path):
 def test_neither_base_nor_task_may_be_a_mixture(folder, tmp_path):
     mixed = open_checkpoint(str(folder))
     plain = open_checkpoint(str(write_safetensors(tmp_path / "p", vision_tower())))
-    assert [p.where for p in partner_problems(plain, plain, ())] == []
+    assert [p.where for p in fit(plain, plain, ()).problems] == []
     for pair in ((plain, mixed), (mixed, plain)):
-        [problem] = partner_problems(*pair, ())
+        [problem] = fit(*pair, ()).problems
         assert problem.where == str(folder) and "cannot be merged (continue that merge with --add" in str(problem)
 
 
