@@ -14,7 +14,7 @@ import nufilt_jax
 ROOT = Path(nufilt_jax.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
 
-# What each room may see of the package, besides itself, `config` and `errors`. Shells see all.
+# What each room may see of the package, besides itself and `OPEN_TO_ALL`. Shells see all.
 ROOMS = {
     "core": set(),
     "methods": {"core"},
@@ -24,11 +24,12 @@ ROOMS = {
     "analysis": {"evaluation"},
     "zoo": {"evaluation", "checkpoints", "models"},  # training needs the forward pass
     "config": set(),
+    "durable": set(),
     "errors": set(),
     "presets": set(),
 }
 SHELLS = {"pipeline", "cli", "merge", "__init__"}
-OPEN_TO_ALL = {"config", "errors"}
+OPEN_TO_ALL = {"config", "durable", "errors"}
 CORE_LIBRARIES = {"jax", "optax", "chex", "jaxtyping", "numpy", "scipy", "threadpoolctl"}
 
 
