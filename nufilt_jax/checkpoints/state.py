@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +20,7 @@ _SLACK = 1 << 17  # bytes that orbax writes whatever the size: measured at 30 kB
 class _Lent(np.ndarray):
     """A view that orbax writes from: it would copy the whole state first, lest somebody change it meanwhile."""
 
-    def __deepcopy__(self, memo: dict[int, Any] | None = None, /) -> Self:
+    def __deepcopy__(self, memo: dict[int, Any] | None = None, /) -> "_Lent":
         return self
 
 

@@ -13,7 +13,7 @@ from nufilt_jax.checkpoints.names import has_flax_form
 from nufilt_jax.checkpoints.outputs import Target, plan_shards, stored_bytes
 from nufilt_jax.checkpoints.reader import Checkpoint
 from nufilt_jax.checkpoints.safetensors_files import Piece
-from nufilt_jax.durable import atomic_write, sync_tree
+from nufilt_jax.durable import atomic_write, make_folder, sync_tree
 from nufilt_jax.errors import CheckpointError, ConfigError, OutputError, Problem, raise_all
 
 _FORMATS = {"safetensors": SAFETENSORS, "flax": FLAX, "msgpack": FLAX}
@@ -50,7 +50,7 @@ def write_checkpoint(
     new = {_main_name(name, like): value for name, value in params.items()}
     shards = plan_shards(like, kind, code)
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         raise_all(CheckpointError, _write_shards(new, out, like, shards, kind))
         _copy_files(like, out, dtype)
         sync_tree(out)

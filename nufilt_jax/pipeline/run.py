@@ -164,7 +164,7 @@ def _merge(
             start = time.perf_counter()
             task = tasks.take()
             task.clock.add("wait", time.perf_counter() - start)
-            if solve_seconds > journal.write_seconds + task.clock.seconds("read"):  # all of it can be hidden
+            if _hides_all(solve_seconds, journal.write_seconds, task.clock.seconds("read")):
                 tasks.begin(after=journal.under_way)
             begun = time.perf_counter()
             state = _update(rule, state, task, watcher, _examples(plan, name, index + 1))
@@ -182,6 +182,11 @@ def _merge(
     if evaluation is not None and not evaluation.covers(last):  # a run that did not evaluate has merged it
         last |= evaluation.entry(_whole(plan, state), last["task"])
     return state
+
+
+def _hides_all(solve: float, write: float, read: float) -> bool:
+    """Whether a state and a task can be written and read while a task is merged, by the last seconds of each."""
+    return solve > write + read
 
 
 def _keep(
