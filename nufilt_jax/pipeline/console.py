@@ -12,7 +12,7 @@ from rich.text import Text
 
 from nufilt_jax.anatomy import FLAT
 from nufilt_jax.methods.state import LayerReport
-from nufilt_jax.pipeline.coverage import Changes, coverage_lines, left_rows, selected_rows
+from nufilt_jax.pipeline.coverage import Rows, coverage, coverage_lines
 from nufilt_jax.pipeline.plan import Plan
 
 
@@ -28,8 +28,15 @@ class ProgressWatcher:
         )
         shown = console.is_terminal and not quiet
         self.progress = Progress(*columns, console=console, transient=True, disable=not shown)
+        self._console = console
         self._bar = self.progress.add_task("reading", total=None)
         self._task = ""
+
+    def coverage(self, selected: Rows, left: Rows) -> None:
+        """What will be merged, and what will be left; on no terminal it is told with the results."""
+        if not self.progress.disable:
+            for line in coverage_lines(selected, left):
+                show_line(self._console, line)
 
     def step(self, task: str, index: int, total: int) -> None:
         """Task number `index` of `total` begins."""
@@ -67,6 +74,7 @@ def show_json(console: Console, document: Mapping[str, Any]) -> None:
 
 def plan_document(plan: Plan) -> dict[str, Any]:
     """A plan as JSON."""
+    selected, left = coverage(plan, {})
     return {
         "out": None if plan.out is None else str(plan.out),
         "base": {"source": plan.base.source, "revision": plan.base.revision, "format": plan.base.format},
@@ -76,8 +84,8 @@ def plan_document(plan: Plan) -> dict[str, Any]:
         ],
         **plan.settings.as_dict(),
         "layers_selected": [layer.removesuffix(FLAT) for layer in plan.selection.layers],
-        "selected": selected_rows(plan.base, plan.merged_layers),
-        "left": left_rows(plan.base, plan.selection, {}),
+        "selected": selected,
+        "left": left,
         "other_touched": len(plan.selection.other),
         "kept_from_base": len(plan.base.tensors) - len(plan.selection.touched),
         "stacks": [
@@ -120,15 +128,10 @@ def show_plan(console: Console, plan: Plan) -> None:
         show_line(console, line)
 
 
-def show_coverage(console: Console, plan: Plan, changes: Changes) -> None:
-    """What is merged, and what is left although the tasks moved it, before any work."""
-    left = left_rows(plan.base, plan.selection, changes)
-    for line in coverage_lines(selected_rows(plan.base, plan.merged_layers), left):
-        show_line(console, line)
-
-
 def show_result(console: Console, recipe: Mapping[str, Any], out: str) -> None:
-    """The steps of a merge as a table, and where the model is."""
+    """What was merged and what was left, the steps as a table, and where the model is."""
+    for line in coverage_lines(recipe["selected"], recipe["left"]):
+        show_line(console, line)
     table = Table("step", "task", "seconds", "loss before", "loss after", "")
     for number, step in enumerate(recipe["steps"], 1):
         losses = [f"{loss:.4g}" for loss in (step["losses"] or [])[:1] + (step["losses"] or [])[-1:]] or ["", ""]

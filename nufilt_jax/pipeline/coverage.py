@@ -11,13 +11,26 @@ from nufilt_jax.methods import find
 from nufilt_jax.methods.selection import Selection, published_layers, reach_of
 from nufilt_jax.patterns import Group, patterns
 from nufilt_jax.pipeline.job import Settings
+from nufilt_jax.pipeline.plan import Plan
 
 MOST_OUTSIDE = 0.05  # share of a task's squared change beyond which leaving it out is warned about
 
 Changes = Mapping[str, Mapping[str, float]]  # by task and tensor, Σ (θ_t − θ0)²
+Rows = list[dict[str, Any]]
 
 
-def selected_rows(base: Checkpoint, layers: Iterable[str]) -> list[dict[str, Any]]:
+def coverage(plan: Plan, changes: Changes) -> tuple[Rows, Rows]:
+    """What a plan merges, and what it leaves: `selected` and `left` of plan and recipe."""
+    return _selected(plan.base, plan.merged_layers), _left_rows(plan.base, plan.selection, changes)
+
+
+def outside_share(base: Checkpoint, selection: Selection, moved: Mapping[str, float]) -> float:
+    """The share of a task's squared change that lies in tensors that the merge leaves; 0 if nothing moved."""
+    total = sum(moved.values())
+    return sum(moved.get(name, 0.0) for name in _left(base, selection)) / total if total > 0 else 0.0
+
+
+def _selected(base: Checkpoint, layers: Iterable[str]) -> Rows:
     """The layers that the method merges, by pattern, with counts."""
     rows = []
     for group in patterns(layer.removesuffix(FLAT) for layer in layers):
@@ -26,7 +39,7 @@ def selected_rows(base: Checkpoint, layers: Iterable[str]) -> list[dict[str, Any
     return rows
 
 
-def left_rows(base: Checkpoint, selection: Selection, changes: Changes) -> list[dict[str, Any]]:
+def _left_rows(base: Checkpoint, selection: Selection, changes: Changes) -> Rows:
     """The trained tensors that stay as the base has them, by pattern; with `changes`, those alone that a task moved.
 
     `share` is by task the part of its squared change that is lost there.
@@ -70,7 +83,7 @@ def outside_warnings(base: Checkpoint, selection: Selection, settings: Settings,
     return tuple(warnings)
 
 
-def coverage_lines(selected: Iterable[Mapping[str, Any]], left: Iterable[Mapping[str, Any]]) -> list[str]:
+def coverage_lines(selected: Rows, left: Rows) -> list[str]:
     """Both as text: `model.layers.*.self_attn.{q,k,v,o}_proj.weight  4 x 32`."""
     lines = [f"merged  {row['pattern']}  {row['kinds']} x {row['layers'] // row['kinds']}" for row in selected]
     for row in left:

@@ -138,7 +138,9 @@ def _recorded(job: Job, place: OutputPlace | None, problems: list[Problem]) -> R
         recorded = None if place is None else current(place)
     if recorded is None or recorded.done == 0:  # which binds nobody
         return None
-    problems += other_merge_problems(recorded, job.settings, [source.name for source in job.sources])
+    is_written = place is not None and recorded.folder == place.out
+    names = [source.name for source in job.sources]
+    problems += other_merge_problems(recorded, job.settings, names, is_written=is_written)
     return recorded
 
 

@@ -55,11 +55,23 @@ def _source(name: str, entry: Mapping[str, Any]) -> Source:
     return Source(name, str(entry["source"]), entry["revision"], dict(entry["sha256"]))
 
 
-def other_merge_problems(recorded: Recorded, settings: Settings, names: list[str]) -> list[Problem]:
-    """The settings and task names in which a command differs from the merge that stands in its output folder."""
+_OF_WRITING = ("format", "dtype")
+
+
+def other_merge_problems(
+    recorded: Recorded, settings: Settings, names: list[str], *, is_written: bool
+) -> list[Problem]:
+    """The settings and task names in which a command differs from the merge that stands in its output folder.
+
+    Args:
+      recorded: the merge there.
+      settings: the command's.
+      names: of the command's tasks.
+      is_written: whether the model is there; if not, it may still be written in another format or type.
+    """
     there, here = recorded.settings.as_dict(), settings.as_dict()
     configs = there.pop("config"), here.pop("config")
-    pairs = [(key, there[key], here[key]) for key in here]
+    pairs = [(key, there[key], here[key]) for key in here if is_written or key not in _OF_WRITING]
     if there["method"] == here["method"]:
         pairs += [(key, *(config.get(key) for config in configs)) for key in configs[1]]
     pairs.append(("task", ", ".join(task.name for task in recorded.tasks), ", ".join(names)))

@@ -24,6 +24,7 @@ from nufilt_jax.methods.stacked import Names, Params, TaskVector, stacked, task_
 from nufilt_jax.methods.state import LayerReport, MergeState
 from nufilt_jax.pipeline.ahead import ReadAhead
 from nufilt_jax.pipeline.card import model_card
+from nufilt_jax.pipeline.coverage import outside_share
 from nufilt_jax.pipeline.inspection import Inspection
 from nufilt_jax.pipeline.journal import Journal
 from nufilt_jax.pipeline.merged import merged_tensors
@@ -97,7 +98,7 @@ def run(
     forecast = place.forecast(plan.done)
     try:
         with compiled.listening(), Journal(place, recipe, forecast, clock) as journal:
-            state = _merge(plan, place, journal, watcher, evaluation)
+            state = _merge(plan, inspection, place, journal, watcher, evaluation)
             watcher.phase("writing the model")
             with clock.spent_on("write_model"):
                 _write_model(plan, state, place)
@@ -135,7 +136,12 @@ def _write_model(plan: Plan, state: MergeState, place: OutputPlace) -> None:
 
 
 def _merge(
-    plan: Plan, place: OutputPlace, journal: Journal, watcher: Watcher, evaluation: Evaluation | None
+    plan: Plan,
+    inspection: Inspection,
+    place: OutputPlace,
+    journal: Journal,
+    watcher: Watcher,
+    evaluation: Evaluation | None,
 ) -> MergeState:
     """The state after all tasks; the journal gets an entry for each task merged here.
 
@@ -170,7 +176,9 @@ def _merge(
             begun = time.perf_counter()
             state = _update(rule, state, task, watcher, _examples(plan, name, index + 1))
             solve_seconds = time.perf_counter() - begun
-            entry = step_entry(name, time.perf_counter() - start, state.report) | {"timings": task.clock.as_dict()}
+            outside = outside_share(plan.base, plan.selection, inspection.changes.get(name, {}))
+            entry = step_entry(name, time.perf_counter() - start, state.report)
+            entry |= {"outside": round(outside, 6), "timings": task.clock.as_dict()}
             if plan.examples:
                 entry["examples"] = _examples_entry(plan.examples[name])
             del task  # before D is copied, or the next one is read

@@ -111,8 +111,13 @@ def test_published_layers(chosen, left):
 def test_a_selection_of_nothing_is_refused(options, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         select(BASE, **options)
-    with pytest.raises(ConfigError, match="no matrix of this model is among the known layers"):
-        select({"layer.weight": np.zeros((2, 2), np.float32)})
+    heads = {f"head.{name}.weight": np.zeros((2, 2), np.float32) for name in "ab"}
+    with pytest.raises(ConfigError) as refusal:
+        select(heads)
+    text = str(refusal.value)
+    assert "no matrix of this model is in a numbered block" in text and "head.{a,b} (2)" in text
+    expression = text.split("--layers '")[1].split("'")[0]
+    assert set(select(heads, layers=expression).layers) == heads.keys()
 
 
 def test_starts_depend_on_seed_step_and_name_alone():
