@@ -1,7 +1,7 @@
 """Every merging rule as a pair of pure functions, in one registry."""
 
 import dataclasses
-from typing import get_args
+from typing import Any, get_args
 
 from nufilt_jax.anatomy import layer_shape, tensor_of
 from nufilt_jax.config import MethodConfig, OtherParams, problem
@@ -25,7 +25,7 @@ from nufilt_jax.methods import (
 )
 from nufilt_jax.methods.data import TaskData as TaskData
 from nufilt_jax.methods.elementwise import move_others
-from nufilt_jax.methods.selection import select
+from nufilt_jax.methods.selection import Selection, select
 from nufilt_jax.methods.stacked import Names, Params, TaskVector, stack_names, task_vector, zeros
 from nufilt_jax.methods.state import Context, Merger, MergeState, OnStack, Rule, check_task
 
@@ -70,6 +70,7 @@ def get(
     layers: str | None = None,
     other_params: OtherParams = "pretrained",
     conv: bool = False,
+    selection: Selection | None = None,
 ) -> Merger:
     """A merging rule, ready to use.
 
@@ -81,6 +82,8 @@ def get(
       other_params: what becomes of the parameters outside the selected layers: they stay `pretrained`, stay as the
         `first` task has them, or are the running `average` of the tasks'.
       conv: whether convolutions inside blocks are matrices too, `[out, in * kh * kw]`.
+      selection: what `selection.select` chose with these arguments from the whole model; for a base that holds only
+        the tensors touched, whose family its names do not tell.
 
     Raises:
       ConfigError: an unknown rule, or settings of another rule.
@@ -103,7 +106,8 @@ def get(
 
     def choose(base: Params) -> tuple[Names, Names]:
         """The stacks that the rule works on, and those that follow `other_params`."""
-        chosen = select(base, layers=layers, other_params=other_params, scope=rule.scope, conv=conv)
+        how: dict[str, Any] = {"layers": layers, "other_params": other_params, "scope": rule.scope, "conv": conv}
+        chosen = selection or select(base, **how)
         shapes = {name: layer_shape(name, base[tensor_of(name)].shape) for name in chosen.layers + chosen.other}
         return stack_names(shapes, chosen.layers), stack_names(shapes, chosen.other)
 

@@ -156,6 +156,8 @@ def _merge(
         seed=settings.seed,
         layers=settings.layers,
         other_params=settings.other_params,
+        conv=settings.conv,
+        selection=plan.selection,
     )
     # Only a rule that runs the model needs the tensors that it does not touch.
     state = rule.init(plan.base.read(None if plan.examples else plan.selection.touched))
