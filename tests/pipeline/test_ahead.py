@@ -219,3 +219,9 @@ def test_the_recipe_tells_where_the_time_went(shared_models, tmp_path, nufilt, c
     for step in recipe["steps"]:
         assert step["timings"].keys() == {"read", "put", "wait", "solve"}
         assert step["timings"]["solve"] <= step["seconds"]
+
+
+def test_only_a_long_merge_hides_reading_and_writing():
+    assert pipeline_run._hides_all(9.0, 4.0, 4.0)
+    assert not pipeline_run._hides_all(7.0, 4.0, 4.0)
+    assert not pipeline_run._hides_all(9.0, float("inf"), 0.0)  # nothing has been written yet

@@ -181,14 +181,6 @@ def test_output_format_that_the_model_does_not_have(tmp_path, refused):
     assert refused("plan", *argv) == [line]
 
 
-def test_numbers_that_the_output_type_cannot_hold(models, tmp_path, refused, command):
-    tensors = build.weights(models / "beta")
-    tensors[build.Q0][:] = 1e9
-    replace(models / "beta", tensors)
-    (line,) = refused(*command(models, tmp_path / "out", "--method", "sum", "--dtype", "float16"))
-    assert build.Q0 in line and "float16" in line
-
-
 def test_solution_that_is_not_finite(models, tmp_path, refused, command):
     (*lines,) = refused(*command(models, tmp_path / "out", "--learning-rate", "1e38"))
     assert len(lines) == len(build.SELECTED)
