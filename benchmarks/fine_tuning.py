@@ -73,7 +73,7 @@ def _at(rate: float, orders: list[int], n_images: int) -> dict[str, str]:
 
 def _size(stream: Stream) -> float:
     """Of the task vectors, mean over tasks and layers, in proportion to the base's."""
-    base = {name: x for name, x in stream.model("base").items() if published_layers(name, x.shape)}
+    base = {name: x for name, x in stream.model("base").items() if published_layers(name, x.shape, "clip")}
     models = (stream.model(name) for name in stream.tasks)
     return float(
         np.mean([np.linalg.norm(model[name] - x) / np.linalg.norm(x) for model in models for name, x in base.items()])

@@ -127,7 +127,7 @@ def _leading(x: Matrix, rank: int, energy: float | None) -> Float[np.ndarray, "n
 
 
 def _is_merged(name: str, shape: tuple[int, ...], lever: Lever) -> bool:
-    return published_layers(name, shape) or (lever.with_fc2 and FC2.fullmatch(name) is not None)
+    return published_layers(name, shape, "clip") or (lever.with_fc2 and FC2.fullmatch(name) is not None)
 
 
 if __name__ == "__main__":

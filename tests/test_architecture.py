@@ -14,7 +14,7 @@ import nufilt_jax
 ROOT = Path(nufilt_jax.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
 
-# What each room may see of the package, besides itself, `config` and `errors`. Shells see all.
+# What each room may see of the package, besides itself and what is open to all. Shells see all.
 ROOMS = {
     "core": set(),
     "methods": {"core"},
@@ -26,9 +26,11 @@ ROOMS = {
     "config": set(),
     "errors": set(),
     "presets": set(),
+    "anatomy": set(),
+    "patterns": set(),
 }
 SHELLS = {"pipeline", "cli", "merge", "__init__"}
-OPEN_TO_ALL = {"config", "errors"}
+OPEN_TO_ALL = {"config", "errors", "anatomy", "patterns"}
 CORE_LIBRARIES = {"jax", "optax", "chex", "jaxtyping", "numpy", "scipy", "threadpoolctl"}
 
 

@@ -6,7 +6,8 @@ from nufilt_jax.checkpoints.finite import nonfinite_tensors as nonfinite_tensors
 from nufilt_jax.checkpoints.flax_trees import from_flax as from_flax
 from nufilt_jax.checkpoints.flax_trees import to_flax as to_flax
 from nufilt_jax.checkpoints.hub import parse_source as parse_source
-from nufilt_jax.checkpoints.partners import partner_problems as partner_problems
+from nufilt_jax.checkpoints.partners import fit as fit
+from nufilt_jax.checkpoints.quantised import quantised_problems as quantised_problems
 from nufilt_jax.checkpoints.reader import Checkpoint as Checkpoint
 from nufilt_jax.checkpoints.reader import open_checkpoint as open_checkpoint
 from nufilt_jax.checkpoints.saving import load as load

@@ -74,7 +74,7 @@ def read_added(folder: Path) -> dict[str, Array]:
         if entry.dtype != "F32" or not is_added(entry.name)
     ]
     raise_all(CheckpointError, [*header.problems, *foreign])
-    return map_tensors(tensor_info(entry.name, entry, path, SAFETENSORS) for entry in header.entries)
+    return map_tensors(tensor_info(entry.name, entry, path, SAFETENSORS, {}) for entry in header.entries)
 
 
 def added_problems(added: Mapping[str, AnyArray], model: Checkpoint, where: str) -> Iterator[Problem]:

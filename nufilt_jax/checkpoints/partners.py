@@ -1,9 +1,12 @@
-"""Whether a task's checkpoint fits the base's."""
+"""Whether a task's checkpoint fits the base's, and what of it stays the base's."""
 
+import dataclasses
 from collections.abc import Collection, Iterable, Iterator
 
+from nufilt_jax.anatomy import is_buffer, is_head, is_vocabulary
 from nufilt_jax.checkpoints.dtypes import FLOATS, INTEGERS
 from nufilt_jax.checkpoints.folders import ADDED
+from nufilt_jax.checkpoints.prefixes import Matched, match_names
 from nufilt_jax.checkpoints.reader import Checkpoint
 from nufilt_jax.checkpoints.tensors import TensorInfo
 from nufilt_jax.checkpoints.ties import is_copy
@@ -13,24 +16,113 @@ _LISTED = 3  # tensors of one prefix that are named one by one; more are summed 
 _SAME_CLASS = "all models must be fine-tuned from this base"
 
 
-def partner_problems(base: Checkpoint, task: Checkpoint, touched: Collection[str]) -> list[Problem]:
-    """Everything that keeps a task from being merged into a base.
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """A task as the merge reads it.
 
-    A task may lack tensors that are not touched, integer buffers, and copies of tied tensors. It may hold
-    nothing that the base has no place for, integer buffers apart. Float types may differ. Neither may have parameters
-    that a merge added.
+    Attributes:
+      task: in the base's names; tensors that stay the base's are the base's own, so that they count as unchanged.
+      notices: what the user did not get: heads and tables that stay the base's, names read otherwise than stored.
+      problems: what keeps the task from being merged.
+    """
+
+    task: Checkpoint
+    notices: tuple[str, ...] = ()
+    problems: tuple[Problem, ...] = ()
+
+
+def fit(
+    base: Checkpoint, task: Checkpoint, touched: Collection[str], *, asked_for: bool = False, strict: bool = False
+) -> Fitted:
+    """Compares a task with the base.
+
+    A task may lack tensors that are not touched, computed buffers, and copies of tied tensors, and float types may
+    differ. Heads that one of the two lacks, or has in another size, and grown vocabularies stay the base's. Anything
+    else that the base has no place for is a problem, and so are parameters that a merge added.
 
     Args:
       base: the base.
       task: a model fine-tuned from it.
       touched: canonical names of the tensors that the merge reads.
+      asked_for: whether the user's own expression selected them: then none of them may differ.
+      strict: make problems of all notices.
     """
-    return [
+    matched = match_names(base, task, touched)
+    task = matched.task
+    kept = {} if asked_for else {name: what for name in touched if (what := _own_head(base, task, name))}
+    kept |= {name: what for name in base.tensors if name not in touched and (what := _other_size(base, task, name))}
+    extra = _extra(base, task)
+    heads = [name for name in extra if is_head(name) or name in matched.apart]
+    problems = [
         *_mixtures(base, task),
-        *_missing(base, task, touched),
-        *_unequal(base, task, touched),
-        *_homeless(base, task),
+        *_missing(base, task, [name for name in touched if name not in kept]),
+        *_unequal(base, task, [name for name in touched if name not in kept]),
+        *_homeless(base, task, [name for name in extra if name not in heads]),
     ]
+    own = kept | {name: "the base has none" for name in heads}
+    notices = [*_renamed(matched), *_staying(own, task)]
+    if strict:
+        fix = "leave out --strict to keep the base's"
+        problems += [Problem(task.source, what, fix, _stored(base, task, name)) for name, what in own.items()]
+        problems += [Problem(task.source, notice, "leave out --strict") for notice in _renamed(matched)]
+    tensors = {name: info for name, info in task.tensors.items() if name not in heads}
+    tensors |= {name: base.tensors[name] for name in kept if name in touched}
+    told = (f"{task.source}: {notice}" for notice in notices)
+    return Fitted(dataclasses.replace(task, tensors=tensors), () if strict else tuple(told), tuple(problems))
+
+
+def _own_head(base: Checkpoint, task: Checkpoint, name: str) -> str:
+    """Why a touched tensor stays the base's; empty if it is to be merged, or refused."""
+    ours, theirs = base.tensors.get(name), task.tensors.get(name)
+    if ours is None or (theirs is None and not is_head(name)):
+        return ""
+    if theirs is None:
+        return f"{list(ours.shape)} in the base, none in the task"
+    grown = is_vocabulary(name) and ours.shape[1:] == theirs.shape[1:]
+    if ours.shape == theirs.shape or not (grown or is_head(name)) or theirs.dtype not in FLOATS:
+        return ""
+    return _two_shapes(ours, theirs)
+
+
+def _other_size(base: Checkpoint, task: Checkpoint, name: str) -> str:
+    """How a tensor that is not touched differs in shape, if it does and is no buffer."""
+    ours, theirs = base.tensors[name], task.tensors.get(name)
+    if theirs is None or ours.shape == theirs.shape or {ours.dtype, theirs.dtype} & INTEGERS:
+        return ""
+    return "" if is_buffer(name, ours.shape) else _two_shapes(ours, theirs)
+
+
+def _two_shapes(ours: TensorInfo, theirs: TensorInfo) -> str:
+    return f"{list(theirs.shape)}, {list(ours.shape)} in the base"
+
+
+def _extra(base: Checkpoint, task: Checkpoint) -> list[str]:
+    """Parameters of the task that the base lacks; copies of tied ones are looked at by `_homeless`."""
+    return [
+        name
+        for name, info in task.tensors.items()
+        if name not in base.tensors and info.dtype not in INTEGERS and not is_buffer(name, info.shape) and info.size
+    ]
+
+
+def _renamed(matched: Matched) -> Iterator[str]:
+    if matched.removed:
+        yield f"its names begin with {matched.removed!r}, which the base's do not: read without it"
+    if matched.added:
+        yield f"the base's names begin with {matched.added!r}, which its own do not: read as if they did"
+
+
+def _staying(own: dict[str, str], task: Checkpoint) -> Iterator[str]:
+    """One line that counts what stays the base's."""
+    if own:
+        shown = [f"{name} ({what})" for name, what in list(own.items())[:4]]
+        more = f" and {len(own) - 4} more" if len(own) > 4 else ""
+        tensors = "1 tensor is" if len(own) == 1 else f"{len(own)} tensors are"
+        yield f"{tensors} not merged and stay the base's: {', '.join(shown)}{more}; --strict refuses that"
+
+
+def _stored(base: Checkpoint, task: Checkpoint, name: str) -> str:
+    return (task.tensors.get(name) or base.tensors[name]).stored_name
 
 
 def _mixtures(*models: Checkpoint) -> Iterator[Problem]:
@@ -41,6 +133,7 @@ def _mixtures(*models: Checkpoint) -> Iterator[Problem]:
 
 
 def _missing(base: Checkpoint, task: Checkpoint, touched: Iterable[str]) -> Iterator[Problem]:
+    touched = tuple(touched)
     lacking = [name for name in touched if name not in base.tensors]
     yield from _named(base.source, lacking, "is not in the base", "exclude it with --layers")
     lost = [base.tensors[name].stored_name for name in touched if name in base.tensors.keys() - task.tensors.keys()]
@@ -64,13 +157,12 @@ def _unequal(base: Checkpoint, task: Checkpoint, touched: Iterable[str]) -> Iter
                 yield Problem(str(info.file), what, fix, info.stored_name)
 
 
-def _homeless(base: Checkpoint, task: Checkpoint) -> Iterator[Problem]:
+def _homeless(base: Checkpoint, task: Checkpoint, names: Iterable[str]) -> Iterator[Problem]:
     """Tensors of the task that the base lacks."""
     ties = {alias.name: info.name for info in base.tensors.values() for alias in info.aliases}
     extra = []
-    for name, info in task.tensors.items():
-        if name in base.tensors or info.dtype in INTEGERS:
-            continue
+    for name in names:
+        info = task.tensors[name]
         if name not in ties:
             extra.append(info.stored_name)
         elif not _is_tied_in(task, info, ties[name]):

@@ -14,6 +14,7 @@ from nufilt_jax.checkpoints.folders import ADDED, FLAX, Folder, Layout, find_wei
 from nufilt_jax.checkpoints.hub import Place, locate
 from nufilt_jax.checkpoints.index import Index, disagreements, missing_shards, parse_index
 from nufilt_jax.checkpoints.names import canonical_names, flax_axes, from_flax_name
+from nufilt_jax.checkpoints.orientation import stored_axes
 from nufilt_jax.checkpoints.safetensors_files import Entry, Header
 from nufilt_jax.checkpoints.tensors import TensorInfo, UnreadTensors, map_tensors, stream_spans
 from nufilt_jax.checkpoints.ties import tie
@@ -113,6 +114,7 @@ def open_checkpoint(
     offline: bool = False,
     role: Role = "task",
     headers_only: bool = False,
+    model_config: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
     """Opens a local folder or a Hub model; reads headers, index and config only.
 
@@ -122,27 +124,28 @@ def open_checkpoint(
       offline: use the local Hub cache alone.
       role: a base needs a valid `config.json`; a task's is ignored if missing or broken.
       headers_only: write nothing; of a Hub model that is not cached only the headers are fetched.
+      model_config: says how the weights lie; the base's for a task, whose own may be missing. None for its own.
 
     Raises:
       CheckpointError: with everything that is wrong with this folder.
     """
     place = locate(source, revision=revision, offline=offline, headers_only=headers_only)
     try:
-        return _open_at(place, source, role)
+        return _open_at(place, source, role, model_config)
     except OSError as error:
         where = str(error.filename or source)
         what = f"cannot be read: {error.strerror or error}"
         raise CheckpointError(Problem(where, what, "check the folder and its permissions")) from error
 
 
-def _open_at(place: Place, source: str, role: Role) -> Checkpoint:
+def _open_at(place: Place, source: str, role: Role, model_config: Mapping[str, Any] | None) -> Checkpoint:
     present = place.folder.files()
     config, config_problems = _read_config(place.folder, present, source, role)
     layout = find_weights(present)
     if layout is None:
         raise CheckpointError(no_weights_problem(source, present), *config_problems)
     index, headers, problems = _read_headers(place.folder, layout, source)
-    infos, name_problems = _infos(headers, layout.format, place.path, source)
+    infos, name_problems = _infos(headers, layout.format, place.path, source, model_config or config)
     raise_all(CheckpointError, [*config_problems, *problems, *name_problems])
     return Checkpoint(
         source=source,
@@ -209,7 +212,7 @@ def _read_header(folder: Folder, name: str, kind: str, where: str) -> Header:
 
 
 def _infos(
-    headers: Mapping[str, Header], kind: str, root: Path, where: str
+    headers: Mapping[str, Header], kind: str, root: Path, where: str, config: Mapping[str, Any]
 ) -> tuple[dict[str, TensorInfo], list[Problem]]:
     """Tensors by canonical name; two stored names with one meaning are a fault."""
     rows = [(name, entry) for name, header in headers.items() for entry in header.entries]
@@ -218,7 +221,7 @@ def _infos(
     infos: dict[str, TensorInfo] = {}
     problems = []
     for (file, entry), torch_name in zip(rows, torch_names, strict=True):
-        info = tensor_info(canonical[torch_name], entry, root / file, kind)
+        info = tensor_info(canonical[torch_name], entry, root / file, kind, config)
         if info.name in infos and entry.name != infos[info.name].stored_name:
             what = f"means the same tensor as {infos[info.name].stored_name}"
             problems.append(Problem(f"{where}/{file}", what, "keep one of the two", entry.name))
@@ -226,10 +229,12 @@ def _infos(
     return infos, problems
 
 
-def tensor_info(name: str, entry: Entry, file: Path, kind: str) -> TensorInfo:
-    """A tensor by its canonical name, from its entry in a file of that kind."""
-    rank = len(entry.shape)
-    axes = flax_axes(entry.name, rank) if kind == FLAX else tuple(range(rank))
+def tensor_info(name: str, entry: Entry, file: Path, kind: str, config: Mapping[str, Any]) -> TensorInfo:
+    """A tensor by its canonical name, from its entry in a file of that kind and the model's config."""
+    axes = stored_axes(name, entry.shape, config)
+    if kind == FLAX:  # which turns the kernels of linear layers, and leaves as they are those that torch has turned
+        is_turned = axes != tuple(range(len(axes)))
+        axes = tuple(range(len(axes))) if is_turned else flax_axes(entry.name, len(axes))
     return TensorInfo(
         name=name,
         stored_name=entry.name,

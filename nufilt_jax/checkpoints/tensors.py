@@ -54,6 +54,18 @@ class TensorInfo:
         """Bytes in the file."""
         return sum(stop - start for start, stop in self.spans)
 
+    def part(self, index: int) -> "TensorInfo":
+        """Matrix number `index` of a stack of them, which lies in one piece in the file."""
+        n_bytes, [(start, _)] = self.nbytes // self.stored_shape[0], self.spans
+        return dataclasses.replace(
+            self,
+            shape=self.shape[1:],
+            stored_shape=self.stored_shape[1:],
+            axes=tuple(axis - 1 for axis in self.axes[1:]),
+            spans=((start + index * n_bytes, start + (index + 1) * n_bytes),),
+            aliases=(),
+        )
+
     @property
     def copies(self) -> tuple["TensorInfo", ...]:
         """The tensor and its aliases: everything to write when its value changes."""
@@ -94,7 +106,18 @@ class UnreadTensors(Mapping[str, Any]):  # not of arrays: a type checker at run 
         self._infos, self._stop = infos, stop
 
     def __getitem__(self, name: str) -> Array:
+        return self._read(self._infos[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._infos
+
+    def part(self, name: str, index: int) -> Array:
+        """Matrix number `index` of a stack of them, read alone."""
         info = self._infos[name]
+        can_split = len(info.spans) == 1 and info.axes[0] == 0
+        return self._read(info.part(index)) if can_split else self[name][index]
+
+    def _read(self, info: TensorInfo) -> Array:
         stored = b"".join(stream_bytes(info, stop=self._stop))
         return _as_array(np.frombuffer(stored, np.uint8), info)
 

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import get_args
 
+from nufilt_jax.anatomy import layer_shape, tensor_of
 from nufilt_jax.config import MethodConfig, OtherParams, problem
 from nufilt_jax.errors import ConfigError, Problem
 from nufilt_jax.methods import (
@@ -68,6 +69,7 @@ def get(
     seed: int = 0,
     layers: str | None = None,
     other_params: OtherParams = "pretrained",
+    conv: bool = False,
 ) -> Merger:
     """A merging rule, ready to use.
 
@@ -78,6 +80,7 @@ def get(
       layers: regular expression searched in the names of matrices; None for the rule's own choice.
       other_params: what becomes of the parameters outside the selected layers: they stay `pretrained`, stay as the
         `first` task has them, or are the running `average` of the tasks'.
+      conv: whether convolutions inside blocks are matrices too, `[out, in * kh * kw]`.
 
     Raises:
       ConfigError: an unknown rule, or settings of another rule.
@@ -100,13 +103,14 @@ def get(
 
     def choose(base: Params) -> tuple[Names, Names]:
         """The stacks that the rule works on, and those that follow `other_params`."""
-        chosen = select(base, layers=layers, other_params=other_params, scope=rule.scope)
-        shapes = {name: base[name].shape for name in chosen.touched}
+        chosen = select(base, layers=layers, other_params=other_params, scope=rule.scope, conv=conv)
+        shapes = {name: layer_shape(name, base[tensor_of(name)].shape) for name in chosen.layers + chosen.other}
         return stack_names(shapes, chosen.layers), stack_names(shapes, chosen.other)
 
     def init(base: Params) -> MergeState:
         mine, others = choose(base)
-        return MergeState(dict(base), zeros({name: x.shape for name, x in base.items()}, mine + others))
+        shapes = {name: layer_shape(name, base[tensor_of(name)].shape) for part in mine + others for name in part}
+        return MergeState(dict(base), zeros(shapes, mine + others))
 
     def update(
         state: MergeState,
@@ -120,7 +124,7 @@ def get(
             raise ConfigError(Problem("data", f"{name} needs examples of each task", "give update its `data`"))
         mine, others = choose(state.base)
         if not isinstance(task, TaskVector):
-            check_task(state.base, task, state.delta)
+            check_task(state.base, task, state.layers_by_tensor)
             task = task_vector(state.base, task, mine + others)
         delta = state.delta if donate else state.delta.copied()
         own = dataclasses.replace(state, delta=delta.only(mine))

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import UInt32
 
+from nufilt_jax.anatomy import FLAT
 from nufilt_jax.config import NufiltConfig, SolveConfig
 from nufilt_jax.core.adapt import draw_start
 from nufilt_jax.core.dispatch import run_alone
@@ -42,7 +43,7 @@ def solve_task(state: MergeState, task: TaskVector, context: Context) -> Advance
     report: dict[str, LayerReport] = {}
     groups = group_layers(task.shapes)
     for group in groups:
-        keys = adapter_keys(context.seed, state.step + 1, group.names)
+        keys = adapter_keys(context.seed, state.step + 1, tuple(name.removesuffix(FLAT) for name in group.names))
         stacks = (part.only(group.stacks).stacks for part in (state.delta, task))
         parts, solution = run_alone(functools.partial(_step, config=config), *stacks, keys)
         merged += parts

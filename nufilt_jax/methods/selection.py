@@ -8,39 +8,38 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from nufilt_jax import anatomy
+from nufilt_jax.anatomy import Family
 from nufilt_jax.config import OtherParams
 from nufilt_jax.errors import ConfigError, Problem
+from nufilt_jax.patterns import expression, patterns
 
-# The published choice per model family (spec of the selected layers; arXiv:2509.21413v2, Appendix B): CLIP's vision
-# tower without fc2; T5 without head and relative positions; LLaVA's (or a plain Llama's) language model.
-DEFAULT_LAYERS = (
-    r"vision_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc1)\.weight",
-    r"(encoder|decoder)\.block\.\d+\.layer\.\d+\.((Self|EncDec)Attention\.[qkvo]|DenseReluDense\.(wi|wi_0|wi_1|wo))\.weight",
-    r"(language_model\.)?model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight",
-)
 CLIP_VISION = "vision_model."
 T5_EMBEDDING = "shared.weight"  # one tensor, which a T5 knows under three names
 
-# Matrices that are looked up and not multiplied with: embeddings, and T5's tables of relative positions.
-_LOOKUP = re.compile(
-    r"(.*\.)?(shared|embed_tokens|wte|wpe|relative_attention_bias|[a-z_]*(embedding|embeddings|embed))\.weight"
-)
-
-# Which of a model's tensors a rule works on, by name and shape.
-Scope = Callable[[str, tuple[int, ...]], bool]
+# Which of a model's tensors a rule works on, by name, shape, and the model's family.
+Scope = Callable[[str, tuple[int, ...], Family], bool]
 
 
-def published_layers(name: str, shape: tuple[int, ...]) -> bool:
-    """The layers that the paper merges by NUFILT, see `DEFAULT_LAYERS`."""
-    return len(shape) == 2 and any(re.fullmatch(pattern, name) for pattern in DEFAULT_LAYERS)
+def published_layers(name: str, shape: tuple[int, ...], family: Family = "other") -> bool:
+    """The layers that NUFILT merges: the paper's for its models, all linear layers of the blocks of any other.
+
+    The paper's are CLIP's attention and first feed-forward matrices, all of T5's blocks, and those of LLaVA's language
+    model (Appendix B of arXiv:2509.21413v2).
+    """
+    if family == "clip" and not re.fullmatch(r".+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc1)\.weight", name):
+        return False
+    if family == "llava" and not name.startswith("language_model."):
+        return False
+    return anatomy.is_linear(name, shape)
 
 
-def linear_layers(name: str, shape: tuple[int, ...]) -> bool:
+def linear_layers(name: str, shape: tuple[int, ...], family: Family = "other") -> bool:
     """Weights of linear layers: matrices that are no embeddings."""
-    return len(shape) == 2 and not _LOOKUP.fullmatch(name)
+    return (len(shape) == 2 or anatomy.is_experts(name, shape)) and not anatomy.is_lookup(name)
 
 
-def every_tensor(name: str, shape: tuple[int, ...]) -> bool:
+def every_tensor(name: str, shape: tuple[int, ...], family: Family = "other") -> bool:
     """All."""
     return True
 
@@ -61,11 +60,11 @@ class TensorLike(Protocol):
 
 
 class Selection(NamedTuple):
-    """Names of the tensors a merge touches; all others stay as the base has them.
+    """What a merge touches; all other tensors stay as the base has them.
 
     Attributes:
-      layers: those that the rule itself works on.
-      other: those that follow `--other-params`.
+      layers: those that the rule itself works on, by name; see `anatomy.layers_in`.
+      other: tensors that follow `--other-params`.
     """
 
     layers: tuple[str, ...]
@@ -73,8 +72,8 @@ class Selection(NamedTuple):
 
     @property
     def touched(self) -> tuple[str, ...]:
-        """Both."""
-        return self.layers + self.other
+        """Names of all tensors touched, each once."""
+        return tuple(dict.fromkeys(map(anatomy.tensor_of, self.layers + self.other)))
 
 
 def select(
@@ -83,30 +82,60 @@ def select(
     layers: str | None = None,
     other_params: OtherParams = "pretrained",
     scope: Scope = published_layers,
+    conv: bool = False,
 ) -> Selection:
     """Selects from a model.
 
-    On CLIP models all of it stays within the vision tower. Integer buffers are never touched.
+    On CLIP models all of it stays within the vision tower, unless an expression names the text tower. Integer and
+    computed buffers and empty tensors are never touched.
 
     Args:
       base: the model's tensors by canonical name.
       layers: regular expression searched in the names of matrices; None for the rule's own choice.
       other_params: whether the unselected tensors are touched too.
       scope: the rule's own choice.
+      conv: whether convolutions of blocks are matrices too, laid flat.
 
     Raises:
       ConfigError: a broken expression, or one that selects nothing.
     """
-    in_scope = [name for name in _scope(base) if is_float(base[name].dtype)]
-    wanted = scope if layers is None else _matrices(layers)
-    chosen = tuple(name for name in in_scope if wanted(name, base[name].shape))
+    can_reach = reach_of(base, layers)
+    reach = [name for name in sorted(base) if can_reach(name) and is_mergeable(name, base[name])]
+    wanted = wanted_by(base, layers=layers, scope=scope, conv=conv)
+    chosen = [name for name in reach if wanted(name, base[name].shape)]
     if not chosen:
-        what = (
-            "no matrix of this model is among the known layers" if layers is None else f"no matrix matches {layers!r}"
-        )
-        raise ConfigError(Problem("--layers", what, f"the names look like {_example(base)}"))
-    rest = () if other_params == "pretrained" else tuple(sorted(set(in_scope) - set(chosen)))
-    return Selection(chosen, rest)
+        raise ConfigError(_nothing_selected(base, reach, layers))
+    rest = () if other_params == "pretrained" else tuple(sorted(set(reach) - set(chosen)))
+    split = (anatomy.layers_in(name, base[name].shape, flat=conv) for name in chosen)
+    return Selection(tuple(layer for parts in split for layer in parts), rest)
+
+
+def wanted_by(
+    names: Iterable[str], *, layers: str | None, scope: Scope, conv: bool = False
+) -> Callable[[str, tuple[int, ...]], bool]:
+    """The choice itself, whatever a tensor's element type: a function of a name and a shape.
+
+    Raises:
+      ConfigError: a broken expression.
+    """
+    family = anatomy.family_of(names)
+
+    if layers is not None:
+        pattern = _compiled(layers)
+
+        def matches(name: str, shape: tuple[int, ...]) -> bool:
+            flat = conv and anatomy.is_convolution(name, shape)
+            is_matrix = len(shape) == 2 or flat or anatomy.is_experts(name, shape)
+            return is_matrix and pattern.search(name) is not None
+
+        return matches
+    flat = conv and scope in (published_layers, linear_layers)
+    return lambda name, shape: scope(name, shape, family) or (flat and anatomy.is_convolution(name, shape))
+
+
+def is_mergeable(name: str, tensor: TensorLike) -> bool:
+    """Whether a tensor's numbers were trained and can be merged."""
+    return is_float(tensor.dtype) and 0 not in tensor.shape and not anatomy.is_buffer(name, tensor.shape)
 
 
 def n_copies(name: str, embedding_copies: int) -> int:
@@ -119,19 +148,29 @@ def is_float(dtype: np.dtype) -> bool:
     return jnp.dtype(dtype) in (jnp.float16, jnp.dtype(ml_dtypes.bfloat16), jnp.float32, jnp.dtype("float64"))
 
 
-def _scope(names: Iterable[str]) -> list[str]:
-    names = sorted(names)
-    return [name for name in names if name.startswith(CLIP_VISION)] or names
+def reach_of(names: Iterable[str], layers: str | None) -> Callable[[str], bool]:
+    """Which tensors a selection may look at: of a CLIP its vision tower, unless `layers` names the text tower."""
+    if anatomy.family_of(names) != "clip" or (layers is not None and "text_model" in layers):
+        return lambda name: True
+    return lambda name: name.startswith(CLIP_VISION)
 
 
-def _matrices(layers: str) -> Scope:
+def _compiled(layers: str) -> re.Pattern[str]:
     try:
-        pattern = re.compile(layers)
+        return re.compile(layers)
     except re.error as error:
         raise ConfigError(Problem("--layers", f"{layers!r} is no regular expression: {error}")) from error
-    return lambda name, shape: len(shape) == 2 and pattern.search(name) is not None
 
 
-def _example(base: Mapping[str, TensorLike]) -> str:
-    matrices = [name for name in _scope(base) if len(base[name].shape) == 2]
-    return matrices[len(matrices) // 2] if matrices else "nothing: it has no matrices"
+def _nothing_selected(base: Mapping[str, TensorLike], reach: list[str], layers: str | None) -> Problem:
+    """Says what there is instead, and gives an expression to paste where one can be derived."""
+    matrices = [name for name in reach if len(base[name].shape) == 2 and not anatomy.is_lookup(name)]
+    what = f"no matrix matches {layers!r}" if layers is not None else "no matrix of this model is in a numbered block"
+    if not matrices:
+        return Problem("--layers", what, "the model has no matrices but lookup tables")
+    groups = patterns(matrices)
+    listed = ", ".join(f"{group.pattern} ({len(group.names)})" for group in groups[:6])
+    more = f" and {len(groups) - 6} more" if len(groups) > 6 else ""
+    return Problem(
+        "--layers", what, f"its matrices are {listed}{more}; to merge these: --layers '{expression(groups)}'"
+    )

@@ -2,13 +2,16 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Self
+from typing import Protocol, Self, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from nufilt_jax.anatomy import layer_shape, part_of
 
 Array = jax.Array | np.ndarray
 Params = Mapping[str, Array]
@@ -73,8 +76,26 @@ class TaskVector(Stacked):
     """τ = θ_t − θ0 in float32, on the device, in the stacks of the D that it is to be merged into."""
 
 
+@runtime_checkable
+class InParts(Protocol):
+    """Parameters of which one matrix of a stack of experts can be read alone."""
+
+    def part(self, name: str, index: int) -> Array:
+        """Matrix number `index` of a tensor."""
+        ...
+
+
+def layer_of(params: Params, layer: str) -> Array:
+    """A layer of a model, by the names of `anatomy.layers_in`."""
+    name, index = part_of(layer)
+    if index is not None:
+        return params.part(name, index) if isinstance(params, InParts) else params[name][index]
+    tensor = params[name]
+    return tensor.reshape(layer_shape(layer, tensor.shape)) if layer != name else tensor
+
+
 def stack_names(shapes: Mapping[str, tuple[int, ...]], names: Iterable[str]) -> Names:
-    """Sorts names into one stack per shape; matrices in the order of `core.stacks.group_layers`."""
+    """Sorts names of layers into one stack per shape; matrices in the order of `core.stacks.group_layers`."""
     stacks: dict[tuple[int, ...], list[str]] = {}
     for name in sorted(names):
         stacks.setdefault(shapes[name][::-1], []).append(name)
@@ -106,16 +127,29 @@ def task_vector(base: Params, task: Params, names: Names) -> TaskVector:
 
 
 def _difference(base: Params, task: Params, members: tuple[str, ...]) -> jax.Array:
-    if isinstance(task[members[0]], jax.Array) or isinstance(base[members[0]], jax.Array):
-        return _subtract([task[name] for name in members], [base[name] for name in members])
-    differences = (_float32(task[name]) - _float32(base[name]) for name in members)
-    return jax.device_put(_stack(differences, len(members)))
+    pairs = ((layer_of(task, name), layer_of(base, name)) for name in members)
+    first = next(pairs)
+    if any(isinstance(x, jax.Array) for x in first):
+        return _subtract([first, *pairs])
+    changes = (_change(*pair) for pair in itertools.chain([first], pairs))
+    return jax.device_put(_stack(changes, len(members)))
+
+
+def _change(task: Array, base: Array) -> np.ndarray:
+    """θ_t − θ0, subtracted in float64 where a file holds that: in float32 a small change would be lost."""
+    theirs, ours = np.asarray(task), np.asarray(base)
+    wide = np.float64 if np.float64 in (theirs.dtype, ours.dtype) else np.float32
+    return (theirs.astype(wide, copy=False) - ours.astype(wide, copy=False)).astype(np.float32, copy=False)
 
 
 @jax.jit
-def _subtract(task: list[Array], base: list[Array]) -> jax.Array:
-    pairs = zip(task, base, strict=True)
-    return jnp.stack([jnp.asarray(t, jnp.float32) - jnp.asarray(b, jnp.float32) for t, b in pairs])
+def _subtract(pairs: list[tuple[Array, Array]]) -> jax.Array:
+    return jnp.stack([(_wide(t) - _wide(b)).astype(jnp.float32) for t, b in pairs])
+
+
+def _wide(x: Array) -> jax.Array:
+    """In float32, or in float64 if it is that."""
+    return jnp.asarray(x, jnp.float64 if x.dtype == np.float64 else jnp.float32)
 
 
 def _float32(array: Array) -> np.ndarray:

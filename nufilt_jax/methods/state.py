@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nufilt_jax.anatomy import FLAT, tensor_of
 from nufilt_jax.config import MethodConfig
 from nufilt_jax.errors import CheckpointError, Problem, raise_all
 from nufilt_jax.methods.data import TaskData
@@ -59,14 +60,36 @@ class MergeState:
     @property
     def merged(self) -> dict[str, Array]:
         """θ^m: every tensor of the base, in its own dtype, and what the rule added."""
-        moved = {name: merged_tensor(self.base[name], self.delta[name]) for name in self.delta}
-        return self.base | moved | self.added
+        return self.base | {name: self.merged_tensor(name) for name in self.layers_by_tensor} | self.added
+
+    @property
+    def layers_by_tensor(self) -> dict[str, list[str]]:
+        """The layers of D by the tensor that they are in, in their order there."""
+        tensors: dict[str, list[str]] = {}
+        for layer in self.delta:
+            tensors.setdefault(tensor_of(layer), []).append(layer)
+        return tensors
+
+    def merged_tensor(self, name: str, dtype: np.dtype | None = None) -> Array:
+        """θ^m of one tensor that the rule touches, in `dtype` or the base's own."""
+        return merged_tensor(self.base[name], joined(self.delta, name, self.base[name]), dtype)
+
+
+def joined(delta: Stacked, name: str, base: Array) -> Array:
+    """D of a whole tensor, put together from its layers."""
+    if name in delta:
+        return delta[name]
+    if name + FLAT in delta:
+        return delta[name + FLAT].reshape(base.shape)
+    parts = [delta[f"{name}[{i}]"] for i in range(base.shape[0])]
+    return np.stack(parts) if isinstance(parts[0], np.ndarray) else jnp.stack(parts)
 
 
 def merged_tensor(base: Array, delta: Array, dtype: np.dtype | None = None) -> Array:
-    """θ0 + D, added in float32 and rounded once, to `dtype` or to the base's own."""
+    """θ0 + D, added in float32, or in float64 if θ0 is that, and rounded once, to `dtype` or to the base's own."""
     xp = np if isinstance(base, np.ndarray) else jnp
-    return (xp.asarray(base, np.float32) + xp.asarray(delta)).astype(dtype or base.dtype)
+    wide = np.float64 if base.dtype == np.float64 else np.float32
+    return (xp.asarray(base, wide) + xp.asarray(delta, wide)).astype(dtype or base.dtype)
 
 
 OnStack = Callable[[str, LayerReport], None]

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nufilt_jax.anatomy import layer_shape, tensor_of
 from nufilt_jax.config import NufiltConfig, problem
 from nufilt_jax.core.adapt import draw_start
 from nufilt_jax.core.sweep import solve_settings
@@ -14,7 +15,7 @@ from nufilt_jax.errors import ConfigError
 from nufilt_jax.methods.nufilt import adapter_keys
 from nufilt_jax.methods.selection import select
 from nufilt_jax.methods.stacked import Array, Params, Stacked, stack_names, task_vector
-from nufilt_jax.methods.state import merged_tensor
+from nufilt_jax.methods.state import MergeState
 
 _WIDTH = 768  # of the tower that the paper's ranks are for
 
@@ -83,7 +84,8 @@ def merge_settings(
     largest = Ranks(*(max(column) for column in zip(*ranks, strict=True)))
     adam = config or NufiltConfig()
     config = NufiltConfig(**largest._asdict(), steps=adam.steps, learning_rate=adam.learning_rate, decomposition="svd")
-    names = stack_names({name: x.shape for name, x in base.items()}, select(base).layers)
+    layers = select(base).layers
+    names = stack_names({name: layer_shape(name, base[tensor_of(name)].shape) for name in layers}, layers)
     table = jnp.array(ranks, jnp.int32)
     merged: list[jax.Array] = []
     for step, task in enumerate(tasks, 1):
@@ -107,4 +109,4 @@ def _model(
     base: Params, merged: Sequence[jax.Array], names: tuple[tuple[str, ...], ...], setting: int
 ) -> dict[str, Array]:
     delta = Stacked(tuple(np.asarray(x[min(setting, len(x) - 1)]) for x in merged), names)
-    return dict(base) | {name: merged_tensor(base[name], delta[name]) for name in delta}
+    return MergeState(dict(base), delta).merged

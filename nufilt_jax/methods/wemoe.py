@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from nufilt_jax.anatomy import Family
 from nufilt_jax.config import WemoeConfig
 from nufilt_jax.core.linalg import thin_svd
 from nufilt_jax.errors import Problem, SolveError, raise_all
@@ -34,7 +35,7 @@ _TOUCHED = (
 _FEED_FORWARD = re.compile(r"(?P<block>.+\.(mlp|DenseReluDense))\.((?P<first>fc1|wi|wi_0|wi_1)|fc2|wo)\.weight")
 
 
-def attention_and_feed_forward(name: str, shape: tuple[int, ...]) -> bool:
+def attention_and_feed_forward(name: str, shape: tuple[int, ...], family: Family = "other") -> bool:
     """Attention, with CLIP's biases and T5's tables of relative positions, and the feed-forward matrices."""
     return any(re.fullmatch(pattern, name) for pattern in _TOUCHED)
 

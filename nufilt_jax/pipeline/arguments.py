@@ -45,6 +45,8 @@ class Arguments:
       solver: adam trains the correction; closed_form writes it down.
       seed: Of the correction's random start.
       layers: Merge the matrices in whose names this regular expression is found.
+      conv: Convolutions inside blocks are matrices too.
+      strict: Refuse tasks of which a head or a vocabulary would stay the base's.
       other_params: All other parameters: pretrained, first or average.
       evaluate: Measure the merged model on all tasks after every step.
       tasks_file: JSON file that describes tasks, beside those known by name.
@@ -82,6 +84,8 @@ class Arguments:
     solver: Annotated[str | None, _METHOD] = None
     seed: Annotated[Whole, _METHOD] = None
     layers: Annotated[str | None, _METHOD] = None
+    conv: Annotated[bool, Parameter(negative="", show_default=False), _METHOD] = False
+    strict: Annotated[bool, Parameter(negative="", show_default=False), _METHOD] = False
     other_params: Annotated[str | None, _METHOD] = None
     evaluate: Annotated[bool, Parameter(negative="", show_default=False), _EVALUATION] = False
     tasks_file: Annotated[Path | None, _EVALUATION] = None

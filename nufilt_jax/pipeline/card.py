@@ -32,6 +32,7 @@ def model_card(recipe: Mapping[str, Any]) -> str:
         f"| {number} | {task['name']} | {_place(task)} |" for number, task in enumerate(recipe["tasks"], 1)
     )
     selected = recipe["selected"]
+    patterns = ", ".join(f"`{row['pattern']}`" for row in selected)
     rule = find(recipe["method"])
     remarks = (_LEARNED if rule.needs_data else "") + (_ADDED if rule.adds_parameters else "")
     return f"""{header}---
@@ -50,7 +51,8 @@ Base: {_place(base)}
 | --- | --- |
 {config}
 
-{selected["layers"]} tensors were merged by the method. All other parameters {_OTHERS[recipe["other_params"]]}.
+{sum(row["layers"] for row in selected)} layers were merged by the method: {patterns}. All other parameters
+{_OTHERS[recipe["other_params"]]}.
 {remarks}
 Inputs with their SHA-256, versions, device, times and losses of every step are in `nufilt.json`; what each step did to
 each layer is in `forecast.json`. `state/` lets one more task be added:

@@ -9,6 +9,7 @@ from rich.console import Console
 from nufilt_jax.checkpoints.place import OutputPlace, read_json
 from nufilt_jax.pipeline import console as show
 from nufilt_jax.pipeline.arguments import Arguments
+from nufilt_jax.pipeline.coverage import outside_warnings
 from nufilt_jax.pipeline.inspection import inspect
 from nufilt_jax.pipeline.method_help import method_documents, method_lines
 from nufilt_jax.pipeline.plan import Plan, make_plan
@@ -74,6 +75,10 @@ def _run(arguments: Arguments, stdout: Console, stderr: Console) -> None:
         with clock.spent_on("inspect"):
             inspection = inspect(plan)
         show.show_warnings(stderr, inspection.warnings)
+        outside = outside_warnings(plan.base, plan.selection, plan.settings, inspection.changes)
+        show.show_warnings(stderr, outside)
+        if not (arguments.json or arguments.quiet or plan.is_finished):
+            show.show_coverage(stdout, plan, inspection.changes)
         recipe = run(plan, inspection, place, watcher, clock, evaluation=evaluation)
         scores = _scores(plan, place, watcher)
     show.show_warnings(stderr, tuple(evaluation.warnings) if evaluation else ())

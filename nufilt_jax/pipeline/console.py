@@ -9,7 +9,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from nufilt_jax.anatomy import FLAT
 from nufilt_jax.methods.state import LayerReport
+from nufilt_jax.pipeline.coverage import Changes, coverage_lines, left_rows, selected_rows
 from nufilt_jax.pipeline.plan import Plan
 
 
@@ -67,7 +69,9 @@ def plan_document(plan: Plan) -> dict[str, Any]:
             for index, source in enumerate(plan.sources)
         ],
         **plan.settings.as_dict(),
-        "layers_selected": list(plan.selection.layers),
+        "layers_selected": [layer.removesuffix(FLAT) for layer in plan.selection.layers],
+        "selected": selected_rows(plan.base, plan.merged_layers),
+        "left": left_rows(plan.base, plan.selection, {}),
         "other_touched": len(plan.selection.other),
         "kept_from_base": len(plan.base.tensors) - len(plan.selection.touched),
         "stacks": [
@@ -98,6 +102,7 @@ def show_plan(console: Console, plan: Plan) -> None:
         f"layers  {len(plan.selection.layers)} merged by the method, {len(plan.selection.other)} other tensors "
         f"moved ({plan.settings.other_params}), {document['kept_from_base']} kept from the base",
         *(f"        {row['layers']} of shape [{row['shape'][0]}, {row['shape'][1]}]" for row in document["stacks"]),
+        *coverage_lines(document["selected"], document["left"]),
         f"read    {document['bytes']['read'] / 1e9:.2f} GB; state {document['bytes']['state'] / 1e9:.2f} GB",
         *([f"out     {plan.out}"] if plan.out else []),
     ]
@@ -106,6 +111,13 @@ def show_plan(console: Console, plan: Plan) -> None:
         for number, task in enumerate(document["tasks"], 1)
     ]
     for line in lines:
+        show_line(console, line)
+
+
+def show_coverage(console: Console, plan: Plan, changes: Changes) -> None:
+    """What is merged, and what is left although the tasks moved it, before any work."""
+    left = left_rows(plan.base, plan.selection, changes)
+    for line in coverage_lines(selected_rows(plan.base, plan.merged_layers), left):
         show_line(console, line)
 
 

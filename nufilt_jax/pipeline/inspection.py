@@ -28,6 +28,7 @@ class Inspection:
     base_sha256: dict[str, str]
     task_sha256: dict[str, dict[str, str]]
     warnings: tuple[str, ...]
+    changes: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
 
 def inspect(plan: Plan) -> Inspection:

@@ -21,6 +21,7 @@ class Settings:
       other_params: what becomes of all other parameters.
       format: of the weight files; None for the base's.
       dtype: of the stored weights; None for the base's.
+      conv: whether convolutions of blocks are matrices too.
     """
 
     method: str
@@ -30,6 +31,7 @@ class Settings:
     other_params: OtherParams = "pretrained"
     format: str | None = None
     dtype: str | None = None
+    conv: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """For the recipe."""
@@ -107,6 +109,7 @@ class Job:
       out: the output folder; None if only a plan is wanted.
       data: folder with examples of each task; None if there is none.
       evaluation: how the merged model is evaluated after every step; None if it is not.
+      strict: refuse tasks of which a head or a table would stay the base's.
       continues: the merge that --add continues: of the tasks that it has merged, no file is needed.
       warnings: what the user should know and may accept.
       problems: what is wrong so far.
@@ -118,6 +121,7 @@ class Job:
     out: Path | None
     data: Path | None = None
     evaluation: EvaluationOptions | None = None
+    strict: bool = False
     continues: Recorded | None = None
     warnings: tuple[str, ...] = ()
     problems: tuple[Problem, ...] = ()

@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from nufilt_jax.checkpoints import Checkpoint, open_checkpoint, partner_problems
+from nufilt_jax.anatomy import layer_shape, tensor_of
+from nufilt_jax.checkpoints import Checkpoint, fit, open_checkpoint, quantised_problems
 from nufilt_jax.checkpoints.dtypes import OUTPUT_DTYPES, numpy_dtype
 from nufilt_jax.checkpoints.folders import FLAX
 from nufilt_jax.checkpoints.names import has_flax_form
@@ -17,9 +18,9 @@ from nufilt_jax.checkpoints.outputs import plan_shards
 from nufilt_jax.checkpoints.place import OutputPlace
 from nufilt_jax.config import MethodConfig, option, problem
 from nufilt_jax.core.stacks import Group, group_layers
-from nufilt_jax.errors import ConfigError, NufiltError, Problem, gathering
+from nufilt_jax.errors import CheckpointError, ConfigError, NufiltError, Problem, gathering, raise_all
 from nufilt_jax.methods import find
-from nufilt_jax.methods.selection import Selection, select
+from nufilt_jax.methods.selection import Selection, reach_of, select, wanted_by
 from nufilt_jax.pipeline.job import EvaluationOptions, Job, Recorded, Settings, Source
 from nufilt_jax.pipeline.recorded import current, other_merge_problems
 
@@ -55,6 +56,13 @@ class Plan:
     warnings: tuple[str, ...]
 
     @property
+    def merged_layers(self) -> tuple[str, ...]:
+        """The selected layers, but for those that stay the base's because no task has them in the base's size."""
+        tensors, tasks = self.base.tensors, self.tasks.values()
+        stay = {n for n in self.selection.touched if tasks and all(task.tensors[n] is tensors[n] for task in tasks)}
+        return tuple(layer for layer in self.selection.layers if tensor_of(layer) not in stay)
+
+    @property
     def done(self) -> int:
         """Number of tasks that earlier runs have merged."""
         return self.recorded.done if self.recorded else 0
@@ -80,22 +88,26 @@ def make_plan(job: Job, *, offline: bool = False, headers_only: bool = False) ->
     place = None if job.out is None else OutputPlace(job.out)
     recorded = job.continues or _recorded(job, place, problems)
     base, tasks = _open_all(job, problems, offline=offline, headers_only=headers_only)
-    selection, examples = Selection((), ()), {}
+    selection, examples, notices = Selection((), ()), {}, list[str]()
     if base is not None:
         with gathering(problems):
-            selection = _select(base, job.settings)
+            selection = _select(base, tasks, job.settings)
         with gathering(problems):
             examples = _examples(job, base, tuple(tasks), problems)
-        for task in tasks.values():
-            problems += partner_problems(base, task, selection.touched)
+        for name, task in tasks.items():
+            asked_for = job.settings.layers is not None
+            fitted = fit(base, task, selection.touched, asked_for=asked_for, strict=job.strict)
+            tasks[name] = fitted.task
+            problems += fitted.problems
+            notices += fitted.notices
         with gathering(problems):
             problems += _evaluation_problems(job, base)
         with gathering(problems):
             problems += _output_problems(base, job.settings, place)
     if problems or base is None:
         raise NufiltError(*dict.fromkeys(problems))
-    matrices = {name: base.tensors[name].shape for name in selection.layers if len(base.tensors[name].shape) == 2}
-    groups = group_layers(matrices)
+    shapes = {name: layer_shape(name, base.tensors[tensor_of(name)].shape) for name in selection.layers}
+    groups = group_layers({name: shape for name, shape in shapes.items() if len(shape) == 2})
     return Plan(
         base=base,
         sources=job.sources,
@@ -107,7 +119,7 @@ def make_plan(job: Job, *, offline: bool = False, headers_only: bool = False) ->
         evaluation=job.evaluation,
         out=None if place is None else place.out,
         recorded=recorded,
-        warnings=(*job.warnings, *_width_warnings(groups, job.settings.config)),
+        warnings=(*job.warnings, *notices, *_width_warnings(groups, job.settings.config)),
     )
 
 
@@ -138,17 +150,38 @@ def _open_all(
         base = open_checkpoint(job.base.source, revision=job.base.revision, role="base", **how)
     for source in job.sources[job.n_merged :]:
         with gathering(problems):
-            tasks[source.name] = open_checkpoint(source.source, revision=source.revision, role="task", **how)
+            config = None if base is None else base.config
+            tasks[source.name] = open_checkpoint(
+                source.source, revision=source.revision, role="task", model_config=config, **how
+            )
     return base, tasks
 
 
-def _select(base: Checkpoint, settings: Settings) -> Selection:
+def _select(base: Checkpoint, tasks: Mapping[str, Checkpoint], settings: Settings) -> Selection:
+    """What the merge touches.
+
+    Raises:
+      NufiltError: nothing, or weights that are quantised in the base or in a task.
+    """
     tensors = {
         name: jax.ShapeDtypeStruct(info.shape, numpy_dtype(info.dtype) or np.dtype(np.uint8))
         for name, info in base.tensors.items()
     }
-    scope = find(settings.method).scope
-    return select(tensors, layers=settings.layers, other_params=settings.other_params, scope=scope)
+    how: dict[str, Any] = {"layers": settings.layers, "scope": find(settings.method).scope, "conv": settings.conv}
+    wanted, in_reach = wanted_by(tensors, **how), reach_of(tensors, settings.layers)
+    failure: list[Problem] = []
+    selection = Selection((), ())
+    with gathering(failure):
+        selection = select(tensors, other_params=settings.other_params, **how)
+
+    def would_touch(name: str, shape: tuple[int, ...]) -> bool:
+        return in_reach(name) and (settings.other_params != "pretrained" or wanted(name, shape))
+
+    quantised = [
+        p for model in (base, *tasks.values()) for p in quantised_problems(model, would_touch, selection.touched)
+    ]
+    raise_all(CheckpointError, quantised or failure)
+    return selection
 
 
 def _examples(job: Job, base: Checkpoint, names: tuple[str, ...], problems: list[Problem]) -> dict[str, Path]:

@@ -12,6 +12,7 @@ import numpy as np
 from nufilt_jax import __version__
 from nufilt_jax.checkpoints import Checkpoint
 from nufilt_jax.methods.state import LayerReport
+from nufilt_jax.pipeline.coverage import left_rows, selected_rows
 from nufilt_jax.pipeline.inspection import Inspection
 from nufilt_jax.pipeline.job import Source
 from nufilt_jax.pipeline.plan import Plan
@@ -27,7 +28,8 @@ def new_recipe(plan: Plan, inspection: Inspection) -> dict[str, Any]:
         "base": _opened_entry(plan.base, inspection.base_sha256),
         "tasks": [_task_entry(source, plan, inspection.task_sha256[source.name]) for source in plan.sources],
         **plan.settings.as_dict(),
-        "selected": {"layers": len(plan.selection.layers), "other": len(plan.selection.other)},
+        "selected": selected_rows(plan.base, plan.merged_layers),
+        "left": left_rows(plan.base, plan.selection, inspection.changes),
         "steps": [{**step, "resumed": True} for step in (plan.recorded.steps if plan.recorded else ())],
         "versions": {"nufilt_jax": __version__, "python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in _LIBRARIES},

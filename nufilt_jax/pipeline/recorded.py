@@ -32,7 +32,7 @@ def read_recipe(recipe: Mapping[str, Any], folder: Path) -> Recorded:
       OutputError: it is damaged, or from a version with other settings.
     """
     try:
-        values = {key: recipe[key] for key in SETTINGS}
+        values: dict[str, Any] = {key: recipe[key] for key in SETTINGS} | {"conv": recipe.get("conv", False)}
         config = find(values["method"]).config(**values.pop("config"))
         recorded = Recorded(
             folder=folder,

@@ -93,6 +93,7 @@ def new_job(arguments: Arguments, zoo: Path | None = None) -> Job:
         out=arguments.out or _default_out(arguments, order),
         data=arguments.data or preset.data,
         evaluation=evaluation,
+        strict=arguments.strict,
         warnings=(*warnings, *_idle_data(arguments, settings.method)),
         problems=tuple(problems),
     )
@@ -123,6 +124,7 @@ def continued_job(arguments: Arguments, place: OutputPlace) -> Job:
         out=place.out,
         data=arguments.data,
         evaluation=evaluation,
+        strict=arguments.strict,
         continues=recorded,
         warnings=_idle_data(arguments, recorded.settings.method),
         problems=tuple(problems),

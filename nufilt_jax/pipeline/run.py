@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from nufilt_jax import methods
+from nufilt_jax.anatomy import tensor_of
 from nufilt_jax.checkpoints import Checkpoint, write_added, write_checkpoint
 from nufilt_jax.checkpoints.place import OutputPlace
 from nufilt_jax.config import LearningConfig
@@ -225,7 +226,7 @@ def _update(
 
 
 def _in_file(checkpoint: Checkpoint, problem: Problem) -> Problem:
-    info = checkpoint.tensors.get(problem.tensor)
+    info = checkpoint.tensors.get(tensor_of(problem.tensor))
     return problem if info is None else Problem(str(info.file), problem.what, problem.fix, info.stored_name)
 
 

@@ -51,6 +51,7 @@ def read_settings(
         other_params=_choice("other_params", arguments.other_params, _OTHER_PARAMS, problems) or "pretrained",
         format=_choice("format", arguments.format, _FORMATS, problems),
         dtype=_choice("dtype", arguments.dtype, _DTYPES, problems),
+        conv=arguments.conv,
     )
     return settings, warnings, problems
 
@@ -79,6 +80,7 @@ def changed_settings(arguments: Arguments, settings: Settings) -> list[Problem]:
         "other_params": (arguments.other_params, settings.other_params),
         "format": (arguments.format and _FORMATS.get(arguments.format, arguments.format), settings.format),
         "dtype": (arguments.dtype, settings.dtype),
+        "conv": (arguments.conv or None, settings.conv),
     }
     problems = _not_available(arguments)
     given = arguments.config_flags() | _parsed(settings.method, arguments.method_args, problems)

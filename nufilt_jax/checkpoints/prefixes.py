@@ -1,0 +1,82 @@
+"""Names of a task that begin otherwise than the base's: wrappers, and backbones with and without a head."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Collection, Mapping
+
+from nufilt_jax.checkpoints.reader import Checkpoint
+
+_MOST = 3  # components of a prefix, and rounds: `module.` around `bert.`
+_CANDIDATES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Matched:
+    """A task in the base's names.
+
+    Attributes:
+      task: with its tensors renamed.
+      removed: prefixes that its names had and the base's have not.
+      added: prefixes that the base's names have and its own had not.
+      apart: tensors of the task that stand beside what the removed prefix is of, by canonical name.
+    """
+
+    task: Checkpoint
+    removed: str = ""
+    added: str = ""
+    apart: frozenset[str] = frozenset()
+
+
+def match_names(base: Checkpoint, task: Checkpoint, wanted: Collection[str]) -> Matched:
+    """Leaves out or puts before a task's names what makes more of its tensors the base's; does nothing if none lack.
+
+    Args:
+      base: the base.
+      task: a model fine-tuned from it.
+      wanted: canonical names that the merge needs.
+    """
+    names = {name: name for name in task.tensors}  # stored canonical -> matched
+    found, removed, added = Matched(task), "", ""
+    for _ in range(_MOST):
+        if all(name in names.values() for name in wanted):
+            break
+        rounds = [(_fits(base, task, new), kind, prefix, new) for kind, prefix, new in _attempts(base, names)]
+        best = max(rounds, key=lambda row: row[0], default=None)
+        if best is None or best[0] <= _fits(base, task, names):
+            break
+        _, kind, prefix, new = best
+        removed, added = (removed + prefix, added) if kind == "remove" else (removed, prefix + added)
+        names = new
+    if removed or added:
+        tensors = {new: dataclasses.replace(task.tensors[old], name=new) for old, new in names.items()}
+        apart = frozenset(new for old, new in names.items() if removed and not old.startswith(removed))
+        found = Matched(dataclasses.replace(task, tensors=tensors), removed, added, apart)
+    return found
+
+
+def _attempts(base: Checkpoint, names: Mapping[str, str]) -> list[tuple[str, str, dict[str, str]]]:
+    """Renamings by one prefix: taken away where the base has none of it, put before where the task has none."""
+    attempts = []
+    for prefix in _prefixes(names.values()):
+        if not any(name.startswith(prefix) for name in base.tensors):
+            attempts.append(("remove", prefix, {old: new.removeprefix(prefix) for old, new in names.items()}))
+    for prefix in _prefixes(base.tensors):
+        if not any(name.startswith(prefix) for name in names.values()):
+            new = {old: prefix + name if prefix + name in base.tensors else name for old, name in names.items()}
+            attempts.append(("add", prefix, new))
+    return [(kind, prefix, new) for kind, prefix, new in attempts if len(set(new.values())) == len(new)]
+
+
+def _prefixes(names: Collection[str]) -> list[str]:
+    """The beginnings that most names share, of up to `_MOST` modules."""
+    counts: Counter[str] = Counter()
+    for name in names:
+        modules = name.split(".")[:-1]
+        counts.update(".".join(modules[:n]) + "." for n in range(1, min(_MOST, len(modules)) + 1))
+    return [prefix for prefix, _ in counts.most_common(_CANDIDATES)]
+
+
+def _fits(base: Checkpoint, task: Checkpoint, names: Mapping[str, str]) -> int:
+    """How many tensors are the base's by name and shape."""
+    pairs = ((task.tensors[old], base.tensors.get(new)) for old, new in names.items())
+    return sum(theirs is not None and ours.shape == theirs.shape for ours, theirs in pairs)
