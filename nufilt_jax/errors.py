@@ -1,8 +1,11 @@
 """Every exception a user can meet. Each carries its problems as one-line sentences."""
 
 import contextlib
+import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
+
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f]")
 
 
 class Problem(NamedTuple):
@@ -23,7 +26,9 @@ class Problem(NamedTuple):
     def __str__(self) -> str:
         parts = [part for part in (self.where, self.tensor, self.what) if part]
         line = ": ".join(parts) + (f" ({self.fix})" if self.fix else "")
-        return " ".join(line.split())  # one line, whatever a foreign message brought along
+        # One line, whatever a foreign message brought along; and no command to the terminal, whatever a name did.
+        line = " ".join(part.strip() for part in line.splitlines() if part.strip())
+        return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", line)
 
 
 class NufiltError(Exception):

@@ -57,7 +57,8 @@ def _split(form: str) -> tuple[str, str, str]:
             stem, leaf = form.removesuffix(suffix), suffix
     parent, dot, module = stem.rpartition(".")
     first = module.removesuffix("_proj")
-    return (parent + dot, first, "_proj" + leaf) if first in _PROJECTIONS else (parent + dot, module, leaf)
+    is_plain = first != module and first in _PROJECTIONS
+    return (parent + dot, first, "_proj" + leaf) if is_plain else (parent + dot, module, leaf)
 
 
 def expression(groups: Iterable[Group]) -> str:

@@ -1,5 +1,6 @@
 """The paper's models and task groups as data: Hub ids, orders, and settings that depend on the group."""
 
+import difflib
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,8 @@ TINY = "tiny"
 FLAN_T5 = "flan-t5-base"
 GLUE_TASKS = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb")  # Table 2's order
 NOT_YET = ("llava-1.5-7b",)
-MODELS = (TINY, *CLIP_BASES, FLAN_T5, *NOT_YET)
+READY = (TINY, *CLIP_BASES, FLAN_T5)
+MODELS = (*READY, *NOT_YET)
 
 Settings = Mapping[str, Mapping[str, Any]]  # by method, what differs from the defaults
 
@@ -135,9 +137,10 @@ def check_model(model: str) -> None:
       NotYetError: it is a preset to come.
     """
     if model not in MODELS:
-        raise ConfigError(problem("model", f"unknown model {model!r}", f"choose from {', '.join(MODELS)}"))
+        near = difflib.get_close_matches(model, READY, 1, 0.5)
+        fix = (f"did you mean {near[0]}? " if near else "") + f"choose from {', '.join(READY)}"
+        raise ConfigError(problem("model", f"unknown model {model!r}", fix))
     if model in NOT_YET:
-        ready = ", ".join(m for m in MODELS if m not in NOT_YET)
         raise NotYetError(
-            problem("model", f"{model} is not ready yet", f"choose from {ready}, or give --base and --task")
+            problem("model", f"{model} is not ready yet", f"choose from {', '.join(READY)}, or give --base and --task")
         )

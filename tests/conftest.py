@@ -38,5 +38,6 @@ def pytest_configure(config: pytest.Config) -> None:
     folder = tempfile.mkdtemp(prefix="nufilt-tests-")
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
     os.environ["NUFILT_CACHE"] = os.path.join(folder, "nufilt")
+    os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = os.path.join(folder, "hypothesis")  # not the checkout
     os.environ["HF_HOME"] = os.path.join(folder, "huggingface")
     os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nobody listens: a test that asks the Hub fails at once

@@ -26,11 +26,12 @@ ROOMS = {
     "config": set(),
     "errors": set(),
     "presets": set(),
+    "strict_json": set(),
     "anatomy": set(),
     "patterns": set(),
 }
 SHELLS = {"pipeline", "cli", "merge", "__init__"}
-OPEN_TO_ALL = {"config", "errors", "anatomy", "patterns"}
+OPEN_TO_ALL = {"config", "errors", "anatomy", "patterns", "strict_json"}
 CORE_LIBRARIES = {"jax", "optax", "chex", "jaxtyping", "numpy", "scipy", "threadpoolctl"}
 
 

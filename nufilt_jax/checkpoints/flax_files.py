@@ -5,19 +5,22 @@ or 3 holding `(shape, dtype, bytes)`. Nothing in such a file can run code.
 """
 
 import math
+import re
 from collections.abc import Iterable
 from io import BufferedReader, BufferedWriter
 from pathlib import Path
 from typing import Any
 
 from nufilt_jax.checkpoints.dtypes import bits, code_of, numpy_dtype
-from nufilt_jax.checkpoints.safetensors_files import Entry, Header, Piece
+from nufilt_jax.checkpoints.safetensors_files import Entry, Header, Piece, is_possible_shape, pointer_problem
 from nufilt_jax.errors import Problem
+from nufilt_jax.strict_json import shown
 
 _ARRAY, _SCALAR = 1, 3  # extension types of flax.serialization; 2 is a complex number
 _CHUNKED = "__msgpack_chunked_array__"
 _CHUNK_BYTES = 1 << 30  # msgpack objects end at 2^32 bytes; flax splits arrays here
 _MAX_DEPTH = 64
+_CHUNK_NUMBER = re.compile(r"[0-9]{1,9}")
 
 # First byte of an object -> (kind, how many bytes hold its length).
 _SIZED = {
@@ -46,16 +49,30 @@ def read_header(file: BufferedReader, where: str) -> Header:
     """
     size = file.seek(0, 2)
     file.seek(0)
+    if pointer := pointer_problem(file, where):
+        return Header((), {}, (pointer,))
     entries: list[Entry] = []
     try:
         _walk(file, size, (), entries)
         if file.tell() != size:
             raise _Malformed(f"has {size - file.tell()} bytes after its last tensor")
-        if len({entry.name for entry in entries}) < len(entries):
-            raise _Malformed("holds two tensors of one name")
+        _require_tree([entry.name for entry in entries])
     except _Malformed as error:
         return Header((), {}, (Problem(where, str(error), "download or save it again", error.tensor),))
     return Header(tuple(entries), {}, ())
+
+
+def _require_tree(names: list[str]) -> None:
+    """Refuses names that two tensors have, or a tensor and a map of tensors, as slashes in keys can bring about."""
+    known = set(names)
+    if len(known) < len(names):
+        raise _Malformed("holds two tensors of one name")
+    for name in names:
+        at = name.find("/")
+        while at >= 0:
+            if name[:at] in known:
+                raise _Malformed("is an array and a map of arrays", name[:at])
+            at = name.find("/", at + 1)
 
 
 def _walk(file: BufferedReader, size: int, path: tuple[str, ...], entries: list[Entry]) -> None:
@@ -74,7 +91,7 @@ def _walk(file: BufferedReader, size: int, path: tuple[str, ...], entries: list[
             key = _text(file, size)
             if key == _CHUNKED:
                 _skip_true(file, size)
-                entries[keys_before:] = [_read_chunked(file, size, name, length - 1)]
+                entries[keys_before:] = [_read_chunked(file, size, path, length - 1)]
                 return
             _walk(file, size, (*path, key), entries)
 
@@ -121,6 +138,8 @@ def _integers(file: BufferedReader, size: int, kinds: tuple[str, ...]) -> list[i
     kind, length = _head(file, size)
     if kind not in kinds:
         raise _Malformed(f"has a msgpack {kind} where a shape belongs")
+    if length > size:
+        raise _Malformed(f"is cut off: a shape has {length} numbers, the file {size} bytes")
     values = []
     for _ in range(length):
         if kind == "map":
@@ -148,7 +167,9 @@ def _read_array(file: BufferedReader, name: str, length: int, size: int) -> Entr
         raise _Malformed(f"is cut off: it ends at byte {end}, but the file has {size}", name)
     dtype = code_of(dtype_name)
     if dtype is None:
-        raise _Malformed(f"has the unknown element type {dtype_name!r}", name)
+        raise _Malformed(f"has the unknown element type {shown(dtype_name)}", name)
+    if not is_possible_shape(shape):
+        raise _Malformed(f"has the impossible shape {shown(shape)}", name)
     if kind != "bin" or start + count != end or count * 8 != math.prod(shape) * bits(dtype):
         raise _Malformed(f"takes {end - start} bytes, which {dtype_name} of shape {shape} does not", name)
     file.seek(end)
@@ -160,8 +181,9 @@ def _skip_true(file: BufferedReader, size: int) -> None:
         raise _Malformed("has a chunked array without its mark")
 
 
-def _read_chunked(file: BufferedReader, size: int, name: str, n_keys: int) -> Entry:
+def _read_chunked(file: BufferedReader, size: int, path: tuple[str, ...], n_keys: int) -> Entry:
     """An array above 1 GiB: `shape` and `chunks`, both maps from index to value."""
+    name = "/".join(path)
     shape: list[int] = []
     chunks: list[Entry] = []
     for _ in range(n_keys):
@@ -169,13 +191,15 @@ def _read_chunked(file: BufferedReader, size: int, name: str, n_keys: int) -> En
         if key == "shape":
             shape = _integers(file, size, ("map", "array"))
         elif key == "chunks":
-            _walk(file, size, (name,), chunks)
-            if not all(chunk.name.rsplit("/", 1)[-1].isdecimal() for chunk in chunks):
+            _walk(file, size, (*path, key), chunks)
+            if not all(_CHUNK_NUMBER.fullmatch(chunk.name.rsplit("/", 1)[-1]) for chunk in chunks):
                 raise _Malformed("has chunks without numbers", name)
         else:
-            raise _Malformed(f"has the unknown part {key!r}", name)
+            raise _Malformed(f"has the unknown part {shown(key)}", name)
     chunks.sort(key=lambda chunk: int(chunk.name.rsplit("/", 1)[-1]))
     dtypes = {chunk.dtype for chunk in chunks}
+    if not is_possible_shape(shape):
+        raise _Malformed(f"has the impossible shape {shown(shape)}", name)
     if len(dtypes) != 1 or sum(math.prod(chunk.shape) for chunk in chunks) != math.prod(shape):
         raise _Malformed(f"has chunks that do not add up to its shape {shape}", name)
     return Entry(name, dtypes.pop(), tuple(shape), tuple(span for chunk in chunks for span in chunk.spans))

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from io import BufferedReader
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -19,19 +19,15 @@ _INDEX = {SAFETENSORS: "model.safetensors.index.json", FLAX: "flax_model.msgpack
 
 _WEIGHTS = re.compile(
     r"\.(safetensors|msgpack|bin|pt|pth|ckpt|h5|ot|onnx|onnx_data|gguf|ggml|pkl|pickle|npz|tflite|pb|mlmodel)"
-    r"(\.index\.json|\.index|\.meta|\.data-.*)?$",
+    r"([._-]?(data|\d+))?(\.index(\.\w+)?\.json|\.index|\.meta|\.data-.*)?$",
     re.IGNORECASE,
 )
 _PICKLE = re.compile(r"\.(bin|pt|pth|ckpt|pkl|pickle)$", re.IGNORECASE)
 _SMALL = re.compile(r"(\.(json|txt|model|jinja|md|yaml|yml)|^LICENSE.*|^NOTICE.*)$", re.IGNORECASE)
-# An earlier merge's: true of it, not of its copy.
-_OWN_FILES = frozenset(
-    {"nufilt.json", "forecast.json", "evaluation.json", "accuracy_matrix.png", "analysis.json", "report.html"}
-)
-_OWN_FOLDERS = frozenset({".git", ".cache", "state", "analysis"})
 
 CONVERT = (
-    "convert it where you trust it: load it with transformers and call save_pretrained(folder, safe_serialization=True)"
+    "convert it where you trust it: load it with transformers 4.35 or later and call save_pretrained(folder), which "
+    "writes safetensors"
 )
 
 
@@ -103,6 +99,10 @@ def no_weights_problem(where: str, names: Collection[str]) -> Problem:
             "is a PEFT adapter, and adapters cannot be merged yet",
             "load it with peft, call merge_and_unload() and save the whole model",
         )
+    if "model_index.json" in names:
+        what = "is a diffusers pipeline: its components are models of their own"
+        held = [f"{where}/{name}" for name in components(where, names)]
+        return Problem(where, what, f"give the folder of one: {', '.join(held) or 'its unet/ or text_encoder/'}")
     if pickles := sorted(name for name in names if _PICKLE.search(name)):
         what = "is a pickle, which can run any code when loaded, and the folder has no other weights"
         return Problem(f"{where}/{pickles[0]}", what, CONVERT)
@@ -117,19 +117,18 @@ def is_weight_file(name: str) -> bool:
     return bool(_WEIGHTS.search(name))
 
 
-def is_wanted_beside(name: str) -> bool:
-    """Whether a Hub repository's file is worth fetching with the weights: config, tokenizer and the like."""
-    return name == ADDED or ("/" not in name and bool(_SMALL.search(name)) and not is_weight_file(name))
+def is_pickle(name: str) -> bool:
+    """Whether a weight file can run any code when it is loaded."""
+    return bool(_PICKLE.search(name))
 
 
-def files_to_copy(root: Path) -> Iterator[Path]:
-    """Files beside the weights, relative to `root`: config, tokenizer, subfolders without weights."""
-    for folder, subfolders, names in os.walk(root):
-        here = Path(folder)
-        subfolders[:] = sorted(sub for sub in subfolders if sub not in _OWN_FOLDERS)
-        if here != root and any(is_weight_file(name) for name in names):
-            subfolders.clear()
-            continue
-        for name in sorted(names):
-            if not is_weight_file(name) and name not in _OWN_FILES and (here / name).is_file():
-                yield (here / name).relative_to(root)
+def is_small(name: str) -> bool:
+    """Whether a file is a config, tokenizer, licence or the like."""
+    return bool(_SMALL.search(name))
+
+
+def components(where: str, names: Collection[str]) -> list[str]:
+    """The subfolders that hold weights to be read, of a folder on disk or among the names of a Hub repository."""
+    here = {path.parent.name for kind in _SINGLE for path in Path(where).glob(f"*/*.{kind}")}
+    parts = (name.split("/") for name in names)
+    return sorted(here | {part[0] for part in parts if len(part) == 2 and part[1].endswith(f".{SAFETENSORS}")})

@@ -12,12 +12,13 @@ from io import BufferedReader, RawIOBase
 from pathlib import Path
 from typing import Any, cast
 
+from nufilt_jax.checkpoints.beside import files_beside, is_wanted_of_task
 from nufilt_jax.checkpoints.folders import (
+    ADDED,
     Folder,
     Layout,
     LocalFolder,
     find_weights,
-    is_wanted_beside,
     no_weights_problem,
 )
 from nufilt_jax.checkpoints.index import parse_index
@@ -25,6 +26,7 @@ from nufilt_jax.errors import CheckpointError, Problem
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$", re.ASCII)
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
+_PATTERN = re.compile(r"[*?\[]")  # what the Hub library would take for more than a name
 _TIMEOUT = 10.0  # seconds for the first answer of the Hub
 _BLOCK = 1 << 18  # bytes per request when only headers are fetched
 
@@ -51,8 +53,15 @@ def parse_source(text: str) -> tuple[str, str | None]:
     return name, revision
 
 
-def locate(source: str, *, revision: str | None, offline: bool, headers_only: bool) -> Place:
+def locate(source: str, *, revision: str | None, offline: bool, headers_only: bool, whole: bool = True) -> Place:
     """Finds a checkpoint, downloading it if it must.
+
+    Args:
+      source: a folder or a Hub id.
+      revision: of a Hub id.
+      offline: use the local Hub cache alone.
+      headers_only: write nothing.
+      whole: whether everything that belongs to the model is needed, or what its weights mean.
 
     Raises:
       CheckpointError: there is no such folder, and the Hub cannot or may not give it.
@@ -67,10 +76,10 @@ def locate(source: str, *, revision: str | None, offline: bool, headers_only: bo
         raise CheckpointError(Problem(source, "is a file", f"give its folder: {path.parent}"))
     if not _HUB_ID.match(source) or ".." in source or "--" in source:
         raise CheckpointError(Problem(source, "there is no such folder", "check the path"))
-    return _locate_on_hub(source, revision, offline=offline, headers_only=headers_only)
+    return _locate_on_hub(source, revision, offline=offline, headers_only=headers_only, whole=whole)
 
 
-def _locate_on_hub(source: str, revision: str | None, *, offline: bool, headers_only: bool) -> Place:
+def _locate_on_hub(source: str, revision: str | None, *, offline: bool, headers_only: bool, whole: bool) -> Place:
     from huggingface_hub import constants
 
     cached = _cached(source, revision or constants.DEFAULT_REVISION)
@@ -80,12 +89,13 @@ def _locate_on_hub(source: str, revision: str | None, *, offline: bool, headers_
             what = f"there is no such folder, and the local Hub cache does not hold it{at}"
             raise CheckpointError(Problem(source, what, "check the path, or run once without --offline"))
         return cached
-    is_fixed = headers_only or _COMMIT.match(revision or "")
+    # Of a whole model the cache may hold less, as a program fetched it that needed less: only the Hub knows.
+    is_fixed = headers_only or (not whole and _COMMIT.match(revision or ""))
     if cached is not None and is_fixed and _is_complete(cached.folder):
         return cached
     try:
         with _translated(source, revision), _quiet():
-            return _fetch(source, revision, headers_only=headers_only)
+            return _fetch(source, revision, headers_only=headers_only, whole=whole)
     except _UnreachableError:
         if cached is not None and _is_complete(cached.folder):
             return cached
@@ -118,7 +128,7 @@ def _weight_names(folder: Folder, layout: Layout) -> list[str]:
         return [layout.file, *parse_index(file.read(), layout.file).shards]
 
 
-def _fetch(source: str, revision: str | None, *, headers_only: bool) -> Place:
+def _fetch(source: str, revision: str | None, *, headers_only: bool, whole: bool) -> Place:
     from huggingface_hub import HfApi, snapshot_download
 
     info = HfApi().model_info(source, revision=revision, timeout=_TIMEOUT, files_metadata=True)
@@ -129,8 +139,10 @@ def _fetch(source: str, revision: str | None, *, headers_only: bool) -> Place:
     remote = HubFolder(source, info.sha or "main", sizes)
     if headers_only:
         return Place(remote, Path(source), info.sha, is_local=False)
-    wanted = [*_weight_names(remote, layout), *filter(is_wanted_beside, sizes)]
-    path = Path(snapshot_download(source, revision=info.sha, allow_patterns=wanted))
+    beside = files_beside(sizes) if whole else filter(is_wanted_of_task, sizes)
+    wanted = {*_weight_names(remote, layout), *beside, ADDED} & sizes.keys()
+    patterns = [_PATTERN.sub(r"[\g<0>]", name) for name in wanted]
+    path = Path(snapshot_download(source, revision=info.sha, allow_patterns=patterns))
     _remember(path, revision, info.sha)
     return Place(LocalFolder(path), path, info.sha)
 

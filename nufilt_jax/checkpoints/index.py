@@ -1,11 +1,11 @@
 """The index of a sharded model: which tensor is in which file."""
 
-import json
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
 from nufilt_jax.errors import Problem
+from nufilt_jax.strict_json import JsonError, is_text, parse_object, shown
 
 _RELOAD = "download or save the model again"
 
@@ -21,18 +21,19 @@ class Index(NamedTuple):
 def parse_index(text: bytes, where: str) -> Index:
     """Reads an index file; paths that lead out of the folder are refused."""
     try:
-        content = json.loads(text)
-        weight_map = content["weight_map"]
-        rows = sorted((str(tensor), shard) for tensor, shard in weight_map.items())
-    except (ValueError, TypeError, KeyError, AttributeError):
+        content = parse_object(text)
+    except JsonError as error:
+        return Index({}, {}, (Problem(where, str(error), error.fix or _RELOAD),))
+    weight_map = content.get("weight_map")
+    if not isinstance(weight_map, dict):
         return Index({}, {}, (Problem(where, "is no index: expected JSON with a weight_map", _RELOAD),))
     shards: dict[str, set[str]] = {}
     problems = []
-    for tensor, shard in rows:
+    for tensor, shard in sorted(weight_map.items(), key=lambda row: row[0]):
         if _stays_inside(shard):
             shards.setdefault(shard, set()).add(tensor)
         else:
-            what = f"is said to be in {shard!r}, which is not a file of this folder"
+            what = f"is said to be in {shown(shard)}, which is not a file of this folder"
             problems.append(Problem(where, what, "get the model from a source you trust", tensor))
     metadata = content.get("metadata")
     frozen = {shard: frozenset(tensors) for shard, tensors in shards.items()}
@@ -40,7 +41,7 @@ def parse_index(text: bytes, where: str) -> Index:
 
 
 def _stays_inside(shard: object) -> bool:
-    if not isinstance(shard, str) or not shard or "\0" in shard or "\\" in shard:
+    if not isinstance(shard, str) or not shard or not is_text(shard) or "\0" in shard or "\\" in shard:
         return False
     path = PurePosixPath(shard)
     return not path.is_absolute() and not PureWindowsPath(shard).drive and ".." not in path.parts

@@ -1,6 +1,8 @@
 """Whether a task's checkpoint fits the base's, and what of it stays the base's."""
 
 import dataclasses
+import os
+import re
 from collections.abc import Collection, Iterable, Iterator
 
 from nufilt_jax.anatomy import is_buffer, is_head, is_vocabulary
@@ -52,7 +54,8 @@ def fit(
     kept = {} if asked_for else {name: what for name in touched if (what := _own_head(base, task, name))}
     kept |= {name: what for name in base.tensors if name not in touched and (what := _other_size(base, task, name))}
     extra = _extra(base, task)
-    heads = [name for name in extra if is_head(name) or name in matched.apart]
+    tied = {alias.name for info in base.tensors.values() for alias in info.aliases}
+    heads = [name for name in extra if (is_head(name) or name in matched.apart) and name not in tied]
     problems = [
         *_mixtures(base, task),
         *_missing(base, task, [name for name in touched if name not in kept]),
@@ -107,9 +110,9 @@ def _extra(base: Checkpoint, task: Checkpoint) -> list[str]:
 
 def _renamed(matched: Matched) -> Iterator[str]:
     if matched.removed:
-        yield f"its names begin with {matched.removed!r}, which the base's do not: read without it"
+        yield f"{matched.renamed} names begin with {matched.removed!r}, which the base's do not: read without it"
     if matched.added:
-        yield f"the base's names begin with {matched.added!r}, which its own do not: read as if they did"
+        yield f"{matched.renamed} names lack the base's prefix {matched.added!r}: read with it"
 
 
 def _staying(own: dict[str, str], task: Checkpoint) -> Iterator[str]:
@@ -181,10 +184,9 @@ def _named(where: str, names: Iterable[str], what: str, fix: str) -> Iterator[Pr
     """One problem per tensor, or one per prefix where many share it, as in `text_model.* (196 tensors)`."""
     groups: dict[str, list[str]] = {}
     for name in names:
-        separator = "/" if "/" in name else "."
-        head, dot, _ = name.partition(separator)
-        groups.setdefault(f"{head}{dot}*" if dot else name, []).append(name)
-    for prefix, members in groups.items():
-        many = len(members) > _LISTED
-        for tensor in [f"{prefix} ({len(members)} tensors)"] if many else members:
+        groups.setdefault(re.split("[./]", name, maxsplit=1)[0], []).append(name)
+    for members in groups.values():
+        alike = len(os.path.commonprefix([min(members), max(members)]))  # noqa: RUF071  characters are meant
+        many = re.sub(r"[^./]*$", "*", members[0][:alike], count=1) + f" ({len(members)} tensors)"
+        for tensor in [many] if len(members) > _LISTED else members:
             yield Problem(where, what, fix, tensor)

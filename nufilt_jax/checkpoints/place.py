@@ -1,6 +1,7 @@
 """The place of an output folder: locked while in use, and never holding half a model."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -12,6 +13,7 @@ from typing import Any, TextIO
 from nufilt_jax.checkpoints.state import load_state, save_state
 from nufilt_jax.checkpoints.writer import output_error, sync
 from nufilt_jax.errors import OutputError, Problem
+from nufilt_jax.strict_json import JsonError, parse_object
 
 RECIPE = "nufilt.json"
 FORECAST = "forecast.json"
@@ -35,6 +37,12 @@ class OutputPlace:
         self.staging = self.partial / "output"
         self._previous = self.partial / "previous"
         self._lock = self.out.with_name(self.out.name + ".lock")
+        try:
+            os.lstat(self.partial)  # the longest of the names
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                what = f"is too long a name: {self.partial.name} cannot stand beside it"
+                raise OutputError(Problem(str(out), what, "choose a shorter one")) from error
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -187,17 +195,19 @@ def read_json(path: Path) -> dict[str, Any]:
       OutputError: it cannot be read, or is none.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise OutputError(Problem(str(path), f"cannot be read: {error}", "remove the folder to start over")) from error
-    if not isinstance(content, dict):
-        raise OutputError(Problem(str(path), "holds no JSON object", "remove the folder to start over"))
-    return content
+        return parse_object(path.read_bytes())
+    except JsonError as error:
+        raise OutputError(Problem(str(path), str(error), error.fix or "remove the folder to start over")) from error
+    except OSError as error:
+        what = f"cannot be read: {error.strerror or error}"
+        raise OutputError(Problem(str(path), what, "remove the folder to start over")) from error
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes a JSON object, whole or not at all."""
     beside = path.with_name(path.name + ".new")
-    beside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    # As JSON itself spells what is no text: the bytes of a path may be any.
+    beside.write_text(text, encoding="utf-8", errors="backslashreplace")
     sync(beside)
     os.replace(beside, path)

@@ -16,14 +16,16 @@ class Matched:
 
     Attributes:
       task: with its tensors renamed.
-      removed: prefixes that its names had and the base's have not.
-      added: prefixes that the base's names have and its own had not.
+      removed: prefix that its names had and the base's have not.
+      added: prefix that the base's names have and its own had not.
+      renamed: how many tensors that was.
       apart: tensors of the task that stand beside what the removed prefix is of, by canonical name.
     """
 
     task: Checkpoint
     removed: str = ""
     added: str = ""
+    renamed: int = 0
     apart: frozenset[str] = frozenset()
 
 
@@ -50,7 +52,8 @@ def match_names(base: Checkpoint, task: Checkpoint, wanted: Collection[str]) -> 
     if removed or added:
         tensors = {new: dataclasses.replace(task.tensors[old], name=new) for old, new in names.items()}
         apart = frozenset(new for old, new in names.items() if removed and not old.startswith(removed))
-        found = Matched(dataclasses.replace(task, tensors=tensors), removed, added, apart)
+        renamed = sum(old != new for old, new in names.items())
+        found = Matched(dataclasses.replace(task, tensors=tensors), removed, added, renamed, apart)
     return found
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import threading
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from nufilt_jax.checkpoints.safetensors_files import Entry, Header
 from nufilt_jax.checkpoints.tensors import TensorInfo, UnreadTensors, map_tensors, stream_spans
 from nufilt_jax.checkpoints.ties import tie
 from nufilt_jax.errors import CheckpointError, Problem, raise_all
+from nufilt_jax.strict_json import JsonError, parse_object
 
 Role = Literal["base", "task"]
 
@@ -129,7 +129,7 @@ def open_checkpoint(
     Raises:
       CheckpointError: with everything that is wrong with this folder.
     """
-    place = locate(source, revision=revision, offline=offline, headers_only=headers_only)
+    place = locate(source, revision=revision, offline=offline, headers_only=headers_only, whole=role == "base")
     try:
         return _open_at(place, source, role, model_config)
     except OSError as error:
@@ -170,14 +170,11 @@ def _read_config(
     path = f"{where}/config.json"
     fault = Problem(where, "has no config.json", "a base must be a whole model folder")
     if "config.json" in present:
-        fault = Problem(path, "is not a JSON object", "download or save the model again")
         try:
             with folder.open("config.json") as file:
-                config = json.load(file)
-        except ValueError:
-            config = None
-        if isinstance(config, dict):
-            return config, []
+                return parse_object(file.read(), lenient=True), []
+        except JsonError as error:
+            fault = Problem(path, str(error), error.fix or "download or save the model again")
     return {}, [fault] if role == "base" else []
 
 

@@ -5,16 +5,28 @@ Format: 8 bytes (little-endian length n), n bytes of JSON, then the tensors' byt
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 from nufilt_jax.checkpoints.dtypes import bits, is_known
 from nufilt_jax.errors import Problem
+from nufilt_jax.strict_json import (
+    LFS_POINTER,
+    LFS_PULL,
+    JsonError,
+    is_lfs_pointer,
+    is_text,
+    parse_object,
+    shown,
+)
 
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 _RELOAD = "download or save it again"
+_POINTER = 100  # bytes that tell a Git LFS pointer
+_MAX_AXES = 32  # numpy had no more until 2.0
+_TOO_LARGE = 1 << 56  # bytes of a file, or elements of an array: bytes and bits of it fit 64 bits
 
 
 class Entry(NamedTuple):
@@ -43,11 +55,12 @@ def read_header(file: BufferedReader, where: str) -> Header:
     """
     size = file.seek(0, 2)
     file.seek(0)
+    if pointer := pointer_problem(file, where):
+        return Header((), {}, (pointer,))
     table, start, fault = _read_table(file, size)
     if fault:
         return Header((), {}, (Problem(where, fault, _RELOAD),))
-    metadata = table.pop("__metadata__", None)
-    metadata = metadata if isinstance(metadata, dict) else {}
+    metadata = _texts(table.pop("__metadata__", None))
     entries: list[Entry] = []
     problems: list[Problem] = []
     for name, row in table.items():
@@ -61,6 +74,13 @@ def read_header(file: BufferedReader, where: str) -> Header:
     return Header(tuple(entries), metadata, tuple(problems))
 
 
+def pointer_problem(file: BufferedReader, where: str) -> Problem | None:
+    """Says that a weight file was never fetched; None if it was. Leaves the file at its start."""
+    start = file.read(_POINTER)
+    file.seek(0)
+    return Problem(where, LFS_POINTER, LFS_PULL) if is_lfs_pointer(start) else None
+
+
 def _read_table(file: BufferedReader, size: int) -> tuple[dict[str, Any], int, str]:
     """The header's JSON, where the data starts, and what is wrong (empty if nothing)."""
     if size < 8:
@@ -71,33 +91,43 @@ def _read_table(file: BufferedReader, size: int) -> tuple[dict[str, Any], int, s
     if 8 + length > size:
         return {}, 0, f"is cut off: the header needs {8 + length} bytes, the file has {size}"
     try:
-        table = json.loads(file.read(length))
-    except ValueError:  # UnicodeDecodeError is one
-        return {}, 0, "has a header that is not JSON"
-    if not isinstance(table, dict):
-        return {}, 0, "has a header that is not a JSON object"
-    return table, 8 + length, ""
+        return parse_object(file.read(length)), 8 + length, ""
+    except JsonError as error:
+        return {}, 0, f"has a header that {error}"
+
+
+def _texts(metadata: object) -> dict[str, str]:
+    """What the format allows of metadata: texts by name."""
+    rows = metadata.items() if isinstance(metadata, dict) else ()
+    return {key: text for key, text in rows if isinstance(text, str) and is_text(key) and is_text(text)}
 
 
 def _entry(name: str, row: object, start: int) -> Entry | str:
     """One row of the header, or what is wrong with it."""
+    if not is_text(name):
+        return "has a name that is no text"
     if not isinstance(row, dict):
         return "has no description in the header"
     dtype, shape, offsets = row.get("dtype"), row.get("shape"), row.get("data_offsets")
     if not isinstance(dtype, str) or not is_known(dtype):
-        return f"has the unknown element type {dtype!r}"
-    if not _are_counts(shape):
-        return f"has the impossible shape {shape!r}"
+        return f"has the unknown element type {shown(dtype)}"
+    if not _are_counts(shape) or not is_possible_shape(shape):
+        return f"has the impossible shape {shown(shape)}"
     if not (_are_counts(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]):
-        return f"has the impossible place {offsets!r} in the file"
-    expected = math.prod(shape) * bits(dtype) / 8
-    if offsets[1] - offsets[0] != expected:
-        return f"takes {offsets[1] - offsets[0]} bytes, but {dtype} of shape {shape} needs {expected:.0f}"
+        return f"has the impossible place {shown(offsets)} in the file"
+    taken, needed = offsets[1] - offsets[0], math.prod(shape) * bits(dtype)
+    if taken * 8 != needed:
+        return f"takes {taken} bytes, but {dtype} of shape {shape} needs {needed / 8:.0f}"
     return Entry(name, dtype, tuple(shape), ((start + offsets[0], start + offsets[1]),))
 
 
 def _are_counts(value: object) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < _TOO_LARGE for item in value)
+
+
+def is_possible_shape(shape: Sequence[int]) -> bool:
+    """Whether an array can have this shape: numpy's limits, which also hold where one of its sides is 0."""
+    return len(shape) <= _MAX_AXES and math.prod(size for size in shape if size) < _TOO_LARGE
 
 
 def _layout_problems(entries: list[Entry], start: int, size: int, where: str) -> Iterator[Problem]:

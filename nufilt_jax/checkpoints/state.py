@@ -3,7 +3,9 @@
 import contextlib
 import logging
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from nufilt_jax.checkpoints.dtypes import AnyArray, Array
 from nufilt_jax.errors import CheckpointError, OutputError, Problem
 
 _ROOM = 1.1  # free space asked for, per byte of state
+_PLAIN = re.compile(r"[\w/.-]+", re.ASCII)
 _SLACK = 1 << 17  # bytes that orbax writes whatever the size: measured at 30 kB
 
 
@@ -34,8 +37,8 @@ def save_state(folder: Path, arrays: Mapping[str, Mapping[str, AnyArray]], step:
     try:
         # Not compressed: float32 task vectors hardly shrink, and the processor is busy merging.
         handler = ocp.PyTreeCheckpointHandler(use_zarr3=True, use_compression=False)
-        with _quiet(), ocp.Checkpointer(handler) as checkpointer:
-            checkpointer.save(folder.absolute(), {**groups, "step": step})
+        with _quiet(), _spelt_plainly(folder) as path, ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(path, {**groups, "step": step})
     except (OSError, ValueError, RuntimeError) as error:
         what = f"the state cannot be written: {error}"
         raise OutputError(Problem(str(folder), what, "free some space and run the same command again")) from error
@@ -54,6 +57,19 @@ def _require_room(folder: Path, n_bytes: int) -> None:
                 os.posix_fallocate(file.fileno(), 0, needed)
     finally:
         reserved.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _spelt_plainly(folder: Path) -> Iterator[Path]:
+    """A path that orbax takes as it is: it knows UTF-8 alone, and reads a pattern or an address into some names."""
+    path = folder.absolute()
+    if _PLAIN.fullmatch(str(path)):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="nufilt-") as scratch:
+        link = Path(scratch) / "folder"
+        link.symlink_to(path.parent)
+        yield link / path.name
 
 
 @contextlib.contextmanager
@@ -80,8 +96,8 @@ def load_state(folder: Path) -> tuple[dict[str, dict[str, Array]], int]:
     import orbax.checkpoint as ocp
 
     try:
-        with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            tree = checkpointer.restore(folder.absolute())
+        with _quiet(), _spelt_plainly(folder) as path, ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            tree = checkpointer.restore(path)
         step = int(tree.pop("step"))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         what = f"the state of the merge cannot be read: {type(error).__name__}: {error}"

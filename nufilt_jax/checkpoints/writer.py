@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from nufilt_jax.checkpoints import flax_files, safetensors_files
+from nufilt_jax.checkpoints.beside import files_beside, names_below
 from nufilt_jax.checkpoints.dtypes import FLOATS, OUTPUT_DTYPES, AnyArray, code_of
-from nufilt_jax.checkpoints.folders import FLAX, SAFETENSORS, files_to_copy
+from nufilt_jax.checkpoints.folders import FLAX, SAFETENSORS
 from nufilt_jax.checkpoints.names import has_flax_form
 from nufilt_jax.checkpoints.outputs import Target, plan_shards, stored_bytes
 from nufilt_jax.checkpoints.reader import Checkpoint
@@ -147,13 +148,18 @@ def _write_index(path: Path, metadata: Mapping[str, Any], shards: Mapping[str, l
 
 
 def _write_json(path: Path, content: object, *, sort: bool = False) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=sort, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=2, sort_keys=sort, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")  # as JSON spells halves of characters
 
 
 def _copy_files(like: Checkpoint, out: Path, dtype: str | None) -> None:
     """Copies what lies beside the weights; the config says the new type if it said the old one."""
-    # The weights are in `out` by now: should it lie inside the base's folder, it is passed over for them.
-    for relative in list(files_to_copy(like.path)):
+    merged = {path.relative_to(like.path).as_posix() for path in like.weight_files}  # some may be in subfolders
+    within = out.resolve()
+    for relative in files_beside(names_below(like.path)):
+        # The output may lie inside the base's folder, and is no part of it.
+        if relative in merged or (like.path / relative).resolve().is_relative_to(within):
+            continue
         (out / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(like.path / relative, out / relative)
     if dtype is not None and like.config:

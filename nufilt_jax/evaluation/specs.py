@@ -12,6 +12,7 @@ from typing import Any
 
 from nufilt_jax.errors import ConfigError, Problem, raise_all
 from nufilt_jax.evaluation.text_spec import TextSpec
+from nufilt_jax.strict_json import JsonError, parse_object
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,8 @@ class ImageSpec:
 
 
 Spec = ImageSpec | TextSpec
+_SHOWN = 80  # characters of a value in a message
+_NAME_TASKS = "name the tasks, as in {'mine': {...}}"
 
 # What "kind" may say, and what such an entry holds: a frozen dataclass whose fields are `str` or `tuple[str, ...]`, or
 # one of these or None, and that says in `faults()` what is wrong beyond that.
@@ -69,11 +72,11 @@ def load_specs(user_file: Path | None = None) -> dict[str, Spec]:
     if user_file is None:
         return specs
     try:
-        document = json.loads(user_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(Problem(str(user_file), f"cannot be read: {error}")) from error
-    if not isinstance(document, dict):
-        raise ConfigError(Problem(str(user_file), "holds no JSON object", "name the tasks, as in {'mine': {...}}"))
+        document = parse_object(user_file.read_bytes())
+    except JsonError as error:
+        raise ConfigError(Problem(str(user_file), str(error), error.fix or _NAME_TASKS)) from error
+    except OSError as error:
+        raise ConfigError(Problem(str(user_file), f"cannot be read: {error.strerror or error}")) from error
     return specs | _parse(document, str(user_file), user_file.parent)
 
 
@@ -114,7 +117,9 @@ def _values(kind: type[Spec], entry: Mapping[str, Any]) -> tuple[dict[str, Any],
             values[field.name] = tuple(value) if isinstance(value, list) else value
         else:
             wanted = "a list of texts" if is_list else "a text"
-            faults[field.name] = f"must be {wanted}{' or null' if may_be_none else ''}, got {json.dumps(value)}"
+            faults[field.name] = (
+                f"must be {wanted}{' or null' if may_be_none else ''}, got {json.dumps(value)[:_SHOWN]}"
+            )
     return values, faults
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from nufilt_jax.evaluation.text_heads import HeadMaker
 from nufilt_jax.evaluation.text_spec import TextSpec
 from nufilt_jax.evaluation.text_tasks import open_text_task
 from nufilt_jax.evaluation.text_tokens import open_tokenizer
+from nufilt_jax.strict_json import JsonError, parse_object
 
 _KINDS: Mapping[str, type] = {"clip": ImageSpec, "clip_vision_model": ImageSpec, "t5": TextSpec}
 _WORDS: Mapping[type, str] = {ImageSpec: "images", TextSpec: "text"}
@@ -128,8 +128,7 @@ def open_tasks(
 def _preprocessor(folder: Path) -> dict[str, Any]:
     path = folder / "preprocessor_config.json"
     try:
-        config = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        what, fix = f"cannot be read: {error}", "copy that of the pre-trained model into the folder"
-        raise CheckpointError(Problem(str(path), what, fix)) from error
-    return config
+        return parse_object(path.read_bytes(), lenient=True)
+    except (OSError, JsonError) as error:
+        what = str(error) if isinstance(error, JsonError) else f"cannot be read: {error.strerror or error}"
+        raise CheckpointError(Problem(str(path), what, "copy that of the pre-trained model into the folder")) from error

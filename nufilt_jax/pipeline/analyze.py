@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from nufilt_jax import methods
 from nufilt_jax.analysis.document import Measured, make_document
@@ -160,7 +161,7 @@ def _show(console: Console, document: Mapping[str, Any], report: Path) -> None:
     table = Table("step", "task", *columns)
     for step, task in enumerate(document["tasks"]):
         cells = ("" if values[step] is None else f"{values[step]:.4f}" for values in columns.values())
-        table.add_row(str(step + 1), task, *cells)
+        table.add_row(str(step + 1), Text(task), *cells)
     console.print(table)
     if found := document["affinity"]:
         group = found["groups"][WHOLE_MODEL]

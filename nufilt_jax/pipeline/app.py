@@ -1,21 +1,24 @@
 """The commands and their options: what is parsed, and nothing of what it does."""
 
 import dataclasses
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TextIO, cast
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 
 from nufilt_jax import __version__
 from nufilt_jax.errors import NotYetError, Problem, UsageError
-from nufilt_jax.pipeline.arguments import AnalyzeArguments, Arguments, EvaluateArguments
+from nufilt_jax.pipeline.arguments import AnalyzeArguments, Arguments, EvaluateArguments, home_expanded
+from nufilt_jax.pipeline.streams import Output
 
 NO_ARGUMENTS = Arguments()
 ANALYZE_DEFAULTS = AnalyzeArguments()
 EVALUATE_DEFAULTS = EvaluateArguments()
 COMMANDS_TO_COME = ("verify", "export")
 WIDE = 1000  # columns of what is no terminal: nothing is wrapped or cut in a file or a pipe
+Folder = Annotated[Path, Parameter(converter=home_expanded)]
 _BARE: dict[str, Any] = {"result_action": "return_value", "suppress_keyboard_interrupt": False}  # `main` does the rest
 
 app = App(
@@ -34,11 +37,13 @@ def merge(arguments: Arguments = NO_ARGUMENTS) -> int:
     """
     from nufilt_jax.pipeline.command import execute
 
+    if not arguments.plan and arguments.method != "help":  # which need no device
+        _require_backend()
     return execute(arguments, _console(), _console(stderr=True))
 
 
 @app.command
-def add(folder: Path, /, arguments: Arguments = NO_ARGUMENTS) -> int:
+def add(folder: Folder, /, arguments: Arguments = NO_ARGUMENTS) -> int:
     """Merge one more task into a finished or interrupted merge: merge --add FOLDER.
 
     Args:
@@ -57,7 +62,7 @@ def plan(arguments: Arguments = NO_ARGUMENTS) -> int:
 
 
 @app.command
-def evaluate(folder: Path, /, arguments: EvaluateArguments = EVALUATE_DEFAULTS) -> int:
+def evaluate(folder: Folder, /, arguments: EvaluateArguments = EVALUATE_DEFAULTS) -> int:
     """Measure a merged model, or any other, on its tasks, and write evaluation.json into its folder.
 
     Args:
@@ -66,11 +71,12 @@ def evaluate(folder: Path, /, arguments: EvaluateArguments = EVALUATE_DEFAULTS) 
     """
     from nufilt_jax.pipeline.evaluate import evaluate
 
+    _require_backend()
     return evaluate(folder, arguments, _console(), _console(stderr=True))
 
 
 @app.command
-def analyze(folder: Path, /, arguments: AnalyzeArguments = ANALYZE_DEFAULTS) -> int:
+def analyze(folder: Folder, /, arguments: AnalyzeArguments = ANALYZE_DEFAULTS) -> int:
     """Say what a finished merge did, in numbers, pictures and one HTML page, all written into its folder.
 
     Args:
@@ -79,6 +85,7 @@ def analyze(folder: Path, /, arguments: AnalyzeArguments = ANALYZE_DEFAULTS) -> 
     """
     from nufilt_jax.pipeline.analyze import analyze
 
+    _require_backend()
     return analyze(folder, arguments, _console(), _console(stderr=True))
 
 
@@ -101,12 +108,22 @@ def dispatch(argv: list[str], prog: str) -> int:
     elif argv and argv[0] in COMMANDS_TO_COME:
         raise NotYetError(Problem(argv[0], "is not available yet", "merge, add, plan, evaluate and analyze are"))
     try:
-        result = runner(argv, exit_on_error=False, print_error=False)
+        console = Console(file=cast(TextIO, Output(sys.stdout, is_result=True)))
+        result = runner(argv, console=console, exit_on_error=False, print_error=False)
     except CycloptsError as error:
+        if isinstance(error.__cause__, UsageError):  # of a converter of ours
+            raise error.__cause__ from None
         raise UsageError(Problem("", f"{error} (see {prog} --help)")) from error
     return result if isinstance(result, int) else 0
 
 
+def _require_backend() -> None:
+    from nufilt_jax.pipeline.backend import require_backend  # which starts JAX
+
+    require_backend()
+
+
 def _console(*, stderr: bool = False) -> Console:
-    console = Console(stderr=stderr)
-    return console if console.is_terminal else Console(stderr=stderr, width=WIDE)
+    output = Output(sys.stderr if stderr else sys.stdout, is_result=not stderr)
+    width = None if output.isatty() else WIDE
+    return Console(file=cast(TextIO, output), width=width)

@@ -1,21 +1,54 @@
 """The options of `merge`, as parsed and not yet understood. Imports nothing heavy: `--help` is quick."""
 
 import dataclasses
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from cyclopts import Group, Parameter, Token
 
+from nufilt_jax.errors import Problem, UsageError
+from nufilt_jax.strict_json import shown
+
+T = TypeVar("T")
+
 
 def _whole_number(_: Any, tokens: Sequence[Token]) -> int:
-    return int(tokens[0].value)  # cyclopts' own rounds 1.5 to 2 without a word
+    return _read(tokens[0], int, "a whole number")  # cyclopts' own rounds 1.5 to 2 without a word
+
+
+def _number(_: Any, tokens: Sequence[Token]) -> float:
+    return _read(tokens[0], float, "a number")
+
+
+def _read(token: Token, kind: Callable[[str], T], expected: str) -> T:
+    try:
+        return kind(token.value)
+    except ValueError:
+        raise UsageError(Problem(str(token.keyword), f"must be {expected}, got {shown(token.value)}")) from None
+
+
+def home_expanded(_: Any, tokens: Sequence[Token]) -> Path:
+    """A path; behind an equals sign, and in quotes, the shell leaves a `~` alone.
+
+    Raises:
+      UsageError: it begins with `~`, and there is no such home folder.
+    """
+    text = tokens[0].value
+    path = os.path.expanduser(text)
+    if path.startswith("~") and not os.path.lexists(path.split(os.sep)[0]):
+        where = str(tokens[0].keyword or "")
+        raise UsageError(Problem(where, f"{text}: there is no such home folder", "write the path out, or as ./~"))
+    return Path(path)
 
 
 _METHOD = Parameter(group=Group("Method"))
 _EVALUATION = Parameter(group=Group("Evaluation"))
 _OUTPUT = Parameter(group=Group("Output and running"))
 Whole = Annotated[int | None, Parameter(converter=_whole_number)]
+Number = Annotated[float | None, Parameter(converter=_number)]
+AnyPath = Annotated[Path | None, Parameter(converter=home_expanded)]
 Flag = Annotated[bool, Parameter(negative="", show_default=False), _OUTPUT]
 
 
@@ -68,18 +101,18 @@ class Arguments:
     preset_table: Whole = None
     base: str | None = None
     task: Annotated[tuple[str, ...], Parameter(consume_multiple=False, negative="", show_default=False)] = ()
-    out: Path | None = None
-    add: Path | None = None
+    out: AnyPath = None
+    add: AnyPath = None
     method: Annotated[str | None, _METHOD] = None
     method_args: Annotated[
         tuple[str, ...], Parameter(consume_multiple=True, negative="", show_default=False), _METHOD
     ] = ()
-    data: Annotated[Path | None, _METHOD] = None
+    data: Annotated[AnyPath, _METHOD] = None
     filter_rank: Annotated[Whole, _METHOD] = None
     adapter_rank: Annotated[Whole, _METHOD] = None
     task_rank: Annotated[Whole, _METHOD] = None
     steps: Annotated[Whole, _METHOD] = None
-    learning_rate: Annotated[float | None, _METHOD] = None
+    learning_rate: Annotated[Number, _METHOD] = None
     decomposition: Annotated[str | None, _METHOD] = None
     solver: Annotated[str | None, _METHOD] = None
     seed: Annotated[Whole, _METHOD] = None
@@ -88,7 +121,7 @@ class Arguments:
     strict: Annotated[bool, Parameter(negative="", show_default=False), _METHOD] = False
     other_params: Annotated[str | None, _METHOD] = None
     evaluate: Annotated[bool, Parameter(negative="", show_default=False), _EVALUATION] = False
-    tasks_file: Annotated[Path | None, _EVALUATION] = None
+    tasks_file: Annotated[AnyPath, _EVALUATION] = None
     heads_from: Annotated[str | None, _EVALUATION] = None
     limit: Annotated[Whole, _EVALUATION] = None
     dtype: Annotated[str | None, _OUTPUT] = None
@@ -123,7 +156,7 @@ class EvaluateArguments:
     """
 
     task: Annotated[tuple[str, ...], Parameter(consume_multiple=False, negative="", show_default=False)] = ()
-    tasks_file: Path | None = None
+    tasks_file: AnyPath = None
     heads_from: str | None = None
     limit: Whole = None
     dtype: str | None = None
@@ -145,6 +178,6 @@ class AnalyzeArguments:
     """
 
     images: Annotated[int, Parameter(converter=_whole_number)] = 256
-    tasks_file: Path | None = None
+    tasks_file: AnyPath = None
     json: Flag = False
     quiet: Flag = False

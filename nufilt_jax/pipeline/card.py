@@ -21,7 +21,7 @@ the model without; `nufilt_jax.load` reads them, and the forward passes of `nufi
 
 
 def model_card(recipe: Mapping[str, Any]) -> str:
-    """The text of `README.md`: what was merged, how, and how to go on."""
+    """The text of `README.md`: what was merged, how, and how to go on; for bytes of paths that are no text, `?`."""
     base, settings = recipe["base"], recipe["config"]
     on_hub = [s for s in (base, *recipe["tasks"]) if s["revision"] is not None]
     models = "".join(f"- {s['source']}\n" for s in on_hub)
@@ -35,7 +35,7 @@ def model_card(recipe: Mapping[str, Any]) -> str:
     patterns = ", ".join(f"`{row['pattern']}`" for row in selected)
     rule = find(recipe["method"])
     remarks = (_LEARNED if rule.needs_data else "") + (_ADDED if rule.adds_parameters else "")
-    return f"""{header}---
+    card = f"""{header}---
 
 # {_title(recipe)}
 
@@ -59,6 +59,7 @@ each layer is in `forecast.json`. `state/` lets one more task be added:
 
     python -m nufilt_jax.merge --add THIS_FOLDER --task NAME=MODEL
 """
+    return card.encode(errors="replace").decode()
 
 
 def _title(recipe: Mapping[str, Any]) -> str:

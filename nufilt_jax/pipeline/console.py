@@ -8,6 +8,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from nufilt_jax.anatomy import FLAT
 from nufilt_jax.methods.state import LayerReport
@@ -19,7 +20,12 @@ class ProgressWatcher:
     """A bar on stderr: the task, the stack just solved and its loss. Silent unless stderr is a terminal."""
 
     def __init__(self, console: Console, *, quiet: bool) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+        )
         shown = console.is_terminal and not quiet
         self.progress = Progress(*columns, console=console, transient=True, disable=not shown)
         self._bar = self.progress.add_task("reading", total=None)
@@ -75,7 +81,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
         "other_touched": len(plan.selection.other),
         "kept_from_base": len(plan.base.tensors) - len(plan.selection.touched),
         "stacks": [
-            {"layers": len(names), "shape": list(plan.base.tensors[names[0]].shape)}
+            {"layers": len(names), "shape": list(plan.layer_shape(names[0]))}
             for group in plan.groups
             for names in group.stacks
         ],
@@ -127,7 +133,7 @@ def show_result(console: Console, recipe: Mapping[str, Any], out: str) -> None:
     for number, step in enumerate(recipe["steps"], 1):
         losses = [f"{loss:.4g}" for loss in (step["losses"] or [])[:1] + (step["losses"] or [])[-1:]] or ["", ""]
         table.add_row(
-            str(number), step["task"], f"{step['seconds']:.2f}", *losses, "resumed" if step["resumed"] else ""
+            str(number), Text(step["task"]), f"{step['seconds']:.2f}", *losses, "resumed" if step["resumed"] else ""
         )
     console.print(table)
     show_line(console, f"merged model: {out}")
@@ -139,9 +145,9 @@ def show_scores(console: Console, evaluation: Mapping[str, Any]) -> None:
     some = "" if limit is None else f" of at most {limit} examples"
     table = Table("", title=f"accuracy{some}, %")
     for row in models:
-        table.add_column(row["name"].replace("_", " "), justify="right")
+        table.add_column(Text(row["name"].replace("_", " ")), justify="right")
     for task in evaluation["tasks"]:
-        table.add_row(task, *(f"{100 * row['accuracy'][task]:.1f}" for row in models))
+        table.add_row(Text(task), *(f"{100 * row['accuracy'][task]:.1f}" for row in models))
     table.add_section()
     table.add_row("ACC", *(f"{100 * row['acc']:.1f}" for row in models))
     table.add_row("BWT", *("" if row["bwt"] is None else f"{100 * row['bwt']:+.1f}" for row in models))

@@ -62,6 +62,10 @@ class Plan:
         stay = {n for n in self.selection.touched if tasks and all(task.tensors[n] is tensors[n] for task in tasks)}
         return tuple(layer for layer in self.selection.layers if tensor_of(layer) not in stay)
 
+    def layer_shape(self, layer: str) -> tuple[int, ...]:
+        """Shape of a selected layer."""
+        return _layer_shape(self.base, layer)
+
     @property
     def done(self) -> int:
         """Number of tasks that earlier runs have merged."""
@@ -106,7 +110,7 @@ def make_plan(job: Job, *, offline: bool = False, headers_only: bool = False) ->
             problems += _output_problems(base, job.settings, place)
     if problems or base is None:
         raise NufiltError(*dict.fromkeys(problems))
-    shapes = {name: layer_shape(name, base.tensors[tensor_of(name)].shape) for name in selection.layers}
+    shapes = {name: _layer_shape(base, name) for name in selection.layers}
     groups = group_layers({name: shape for name, shape in shapes.items() if len(shape) == 2})
     return Plan(
         base=base,
@@ -121,6 +125,10 @@ def make_plan(job: Job, *, offline: bool = False, headers_only: bool = False) ->
         recorded=recorded,
         warnings=(*job.warnings, *notices, *_width_warnings(groups, job.settings.config)),
     )
+
+
+def _layer_shape(base: Checkpoint, layer: str) -> tuple[int, ...]:
+    return layer_shape(layer, base.tensors[tensor_of(layer)].shape)
 
 
 def _recorded(job: Job, place: OutputPlace | None, problems: list[Problem]) -> Recorded | None:

@@ -14,8 +14,10 @@ from nufilt_jax.pipeline.job import EvaluationOptions, Job, Source
 from nufilt_jax.pipeline.recorded import current, other_weights_problem
 from nufilt_jax.pipeline.settings import DEFAULT_METHOD, changed_settings, read_evaluation, read_settings
 from nufilt_jax.presets import CLIP_BASES, FLAN_T5, TINY, Preset, check_model, clip_preset, flan_t5_preset, shuffled
+from nufilt_jax.strict_json import shown
 
 _NOT_WITH_ADD = ("model", "base", "group", "order", "preset_table", "out")
+_MOST_DIGITS = 18  # of an order
 _NOT_WITH_MODEL = ("base", "task")
 
 
@@ -199,6 +201,6 @@ def _order(text: str | None) -> int | None:
         return None
     if text == "given":
         return 0
-    if not text.isdecimal() or int(text) < 1:
-        raise ConfigError(problem("order", f"must be a number from 1 or 'given', got {text!r}"))
+    if not text.isdecimal() or len(text) > _MOST_DIGITS or int(text) < 1:
+        raise ConfigError(problem("order", f"must be a number from 1 or 'given', got {shown(text)}"))
     return int(text)

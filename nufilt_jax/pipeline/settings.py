@@ -9,6 +9,7 @@ from nufilt_jax.errors import ConfigError, Problem, gathering
 from nufilt_jax.methods import RULES, find
 from nufilt_jax.pipeline.arguments import Arguments, EvaluateArguments
 from nufilt_jax.pipeline.job import EvaluationOptions, Settings
+from nufilt_jax.strict_json import shown
 
 T = TypeVar("T")
 
@@ -41,6 +42,8 @@ def read_settings(
             find(method)
         method, pairs = DEFAULT_METHOD, ()
     config, warnings = _config(method, preset.get(method, {}), arguments.config_flags(), pairs, problems)
+    if arguments.seed is not None and arguments.seed >= 1 << 63:
+        problems.append(problem("seed", f"must be below 2^63, got {shown(arguments.seed)}"))
     if arguments.seed is not None and arguments.seed < 0:
         problems.append(problem("seed", f"must be at least 0, got {arguments.seed}"))
     settings = Settings(
@@ -145,7 +148,7 @@ def _parsed(method: str, pairs: tuple[str, ...], problems: list[Problem]) -> dic
             try:
                 values[key] = _read(fields[key].type, text)
             except ValueError:
-                problems.append(problem("method_args", f"{key} must be {_KINDS[fields[key].type]}, got {text!r}"))
+                problems.append(problem("method_args", f"{key} must be {_KINDS[fields[key].type]}, got {shown(text)}"))
     return values
 
 

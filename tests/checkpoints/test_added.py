@@ -8,15 +8,15 @@ from checkpoint_builders import HIDDEN, WIDTH, bits_equal, folder_bytes, vision_
 from safetensors.numpy import load_file, save_file
 
 from nufilt_jax.checkpoints import (
+    fit,
     load,
     open_checkpoint,
-    partner_problems,
     read_added,
     save,
     write_added,
     write_checkpoint,
 )
-from nufilt_jax.checkpoints.folders import is_wanted_beside
+from nufilt_jax.checkpoints.beside import is_wanted_of_task
 from nufilt_jax.errors import CheckpointError, OutputError
 
 FILE = "added_parameters.safetensors"
@@ -118,15 +118,15 @@ def test_no_writer_copies_a_stale_file(folder, tmp_path):
 def test_neither_base_nor_task_may_be_a_mixture(folder, tmp_path):
     mixed = open_checkpoint(str(folder))
     plain = open_checkpoint(str(write_safetensors(tmp_path / "p", vision_tower())))
-    assert [p.where for p in partner_problems(plain, plain, ())] == []
+    assert [p.where for p in fit(plain, plain, ()).problems] == []
     for pair in ((plain, mixed), (mixed, plain)):
-        [problem] = partner_problems(*pair, ())
+        [problem] = fit(*pair, ()).problems
         assert problem.where == str(folder) and "cannot be merged (continue that merge with --add" in str(problem)
 
 
 def test_the_hub_gives_it_too():
-    assert is_wanted_beside(FILE)
-    assert not is_wanted_beside(f"sub/{FILE}") and not is_wanted_beside("other.safetensors")
+    assert is_wanted_of_task(FILE)
+    assert not is_wanted_of_task(f"sub/{FILE}") and not is_wanted_of_task("other.safetensors")
 
 
 def test_names_of_the_model_itself_are_refused(tmp_path):

@@ -194,18 +194,34 @@ def _point_at(monkeypatch, endpoint):
 def test_downloads_the_weights_of_one_format_and_what_lies_beside(tmp_path, hub, cache, capfd):
     repo = write_safetensors(tmp_path / "repo", vision_tower(), shards=2)
     write_flax(repo, flax_vision_tree(vision_tower()))
-    for name in ("pytorch_model.bin", "consolidated.safetensors", "photo.png", "onnx/model.onnx"):
+    for name in ("pytorch_model.bin", "consolidated.safetensors", "onnx/model.onnx"):
         (repo / name).parent.mkdir(exist_ok=True)
         (repo / name).write_bytes(b"not needed")
+    beside = ("own.py", "x.tiktoken", "[odd]*?.txt", "2_Dense/config.json", "2_Dense/model.safetensors")
+    for name in beside:
+        (repo / name).parent.mkdir(exist_ok=True)
+        (repo / name).write_bytes(b"a part")
     hub.repos["org/tiny"] = repo
     found = open_checkpoint("org/tiny", role="base")
     assert (found.revision, found.format) == (COMMIT, "safetensors")
     assert bits_equal(found.read([FC1])[FC1], vision_tower()[FC1])
     shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     index = "model.safetensors.index.json"
-    assert set(folder_bytes(found.path)) == {*shards, index, "config.json", "tokenizer.json"}
+    assert set(folder_bytes(found.path)) == {*shards, index, "config.json", "tokenizer.json", *beside}
     assert open_checkpoint("org/tiny", offline=True).read().keys() == found.tensors.keys()
     assert capfd.readouterr().out == ""
+
+
+def test_of_a_task_only_what_its_weights_mean_is_downloaded(tmp_path, hub, cache):
+    repo = write_safetensors(tmp_path / "repo", vision_tower())
+    (repo / "2_Dense").mkdir()
+    for name in ("own.py", "2_Dense/model.safetensors"):
+        (repo / name).write_bytes(b"a part")
+    hub.repos["org/tiny"] = repo
+    lean = {"model.safetensors", "config.json", "tokenizer.json"}
+    assert set(folder_bytes(open_checkpoint("org/tiny", revision=COMMIT).path)) == lean
+    whole = open_checkpoint("org/tiny", revision=COMMIT, role="base")  # though the cache has all of its weights
+    assert set(folder_bytes(whole.path)) == lean | {"own.py", "2_Dense/model.safetensors"}
 
 
 def test_headers_only_fetches_no_weight_and_writes_nothing(tmp_path, hub, cache):

@@ -9,7 +9,7 @@ from checkpoint_builders import (
     write_safetensors,
 )
 
-from nufilt_jax.checkpoints import open_checkpoint, partner_problems
+from nufilt_jax.checkpoints import fit, open_checkpoint
 
 Q = "vision_model.encoder.layers.0.self_attn.q_proj.weight"
 FC1 = "vision_model.encoder.layers.0.mlp.fc1.weight"
@@ -17,11 +17,12 @@ FC2 = "vision_model.encoder.layers.0.mlp.fc2.weight"
 TOUCHED = (Q, FC1, FC2)
 
 
-def lines(tmp_path, base, task, touched=TOUCHED, **config):
+def lines(tmp_path, base, task, touched=TOUCHED, *, notices=False, **config):
     base = base if not isinstance(base, dict) else write_safetensors(tmp_path / "base", base, **config)
     task = task if not isinstance(task, dict) else write_safetensors(tmp_path / "task", task, **config)
-    found = partner_problems(open_checkpoint(str(base), role="base"), open_checkpoint(str(task)), touched)
-    return [str(problem).replace(f"{tmp_path}/", "") for problem in found]
+    found = fit(open_checkpoint(str(base), role="base"), open_checkpoint(str(task)), touched)
+    assert found.problems or not notices or found.notices
+    return [str(line).replace(f"{tmp_path}/", "") for line in (found.notices if notices else found.problems)]
 
 
 @pytest.mark.parametrize("base_form", ["clip", "vision", "5.x", "flax"])
@@ -72,13 +73,14 @@ def test_what_the_base_has_no_place_for_is_named_or_summed_up(tmp_path):
     }
     found = lines(tmp_path, vision_tower(), task)
     assert [line.split(": is not in the base base (")[0] for line in found] == [
-        "task: classifier.bias",
-        "task: classifier.weight",
         "task: logit_scale",
         "task: text_model.* (4 tensors)",
         "task: text_projection.weight",
         "task: visual_projection.weight",
     ]
+    alone = {name: x for name, x in task.items() if not name.startswith(("text_", "visual_", "logit"))}
+    [line] = lines(tmp_path, vision_tower(), alone, notices=True)
+    assert line.startswith("task: 2 tensors are not merged and stay the base's: classifier.bias (the base has none)")
 
 
 def test_another_architecture_is_few_lines(tmp_path):
@@ -86,7 +88,7 @@ def test_another_architecture_is_few_lines(tmp_path):
     base = {name: np.zeros((2, 2), np.float32) for name in layers}
     found = lines(tmp_path, base, vision_tower(), layers)
     assert [line.split(": ")[1] for line in found] == [
-        "encoder.* (30 tensors)",
+        "encoder.block.* (30 tensors)",
         "vision_model.* (10 tensors)",
     ]
 

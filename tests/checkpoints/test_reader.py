@@ -4,6 +4,7 @@ import os
 import struct
 
 import ml_dtypes
+import msgpack
 import numpy as np
 import pytest
 from checkpoint_builders import (
@@ -194,6 +195,17 @@ def header(table, data=b"", length=None):
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 605157884\n"
+_MARK = "__msgpack_chunked_array__"
+CHUNKED = b"\x82" + msgpack.packb(_MARK) + b"\xc3" + b"\xa6chunks"  # the beginning of an array in chunks
+ONE = msgpack.ExtType(1, msgpack.packb([[1], "float32", b"1234"]))
+
+
+def packed(*parts):
+    """Keys and values of a map, one after another."""
+    return b"".join(map(msgpack.packb, parts))
+
+
 def row(shape, start, end, dtype="F32"):
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
 
@@ -221,8 +233,20 @@ def row(shape, start, end, dtype="F32"):
         (header({"a": row([1], 0, 4), "w": row([1], 6, 10)}, b"1" * 10), "w: leaves a hole before it"),
         (header({"w": row([1], 0, 4)}, b"1" * 9), "model.safetensors: has 5 bytes after its last tensor"),
         (header({}), "model.safetensors: holds no tensors"),
+        (header(b" " * 64), "model.safetensors: has a header that is not JSON"),
+        (header(b'{"w":' + b"[" * 200_000), "model.safetensors: has a header that is nested too deeply"),
+        (header(b'{"w":' * 150 + b"1" + b"}" * 150), "model.safetensors: has a header that is nested too deeply"),
+        (header(b'{"w":' + b"9" * 400 + b"}"), "model.safetensors: has a header that has a number of 400 digits"),
+        (header(b'{"w":NaN}'), "model.safetensors: has a header that has the number NaN"),
+        (header(b'{"w":1e999}'), "model.safetensors: has a header that has the number 1e999"),
+        (header(b'{"w":1,"w":2}'), "model.safetensors: has a header that has the key 'w' twice"),
+        (header({"w": row([10**300], 0, 4)}, b"1234"), "w: has the impossible shape [1000"),
+        (header({"w": row([1] * 40, 0, 4)}, b"1234"), "w: has the impossible shape [1, 1"),
+        (header({"w": row([0, 1 << 40, 1 << 40], 0, 0)}), "w: has the impossible shape [0, 1099511627776"),
+        (header({"\ud800": row([1], 0, 4)}, b"1234"), "has a name that is no text"),
+        (LFS_POINTER, "is a Git LFS pointer, not the file itself (run in the clone: git lfs pull)"),
     ],
-    ids=lambda value: value.split(": ", 1)[1][:30] if isinstance(value, str) else "",
+    ids=lambda value: value.split(": ", 1)[-1][:30] if isinstance(value, str) else "",
 )
 def test_broken_safetensors_are_named(tmp_path, content, expected):
     write_config(tmp_path)
@@ -253,6 +277,15 @@ def test_every_truncation_of_a_flax_file_is_refused(tmp_path):
             "w: takes 8 bytes",
         ),
         (b"\x81\xa1w" * 100, "is nested too deeply"),
+        (CHUNKED * 50_000, "is nested too deeply"),
+        (CHUNKED.replace(b"\xa6chunks", b"\xa5shape\xdd\xff\xff\xff\xff"), "a shape has 4294967295 numbers"),
+        (
+            b"\x81\xa1w\x83" + packed(_MARK, True, "shape", {"0": 1}, "chunks", {"9" * 5000: ONE}),
+            "chunks without numbers",
+        ),
+        (b"\x81\xa1w\x83" + packed(_MARK, True, "shape", [1 << 63] * 2, "chunks", {"0": ONE}), "w: has the impossible"),
+        (b"\x82" + packed("w", ONE, "w/v", ONE), "w: is an array and a map of arrays"),
+        (LFS_POINTER, "is a Git LFS pointer, not the file itself (run in the clone: git lfs pull)"),
         (b"\x80", "holds no tensors"),
     ],
 )
@@ -271,12 +304,22 @@ def test_index_paths_out_of_the_folder_are_refused(tmp_path, shard):
     assert line.startswith(f"{tmp_path}/model.safetensors.index.json: w: is said to be in {shard!r}")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', "\udcff"])
-def test_a_broken_index_is_refused(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "is not JSON"),
+        ("[]", "is not a JSON object"),
+        ("{}", "is no index"),
+        ('{"weight_map": 3}', "is no index"),
+        ('{"weight_map": {}, "weight_map": {}}', "has the key 'weight_map' twice"),
+        ("\udcff", "is not JSON"),
+    ],
+)
+def test_a_broken_index_is_refused(tmp_path, text, expected):
     write_config(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_bytes(text.encode(errors="surrogateescape"))
     [line] = refusals(tmp_path)
-    assert "model.safetensors.index.json: is no index" in line
+    assert line.startswith(f"{tmp_path}/model.safetensors.index.json: {expected}")
 
 
 def test_all_faults_of_a_folder_come_at_once(tmp_path):
@@ -290,7 +333,7 @@ def test_all_faults_of_a_folder_come_at_once(tmp_path):
     (folder / three).unlink()
     (folder / "config.json").write_text("{")
     lines = refusals(folder, role="base")
-    assert any(line.startswith(f"{folder}/config.json: is not a JSON object") for line in lines)
+    assert any(line.startswith(f"{folder}/config.json: is not JSON") for line in lines)
     assert any(line.startswith(f"{folder}/{three}: is missing; the index puts 3 tensors") for line in lines)
     assert any(line.startswith(f"{folder}/{one}: ghost: is missing") for line in lines)
     assert any(line.startswith(f"{folder}/{two}: {lost}: is missing") for line in lines)
@@ -332,7 +375,7 @@ def test_a_pickle_alone_is_refused_with_reason_and_remedy(tmp_path, name):
     (tmp_path / name).write_bytes(b"cos\nsystem\n")
     [line] = refusals(tmp_path)
     assert line.startswith(f"{tmp_path}/{name}: is a pickle, which can run any code when loaded")
-    assert "save_pretrained(folder, safe_serialization=True)" in line
+    assert "call save_pretrained(folder), which writes safetensors" in line  # in 4.35 and later, and in 5
 
 
 def test_adapters_and_folders_without_weights_are_refused(tmp_path):

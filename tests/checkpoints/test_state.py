@@ -11,7 +11,12 @@ STATE = {
 }
 
 
-def test_a_state_comes_back_in_every_bit(tmp_path):
+@pytest.mark.parametrize(
+    "name", [".", "mod\udce8le", "模型", "[x] #?%20", "a=b@c:d", 'it\'s "x"', "n" * 240, "\x1b[2J"]
+)
+def test_a_state_comes_back_in_every_bit(tmp_path, name):
+    tmp_path = tmp_path / name
+    tmp_path.mkdir(exist_ok=True)
     save_state(tmp_path / "state", STATE, 7)
     groups, step = load_state(tmp_path / "state")
     assert step == 7

@@ -92,7 +92,9 @@ def test_everything_wrong_is_listed_at_once(tmp_path):
         assert sum(f"{path}: {part}" in line for line in lines) == 1, part
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "cannot be read"), ("[1]", "holds no JSON object")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "is not JSON"), ("[1]", "is not a JSON object"), ('{"a": NaN}', "NaN")]
+)
 def test_files_that_are_no_tasks(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message):
         load_specs(written(tmp_path, text))

@@ -1,0 +1,86 @@
+"""What belongs to a model beside its weights, told from the names of the files alone: on disk and on the Hub alike.
+
+Everything is kept but weights in other formats, the state of a training, and what would make `transformers` open
+something else than the weights. A subfolder with weights, such as `2_Dense` of a sentence-transformers model, is a part
+of the model and kept, in the first format that it has.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+
+from nufilt_jax.checkpoints.folders import ADDED, is_pickle, is_small, is_weight_file
+
+# An earlier merge's: true of it, not of its copy.
+_OWN_FILES = frozenset(
+    {"nufilt.json", "forecast.json", "evaluation.json", "accuracy_matrix.png", "analysis.json", "report.html"}
+)
+_RECIPE = "nufilt.json"
+_OWN_FOLDERS = frozenset({"state", "analysis"})
+_NO_PART = re.compile(
+    r"\.git|\.cache|\.huggingface|\.ipynb_checkpoints|__pycache__|original|onnx|openvino|coreml|gguf|tflite|metal"
+    r"|(last-|tmp-)?checkpoint(-\d+)?|global_?step\d+",
+    re.IGNORECASE,
+)
+_LEFT = frozenset({".git", "trainer_state.json"})
+# With one of these beside the weights they are taken for an adapter's base, or for quantised.
+_MISLEADING = re.compile(r"adapter_(config|model)\b.*|(hf_)?quant(ize|ization)?_config\.json")
+_MODULES, _MODULE = "modules.json", re.compile(r"\d+_\w+")  # of sentence-transformers
+
+
+def files_beside(names: Iterable[str]) -> list[str]:
+    """The files that a copy of the model needs beside its weights.
+
+    Args:
+      names: of all files below the folder, joined by `/`.
+    """
+    folders: dict[str, list[str]] = {}
+    for name in sorted(names):
+        folder, _, file = name.rpartition("/")
+        folders.setdefault(folder, []).append(file)
+    has_modules = _MODULES in folders.get("", ())
+    gone = {folder for folder, files in folders.items() if folder and not _is_part(folder, files, has_modules)}
+    kept: list[str] = []
+    for folder, files in folders.items():
+        if not any(str(above) in gone for above in (PurePosixPath(folder), *PurePosixPath(folder).parents)):
+            weights = _weights_kept(folder, files, has_modules) if folder else ()
+            plain = (file for file in files if not is_weight_file(file) and not _is_left(folder, file))
+            kept += (f"{folder}/{file}" if folder else file for file in (*weights, *plain))
+    return sorted(kept)
+
+
+def _is_part(folder: str, files: Sequence[str], has_modules: bool) -> bool:
+    """Whether a subfolder belongs to the model: not if all its weights are in other formats, or it is a merge."""
+    parts = PurePosixPath(folder).parts
+    if any(_NO_PART.fullmatch(part) for part in parts) or parts[0] in _OWN_FOLDERS or _RECIPE in files:
+        return False
+    return bool(_weights_kept(folder, files, has_modules)) or not any(is_weight_file(file) for file in files)
+
+
+def _weights_kept(folder: str, files: Sequence[str], has_modules: bool) -> list[str]:
+    """A subfolder's weights in the first format that it has, with their index."""
+    weights = [file for file in files if is_weight_file(file)]
+    for kind in (".safetensors", ".msgpack"):
+        if any(file.endswith(kind) for file in weights):
+            return [file for file in weights if kind in file]
+    # Older sentence-transformers: copied, never read, and without them the other modules would not open.
+    is_module = has_modules and _MODULE.fullmatch(folder) is not None
+    return [file for file in weights if is_module and is_pickle(file)]
+
+
+def _is_left(folder: str, file: str) -> bool:
+    return not folder and (file in _OWN_FILES or file in _LEFT or _MISLEADING.fullmatch(file) is not None)
+
+
+def is_wanted_of_task(name: str) -> bool:
+    """Whether a file of a task's repository is fetched beside its weights: the small ones of its top folder."""
+    return name == ADDED or ("/" not in name and is_small(name) and not is_weight_file(name))
+
+
+def names_below(root: Path) -> Iterator[str]:
+    """Names of all files below a folder, joined by `/`; links to folders are not followed, broken ones are no files."""
+    for folder, subfolders, names in os.walk(root):
+        here = Path(folder)
+        subfolders[:] = [name for name in subfolders if not _NO_PART.fullmatch(name)]
+        yield from ((here / name).relative_to(root).as_posix() for name in names if (here / name).is_file())

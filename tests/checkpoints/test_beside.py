@@ -1,0 +1,100 @@
+"""What an output holds beside the merged weights: the same from the Hub as from a folder."""
+
+import json
+
+import numpy as np
+import pytest
+from checkpoint_builders import folder_bytes, vision_tower, write_safetensors
+from safetensors.numpy import save_file
+
+from nufilt_jax.checkpoints import load, open_checkpoint, save
+from nufilt_jax.checkpoints.beside import files_beside
+from nufilt_jax.errors import CheckpointError
+
+PART = {"linear.weight": np.ones((2, 2), np.float32)}
+
+KEPT = (
+    *("config.json", "README.md", "LICENSE", ".gitattributes", "vocab.txt", "spiece.model", "chat_template.jinja"),
+    *("modeling_own.py", "qwen.tiktoken", "bpe.codes", "merges.txt", "photo.png", "sub.folder/notes", "modules.json"),
+    *("1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors", "3_Dense/pytorch_model.bin"),
+    *("speech-lora/adapter_config.json", "speech-lora/adapter_model.safetensors", "speech-lora/sub/notes.txt"),
+    *("tower/model-00001-of-00002.safetensors", "tower/model.safetensors.index.json", "flax/flax_model.msgpack"),
+)
+LEFT = (
+    *(
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "model-00001-of-00002.safetensors",
+        "model-4bit.safetensors",
+    ),
+    *("model.safetensors.index.fp16.json", "consolidated.00.pth", "flax_model.msgpack", "tf_model.h5", "rust_model.ot"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin", "model.ckpt.index"),
+    *("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state_0.pth", "trainer_state.json", "model-Q4_K.gguf"),
+    *("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "quantize_config.json"),
+    *("quant_config.json", "hf_quant_config.json", "onnx/model.onnx", "onnx/model.onnx_data", "onnx/config.json"),
+    *("openvino/openvino_model.xml", "openvino/openvino_model.bin", "other/model.onnx", "other/config.json"),
+    *("other/deeper/notes.txt", "2_Dense/pytorch_model.bin", "2_Dense/onnx/model.onnx", "voices/pytorch_model.bin"),
+    *("original/model.safetensors", "original/params.json", "original/deep/x.json", "tower/pytorch_model.bin"),
+    *("checkpoint-500/model.safetensors", "checkpoint-500/config.json", "last-checkpoint/config.json"),
+    *("global_step12/mp_rank_00_model_states.pt", ".git/config", ".git/lfs/x", ".cache/huggingface/x", "state/d/x"),
+    *("__pycache__/modeling_own.cpython-311.pyc", "nufilt.json", "forecast.json", "analysis/affinity.png"),
+    *("merged/nufilt.json", "merged/model.safetensors", "merged/state/x", "tower/flax_model.msgpack"),
+)
+
+
+def test_every_file_is_kept_or_left_by_its_name():
+    assert files_beside(reversed(KEPT + LEFT)) == sorted(KEPT)
+
+
+def test_pickles_of_a_subfolder_are_no_part_of_other_models():
+    assert files_beside(["3_Dense/pytorch_model.bin", "3_Dense/config.json"]) == []
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A base with all of them."""
+    folder = write_safetensors(tmp_path / "base", vision_tower())
+    for name in KEPT + LEFT:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists() and "index" not in name:
+            path.write_text(name)
+    save_file(PART, folder / "2_Dense" / "model.safetensors")
+    return folder
+
+
+def test_a_saved_model_holds_them(tmp_path, base):
+    save(load(str(base)), tmp_path / "out", like=str(base))
+    there = {name: data for name, data in folder_bytes(base).items() if name in (*KEPT, "tokenizer.json")}
+    assert folder_bytes(tmp_path / "out") == there | {"model.safetensors": (base / "model.safetensors").read_bytes()}
+
+
+def test_merged_shards_in_a_subfolder_are_not_overwritten(tmp_path):
+    folder = write_safetensors(tmp_path / "base", vision_tower())
+    (folder / "sub").mkdir()
+    (folder / "model.safetensors").rename(folder / "sub" / "part.safetensors")
+    (folder / "sub" / "note.txt").write_text("kept")
+    index = {"weight_map": dict.fromkeys(vision_tower(), "sub/part.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    changed = {name: np.zeros_like(x) for name, x in vision_tower().items() if x.dtype == np.float32}
+    save(changed, tmp_path / "out", like=str(folder))
+    assert not any(x.any() for name, x in load(str(tmp_path / "out")).items() if name in changed)
+    assert (tmp_path / "out" / "sub" / "note.txt").read_text() == "kept"
+
+
+def test_an_output_inside_the_base_is_no_part_of_it(base):
+    save(load(str(base)), base / "out", like=str(base))
+    assert not (base / "out" / "out").exists()
+
+
+@pytest.mark.parametrize("model", ["unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors", ""])
+def test_a_diffusers_pipeline_names_its_components(tmp_path, model):
+    (tmp_path / "model_index.json").write_text("{}")
+    if model:
+        (tmp_path / model).parent.mkdir()
+        save_file(PART, tmp_path / model)
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(str(tmp_path))
+    [problem] = caught.value.problems
+    assert problem.what.startswith("is a diffusers pipeline")
+    assert problem.fix.endswith(str(tmp_path / model.split("/")[0]) if model else "unet/ or text_encoder/")
