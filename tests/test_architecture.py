@@ -24,6 +24,7 @@ ROOMS = {
     "analysis": {"evaluation"},
     "zoo": {"evaluation", "checkpoints", "models"},  # training needs the forward pass
     "config": set(),
+    "durable": set(),
     "errors": set(),
     "presets": set(),
     "strict_json": set(),
@@ -31,7 +32,7 @@ ROOMS = {
     "patterns": set(),
 }
 SHELLS = {"pipeline", "cli", "merge", "__init__"}
-OPEN_TO_ALL = {"config", "errors", "anatomy", "patterns", "strict_json"}
+OPEN_TO_ALL = {"anatomy", "config", "durable", "errors", "patterns", "strict_json"}
 CORE_LIBRARIES = {"jax", "optax", "chex", "jaxtyping", "numpy", "scipy", "threadpoolctl"}
 
 

@@ -16,6 +16,7 @@ from nufilt_jax.analysis.figures import COLOURS, as_png, draw_cells, line_style,
 from nufilt_jax.analysis.forecast import QUANTITIES
 from nufilt_jax.analysis.layers import GROUPS, by_block, in_group, short
 from nufilt_jax.analysis.losses import StepLosses
+from nufilt_jax.durable import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,7 +26,7 @@ def draw_accuracy_matrix(
     accuracies: Float[np.ndarray, "n_tasks n_tasks"], tasks: Sequence[str], path: Path, *, title: str
 ) -> None:
     """Writes `accuracy_figure` into a PNG file."""
-    path.write_bytes(as_png(accuracy_figure(accuracies, tasks, title=title)))
+    atomic_write(path, as_png(accuracy_figure(accuracies, tasks, title=title)))
 
 
 def accuracy_figure(accuracies: Float[np.ndarray, "n_tasks n_tasks"], tasks: Sequence[str], *, title: str) -> "Figure":

@@ -3,7 +3,6 @@
 `added_parameters.safetensors` holds gates and experts in float32, under canonical names.
 """
 
-import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,7 +15,8 @@ from nufilt_jax.checkpoints.folders import ADDED, SAFETENSORS
 from nufilt_jax.checkpoints.reader import Checkpoint, tensor_info
 from nufilt_jax.checkpoints.safetensors_files import Piece
 from nufilt_jax.checkpoints.tensors import map_tensors
-from nufilt_jax.checkpoints.writer import output_error, sync
+from nufilt_jax.checkpoints.writer import output_error
+from nufilt_jax.durable import replacing
 from nufilt_jax.errors import CheckpointError, Problem, raise_all
 
 _NAME = re.compile(r".+\.(gate\.(weight|bias)|experts\.\d+\.[ab])")
@@ -40,14 +40,11 @@ def write_added(folder: Path, added: Mapping[str, AnyArray]) -> Path:
       OutputError: the file cannot be written.
     """
     path = folder / ADDED
-    beside = path.with_name(f"{path.name}.new")
     try:
-        safetensors_files.write_file(beside, (_piece(name, added[name]) for name in sorted(added)), {"format": "pt"})
-        sync(beside)
-        os.replace(beside, path)
-        sync(folder)
+        with replacing(path) as draft:
+            pieces = (_piece(name, added[name]) for name in sorted(added))
+            safetensors_files.write_file(draft, pieces, {"format": "pt"})
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise output_error(path, error) from error
     return path
 

@@ -122,5 +122,16 @@ def stored_bytes(target: Target, value: AnyArray | None, lost: list[Problem]) ->
         is_lost |= overflows(piece, rounded) if target.dtype in FLOATS else not is_exact(piece, rounded)
         yield rounded.view(np.uint8).data
     if is_lost:
-        what = f"has numbers out of the range of {dtype.name}"
-        lost.append(Problem(str(info.file), what, "write a wider --dtype", target.name))
+        lost.append(range_problem(info, target.dtype, target.name))
+
+
+def range_problem(info: TensorInfo, dtype: str, name: str) -> Problem:
+    """Says that a tensor, called `name` where it is written, does not fit its new type."""
+    what = f"has numbers out of the range of {numpy_dtype(dtype)}"
+    return Problem(str(info.file), what, "write a wider --dtype", name)
+
+
+def new_types(like: Checkpoint, dtype: str | None) -> dict[str, str]:
+    """The floating tensors, by canonical name, whose element type writing changes, and the type they get."""
+    types = {name: _new_dtype(info, dtype) for name, info in like.tensors.items()}
+    return {name: new for name, new in types.items() if new != like.tensors[name].dtype}

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from nufilt_jax.checkpoints.state import load_state, save_state
-from nufilt_jax.checkpoints.writer import output_error, sync
+from nufilt_jax.checkpoints.writer import output_error
+from nufilt_jax.durable import atomic_write, make_folder, move, sync, sync_tree
 from nufilt_jax.errors import OutputError, Problem
 from nufilt_jax.strict_json import JsonError, parse_object
 
@@ -56,7 +57,7 @@ class OutputPlace:
         parents = [self.out.parent, *self.out.parent.parents]
         missing = [folder for folder in parents if not folder.exists()]
         try:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self.out.parent)
             lock = self._acquire()
         except OSError as error:
             raise output_error(self.out, error) from error
@@ -89,7 +90,7 @@ class OutputPlace:
 
     def _recover(self) -> None:
         if self._previous.exists() and not self.out.exists():
-            os.replace(self._previous, self.out)
+            move(self._previous, self.out)
         shutil.rmtree(self._previous, ignore_errors=True)
         shutil.rmtree(self.staging, ignore_errors=True)
         self._tidy()
@@ -101,7 +102,9 @@ class OutputPlace:
 
     def discard(self) -> None:
         """Gives up the merge under way; what stands in the output folder stays."""
-        (self.partial / RECIPE).unlink(missing_ok=True)  # first: without it, what remains counts for nothing
+        with contextlib.suppress(OSError):
+            (self.partial / RECIPE).unlink(missing_ok=True)  # first: without it, what remains counts for nothing
+            sync(self.partial)
         shutil.rmtree(self.partial, ignore_errors=True)
 
     def finished(self) -> dict[str, Any] | None:
@@ -141,10 +144,11 @@ class OutputPlace:
         """Makes a step count: its state first, then the recipe that refers to it."""
         done = len(recipe["steps"])
         try:
-            self.partial.mkdir(parents=True, exist_ok=True)
+            make_folder(self.partial)
             if arrays is not None:
                 shutil.rmtree(self._state(done), ignore_errors=True)
                 save_state(self._state(done), arrays, done)
+                sync_tree(self._state(done))
             write_json(self.partial / FORECAST, forecast)
             write_json(self.partial / RECIPE, recipe)
         except OSError as error:
@@ -163,16 +167,14 @@ class OutputPlace:
         try:
             write_json(self.staging / RECIPE, recipe)
             write_json(self.staging / FORECAST, forecast)
-            (self.staging / "README.md").write_text(card, encoding="utf-8")
+            atomic_write(self.staging / "README.md", card.encode())
             state = self._state(len(recipe["steps"]))
             # Linked, not moved: should the swap be cut short, the state still stands where the recipe says.
             shutil.copytree(state if state.exists() else self.out / STATE, self.staging / STATE, copy_function=_link)
-            for path in sorted(self.staging.rglob("*")):
-                sync(path)
+            sync_tree(self.staging)
             if self.out.exists():
-                os.replace(self.out, self._previous)
-            os.replace(self.staging, self.out)
-            sync(self.out.parent)
+                move(self.out, self._previous)
+            move(self.staging, self.out)
         except OSError as error:
             raise output_error(self.out, error) from error
         self.discard()
@@ -205,9 +207,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes a JSON object, whole or not at all."""
-    beside = path.with_name(path.name + ".new")
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     # As JSON itself spells what is no text: the bytes of a path may be any.
-    beside.write_text(text, encoding="utf-8", errors="backslashreplace")
-    sync(beside)
-    os.replace(beside, path)
+    atomic_write(path, text.encode(errors="backslashreplace"))

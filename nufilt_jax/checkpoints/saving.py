@@ -1,6 +1,5 @@
 """Loading and saving in one call."""
 
-import os
 import secrets
 import shutil
 from collections.abc import Mapping
@@ -11,7 +10,8 @@ from nufilt_jax.checkpoints.dtypes import AnyArray, Array
 from nufilt_jax.checkpoints.folders import ADDED
 from nufilt_jax.checkpoints.hub import parse_source
 from nufilt_jax.checkpoints.reader import Checkpoint, open_checkpoint
-from nufilt_jax.checkpoints.writer import output_error, sync, write_checkpoint
+from nufilt_jax.checkpoints.writer import output_error, write_checkpoint
+from nufilt_jax.durable import make_folder, move
 from nufilt_jax.errors import CheckpointError, OutputError, Problem, raise_all
 
 
@@ -66,12 +66,11 @@ def save(
     raise_all(CheckpointError, added_problems(added, model, "params"))
     staging = out.parent / f".{out.name}.{secrets.token_hex(4)}"
     try:
-        staging.mkdir(parents=True)
+        make_folder(staging)
         write_checkpoint(own, staging, like=model, format=format, dtype=dtype)
         if added:
             write_added(staging, added)
-        os.replace(staging, out)
-        sync(out.parent)
+        move(staging, out)
     except OSError as error:
         raise output_error(out, error) from error
     finally:

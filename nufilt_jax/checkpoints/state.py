@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +18,13 @@ from nufilt_jax.errors import CheckpointError, OutputError, Problem
 _ROOM = 1.1  # free space asked for, per byte of state
 _PLAIN = re.compile(r"[\w/.-]+", re.ASCII)
 _SLACK = 1 << 17  # bytes that orbax writes whatever the size: measured at 30 kB
+
+
+class _Lent(np.ndarray):
+    """A view that orbax writes from: it would copy the whole state first, lest somebody change it meanwhile."""
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None, /) -> "_Lent":
+        return self
 
 
 def save_state(folder: Path, arrays: Mapping[str, Mapping[str, AnyArray]], step: int) -> None:
@@ -32,7 +40,7 @@ def save_state(folder: Path, arrays: Mapping[str, Mapping[str, AnyArray]], step:
     """
     import orbax.checkpoint as ocp
 
-    groups = {group: {name: np.asarray(x) for name, x in named.items()} for group, named in arrays.items()}
+    groups = {group: {name: np.asarray(x).view(_Lent) for name, x in named.items()} for group, named in arrays.items()}
     _require_room(folder.parent, sum(x.nbytes for named in groups.values() for x in named.values()))
     try:
         # Not compressed: float32 task vectors hardly shrink, and the processor is busy merging.

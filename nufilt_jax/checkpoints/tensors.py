@@ -128,6 +128,37 @@ class UnreadTensors(Mapping[str, Any]):  # not of arrays: a type checker at run 
         return len(self._infos)
 
 
+class PassingTensors(Mapping[str, Any]):
+    """Mapped tensors by name; when one is asked for, the pages of the one before leave this process's memory.
+
+    They stay in the system's page cache, or are read again when they are wanted.
+    """
+
+    def __init__(self, tensors: Mapping[str, Any]) -> None:
+        self._tensors, self._last = tensors, None
+
+    def __getitem__(self, name: str) -> Any:
+        _drop_pages(self._last)
+        self._last = self._tensors[name]
+        return self._last
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def _drop_pages(array: Any) -> None:
+    """Lets go of the pages of the file that an array is a view of, if it is one."""
+    owner = array
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    mapped = getattr(owner, "obj", None)
+    if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
+
+
 def map_tensors(infos: Iterable[TensorInfo]) -> dict[str, Array]:
     """Arrays by canonical name: read-only views of memory-mapped files, in canonical orientation.
 

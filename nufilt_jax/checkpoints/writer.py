@@ -1,7 +1,6 @@
 """Writing a checkpoint as its base stands: names, key set, sharding, types, and the files beside them."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from nufilt_jax.checkpoints.names import has_flax_form
 from nufilt_jax.checkpoints.outputs import Target, plan_shards, stored_bytes
 from nufilt_jax.checkpoints.reader import Checkpoint
 from nufilt_jax.checkpoints.safetensors_files import Piece
+from nufilt_jax.durable import atomic_write, make_folder, sync_tree
 from nufilt_jax.errors import CheckpointError, ConfigError, OutputError, Problem, raise_all
 
 _FORMATS = {"safetensors": SAFETENSORS, "flax": FLAX, "msgpack": FLAX}
@@ -51,11 +51,10 @@ def write_checkpoint(
     new = {_main_name(name, like): value for name, value in params.items()}
     shards = plan_shards(like, kind, code)
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         raise_all(CheckpointError, _write_shards(new, out, like, shards, kind))
         _copy_files(like, out, dtype)
-        for path in sorted(out.rglob("*")):
-            sync(path)
+        sync_tree(out)
     except OSError as error:
         raise output_error(out, error) from error
     return tuple(out / file for file in shards)
@@ -67,15 +66,6 @@ def output_error(out: Path, error: OSError) -> OutputError:
         return error
     what = f"cannot be written: {error.strerror or error}"
     return OutputError(Problem(str(error.filename or out), what, "free some space or choose another folder"))
-
-
-def sync(path: Path) -> None:
-    """Forces a file or folder to the disk, so that a rename after it is never of empty files."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def value_problems(params: Mapping[str, AnyArray], like: Checkpoint) -> Iterator[Problem]:
@@ -149,7 +139,7 @@ def _write_index(path: Path, metadata: Mapping[str, Any], shards: Mapping[str, l
 
 def _write_json(path: Path, content: object, *, sort: bool = False) -> None:
     text = json.dumps(content, indent=2, sort_keys=sort, ensure_ascii=False) + "\n"
-    path.write_text(text, encoding="utf-8", errors="backslashreplace")  # as JSON spells halves of characters
+    atomic_write(path, text.encode(errors="backslashreplace"))  # as JSON spells halves of characters
 
 
 def _copy_files(like: Checkpoint, out: Path, dtype: str | None) -> None:

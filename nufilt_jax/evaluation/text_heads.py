@@ -4,7 +4,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -16,6 +15,7 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
+from nufilt_jax.durable import make_folder, replacing
 from nufilt_jax.errors import CheckpointError, Problem
 from nufilt_jax.evaluation.heads import normalise_head
 from nufilt_jax.evaluation.text_tokens import open_tokenizer
@@ -153,13 +153,9 @@ class TextHeads:
 
 def _keep(head: Float[np.ndarray, "c d"], path: Path, about: Mapping[str, Sequence[str]]) -> None:
     """Writes a file whole or not at all; others may write the same at the same time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    make_folder(path.parent)
+    with replacing(path) as draft:
         safetensors.save_file({"head": head}, draft, {name: json.dumps([*texts]) for name, texts in about.items()})
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _whole_model(config: Mapping[str, Any]) -> str:

@@ -1,30 +1,61 @@
-"""Reading ahead: the next task is loaded while the present one is merged."""
+"""Reading ahead: a task is loaded while something else is done."""
 
 import threading
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar
 
 Item = TypeVar("Item")
 Loaded = TypeVar("Loaded")
 
+_PATIENCE = 0.02  # seconds between two looks at `stop`
 
-def read_ahead(load: Callable[[Item, threading.Event], Loaded], items: Sequence[Item]) -> Generator[Loaded, None, None]:
-    """Yields `load(item, stop)` in order; while the caller works on one, the next is loaded, and no more than that.
 
-    What a load raises is raised where its turn comes. Close the iterator to end early: `stop` is set then, and the
-    load under way should end soon. A load may read, and put arrays on the device; it must not start a program, since on
-    CPU no two that decompose may be in flight (see `core.dispatch`).
+class ReadAhead(Generic[Item, Loaded]):
+    """Loads items in order, in a thread of its own: one at a time, each when it is told to, and keeps none.
+
+    A load is called with an item and an event, and should end soon once that is set. It may read, and put arrays on
+    the device; it must not start a program, since on CPU no two that decompose may be in flight (see `core.dispatch`).
+    Leaving the context ends the load under way.
     """
-    stop = threading.Event()
-    n_taken = 0
-    with ThreadPoolExecutor(1, thread_name_prefix="read") as pool:
-        try:
-            coming = [pool.submit(load, item, stop) for item in items[:1]]
-            while coming:
-                loaded = coming.pop().result()
-                n_taken += 1
-                coming += [pool.submit(load, item, stop) for item in items[n_taken : n_taken + 1]]
-                yield loaded
-        finally:
-            stop.set()
+
+    def __init__(self, load: Callable[[Item, threading.Event], Loaded], items: Iterable[Item]) -> None:
+        self._load, self._left = load, deque(items)
+        self._stop = threading.Event()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="read")
+        self._coming: Future[Loaded] | None = None
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the next item is being loaded, or is there."""
+        return self._coming is not None
+
+    def begin(self, after: "Future[Any] | None" = None) -> None:
+        """Begins to load the next item, unless that has begun or none is left; not before `after` is done."""
+        if self._coming is None and self._left:
+            self._coming = self._pool.submit(self._load_after, after, self._left.popleft())
+
+    def _load_after(self, after: "Future[Any] | None", item: Item) -> Loaded:
+        while after is not None and not after.done():
+            if self._stop.wait(_PATIENCE):
+                raise CancelledError
+        return self._load(item, self._stop)
+
+    def take(self) -> Loaded:
+        """The next item, loaded; raises what its load raised."""
+        self.begin()
+        coming, self._coming = self._coming, None
+        if coming is None:
+            raise IndexError("no item is left")
+        return coming.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._pool.shutdown()

@@ -1,6 +1,5 @@
 """The command `analyze`: what a finished merge did, in numbers, pictures and one HTML page."""
 
-import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from nufilt_jax.analysis.report import report_page
 from nufilt_jax.checkpoints import Checkpoint, open_checkpoint
 from nufilt_jax.checkpoints.place import FORECAST, RECIPE, OutputPlace, read_json, write_json
 from nufilt_jax.config import problem
+from nufilt_jax.durable import atomic_write
 from nufilt_jax.errors import (
     CheckpointError,
     ConfigError,
@@ -142,9 +142,7 @@ def _write(out: Path, document: dict[str, Any], recipe: Mapping[str, Any], pictu
     files = {f"{PICTURES}/{name}.png": content for name, content in pictures.items()}
     files[REPORT] = report_page(document, recipe, pictures).encode()
     for name, content in files.items():
-        beside = out / f"{name}.new"
-        beside.write_bytes(content)
-        os.replace(beside, out / name)
+        atomic_write(out / name, content)
     write_json(out / ANALYSIS, document)
 
 

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from nufilt_jax.checkpoints import Checkpoint
 from nufilt_jax.checkpoints.safetensors_files import Entry, read_header
 from nufilt_jax.config import LearningConfig, problem
+from nufilt_jax.durable import make_folder, replacing
 from nufilt_jax.errors import NotYetError, Problem
 from nufilt_jax.evaluation import Task
 from nufilt_jax.evaluation.seeds import clip_task_data, t5_task_data
@@ -112,13 +113,11 @@ def drawing_seed(seed: int, step: int, task: str) -> int:
 
 def write_examples(folder: Path, tasks: Iterable[Task]) -> Path:
     """Writes evaluation tasks as files of examples, their images as the model takes them."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for task in tasks:
         arrays = {"pixel_values": pixels(task), "prototypes": task.head, "labels": task.labels}
-        path = folder / f"{task.name}.safetensors"
-        beside = path.with_name(f"{path.name}.new")
-        save_file(arrays, beside)
-        beside.replace(path)
+        with replacing(folder / f"{task.name}.safetensors") as draft:
+            save_file(arrays, draft)
     return folder
 
 

@@ -1,12 +1,15 @@
-"""What only reading the weights can tell: their hashes, and numbers that are not finite."""
+"""What only reading the weights can tell: their hashes, numbers that cannot be used, and how far tasks moved."""
 
 import dataclasses
+import math
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
-from nufilt_jax.checkpoints import Checkpoint, nonfinite_tensors
+from nufilt_jax.checkpoints import Checkpoint, Findings, survey_file
+from nufilt_jax.checkpoints.dtypes import OUTPUT_DTYPES
+from nufilt_jax.checkpoints.outputs import new_types, range_problem
 from nufilt_jax.errors import CheckpointError, Problem, raise_all
 from nufilt_jax.pipeline.plan import Plan
 from nufilt_jax.pipeline.recorded import other_weights_problem
@@ -23,51 +26,85 @@ class Inspection:
       base_sha256: of the base's weight files by name.
       task_sha256: the same by task name, for all tasks.
       warnings: non-finite numbers in tensors that the merge does not touch.
+      changes: by task name, of the tasks whose files were read: Σ (θ_t − θ0)² by canonical name, of the floating
+        tensors that the base has in the same shape; those that are not finite are left out. None are known of a merge
+        that was finished.
     """
 
     base_sha256: dict[str, str]
     task_sha256: dict[str, dict[str, str]]
     warnings: tuple[str, ...]
-    changes: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    changes: dict[str, dict[str, float]]
 
 
 def inspect(plan: Plan) -> Inspection:
-    """Hashes all weight files and looks for numbers that are not finite.
+    """Reads all weight files once, several at a time.
 
     Raises:
-      CheckpointError: files that changed since an earlier run, and non-finite numbers in tensors that the merge
-        touches, all listed.
+      CheckpointError: files that changed since an earlier run, non-finite numbers in tensors that the merge touches,
+        and numbers in the others that the type to be written cannot hold, all listed.
     """
-    (base_sha256, *task_sha256), nonfinite = _read_all(plan)
-    hashes = dict(zip(plan.tasks, task_sha256, strict=True))
-    problems = list(_changes(plan, base_sha256, hashes))
+    base, *tasks = _read_all(plan)
+    hashes = {name: _sha256(findings, plan.tasks[name]) for name, findings in zip(plan.tasks, tasks, strict=True)}
+    problems = [*_replaced(plan, _sha256(base, plan.base), hashes), *_range_problems(plan, base)]
     warnings: list[str] = []
-    for checkpoint, names in zip((plan.base, *plan.tasks.values()), nonfinite, strict=True):
+    for checkpoint, findings in zip((plan.base, *plan.tasks.values()), (base, *tasks), strict=True):
+        nonfinite = frozenset[str]().union(*(found.nonfinite for found in findings))
+        names = (name for name in checkpoint.tensors if name in nonfinite)
         refused, accepted = _nonfinite_problems(checkpoint, names, set(plan.selection.touched))
         problems += refused
         warnings += map(str, accepted)
     raise_all(CheckpointError, problems)
     merged = {} if plan.recorded is None else {task.name: dict(task.sha256 or {}) for task in plan.recorded.tasks}
-    return Inspection(base_sha256, merged | hashes, tuple(warnings))
+    changes = {name: _changes(findings) for name, findings in zip(plan.tasks, tasks, strict=True)}
+    return Inspection(_sha256(base, plan.base), merged | hashes, tuple(warnings), changes)
 
 
-def _read_all(plan: Plan) -> tuple[list[dict[str, str]], list[list[str]]]:
-    """Hashes, and names of tensors that are not finite, of the base and the plan's tasks; several files at a time."""
-    checkpoints = (plan.base, *plan.tasks.values())
+def _read_all(plan: Plan) -> list[list[Findings]]:
+    """The findings in each weight file of the base, and of each of the plan's tasks."""
     stop = threading.Event()
+    code = None if plan.settings.dtype is None else OUTPUT_DTYPES[plan.settings.dtype]
+    kept = {name: new for name, new in new_types(plan.base, code).items() if name not in plan.selection.touched}
 
-    def nonfinite(checkpoint: Checkpoint) -> list[str]:
-        return [] if plan.is_finished else nonfinite_tensors(checkpoint, checkpoint.tensors, stop=stop)
+    def survey(checkpoint: Checkpoint, index: int) -> Findings:
+        path = checkpoint.weight_files[index]
+        if plan.is_finished:
+            return survey_file(path, (), stop=stop)
+        tensors = [info for info in checkpoint.tensors.values() if info.file == path]
+        if checkpoint is plan.base:
+            return survey_file(path, tensors, new_types=kept, stop=stop)
+        return survey_file(path, tensors, base=plan.base.tensors, stop=stop)
 
     with ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1), thread_name_prefix="inspect") as pool:
         try:
-            hashes = pool.map(lambda checkpoint: checkpoint.sha256(stop=stop), checkpoints)
-            return list(hashes), list(pool.map(nonfinite, checkpoints))
+            coming = [
+                [pool.submit(survey, checkpoint, index) for index in range(len(checkpoint.weight_files))]
+                for checkpoint in (plan.base, *plan.tasks.values())
+            ]
+            return [[future.result() for future in files] for files in coming]
         finally:
             stop.set()
 
 
-def _changes(plan: Plan, base_sha256: dict[str, str], hashes: dict[str, dict[str, str]]) -> Iterator[Problem]:
+def _sha256(findings: Iterable[Findings], checkpoint: Checkpoint) -> dict[str, str]:
+    """The hash of each weight file by name, as `Checkpoint.sha256` gives it."""
+    names = (path.relative_to(checkpoint.path).as_posix() for path in checkpoint.weight_files)
+    return {name: found.sha256 for name, found in zip(names, findings, strict=True)}
+
+
+def _changes(findings: Iterable[Findings]) -> dict[str, float]:
+    return {name: x for found in findings for name, x in found.changes.items() if math.isfinite(x)}
+
+
+def _range_problems(plan: Plan, findings: Iterable[Findings]) -> Iterator[Problem]:
+    """Tensors that the merge leaves alone, and that cannot be written: what the others will hold is not known yet."""
+    lost = frozenset[str]().union(*(found.out_of_range for found in findings))
+    for name, info in plan.base.tensors.items():
+        if name in lost and plan.settings.dtype is not None:
+            yield range_problem(info, OUTPUT_DTYPES[plan.settings.dtype], info.stored_name)
+
+
+def _replaced(plan: Plan, base_sha256: Mapping[str, str], hashes: Mapping[str, Mapping[str, str]]) -> Iterator[Problem]:
     """The models that are not what they were when an earlier run began this merge."""
     if plan.recorded is None:
         return

@@ -1,9 +1,10 @@
 """Runs a plan: step after step, each one kept, until the model stands in its place."""
 
-import contextlib
 import dataclasses
 import functools
+import gc
 import hashlib
+import shutil
 import threading
 import time
 from collections.abc import Mapping
@@ -11,20 +12,21 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import jax
-import numpy as np
 
 from nufilt_jax import methods
 from nufilt_jax.anatomy import tensor_of
 from nufilt_jax.checkpoints import Checkpoint, write_added, write_checkpoint
 from nufilt_jax.checkpoints.place import OutputPlace
+from nufilt_jax.checkpoints.tensors import PassingTensors
 from nufilt_jax.config import LearningConfig
 from nufilt_jax.errors import CheckpointError, EvaluationError, NufiltError, OutputError, Problem
-from nufilt_jax.methods.stacked import Names, TaskVector, stacked, task_vector
-from nufilt_jax.methods.state import LayerReport, MergeState, merged_tensor
-from nufilt_jax.pipeline.ahead import read_ahead
+from nufilt_jax.methods.stacked import Names, Params, TaskVector, stacked, task_vector
+from nufilt_jax.methods.state import LayerReport, MergeState
+from nufilt_jax.pipeline.ahead import ReadAhead
 from nufilt_jax.pipeline.card import model_card
 from nufilt_jax.pipeline.inspection import Inspection
 from nufilt_jax.pipeline.journal import Journal
+from nufilt_jax.pipeline.merged import merged_tensors
 from nufilt_jax.pipeline.plan import Plan
 from nufilt_jax.pipeline.recipe import forecast_entry, new_recipe, step_entry
 from nufilt_jax.pipeline.timing import Clock, CompileLog
@@ -98,10 +100,7 @@ def run(
             state = _merge(plan, place, journal, watcher, evaluation)
             watcher.phase("writing the model")
             with clock.spent_on("write_model"):
-                like, settings = plan.base, plan.settings
-                write_checkpoint(_merged(state), place.staging, like=like, format=settings.format, dtype=settings.dtype)
-                if state.added:
-                    write_added(place.staging, state.added)
+                _write_model(plan, state, place)
             if evaluation is not None:
                 evaluation.finish(place.staging, recipe)
             with clock.spent_on("wait_for_state"):
@@ -116,12 +115,33 @@ def run(
     return recipe
 
 
+def _write_model(plan: Plan, state: MergeState, place: OutputPlace) -> None:
+    """The merged model in the place's staging folder; what cannot be written leaves all steps as they are.
+
+    Raises:
+      OutputError: the disk is full, or numbers are out of the range of the type asked for.
+    """
+    like, settings = plan.base, plan.settings
+    try:
+        write_checkpoint(merged_tensors(state), place.staging, like=like, format=settings.format, dtype=settings.dtype)
+        if state.added:
+            write_added(place.staging, state.added)
+    except NufiltError as error:
+        shutil.rmtree(place.staging, ignore_errors=True)
+        if isinstance(error, OutputError):
+            raise
+        kept = f"what is merged is kept in {place.partial}"
+        raise OutputError(*(p._replace(fix=f"{p.fix}; {kept}" if p.fix else kept) for p in error.problems)) from error
+
+
 def _merge(
     plan: Plan, place: OutputPlace, journal: Journal, watcher: Watcher, evaluation: Evaluation | None
 ) -> MergeState:
     """The state after all tasks; the journal gets an entry for each task merged here.
 
-    While a task is merged, the next one is read and the state after the one before is written.
+    Beside D and the task vector at most one thing of a model's size is in memory. While a task is merged that takes
+    long, it is a copy of the D before, which is being written, and after that the next task, which is being read. Where
+    merging is quicker than writing, a copy would hide nothing: D itself is written, while the next task is read.
     """
     settings = plan.settings
     rule = methods.get(
@@ -138,31 +158,56 @@ def _merge(
     pending = [source.name for source in plan.sources[plan.done :]]
     if pending:
         journal.begin()
-    load = functools.partial(_load, plan, state.delta.names)
-    with contextlib.closing(read_ahead(load, pending)) as tasks:
+    load, solve_seconds = functools.partial(_load, plan, state.base, state.delta.names), 0.0
+    with ReadAhead(load, pending) as tasks:
         for index, name in enumerate(pending, plan.done):
             watcher.step(name, index, len(plan.sources))
             start = time.perf_counter()
-            task = next(tasks)
+            task = tasks.take()
             task.clock.add("wait", time.perf_counter() - start)
+            if _hides_all(solve_seconds, journal.write_seconds, task.clock.seconds("read")):
+                tasks.begin(after=journal.under_way)
+            begun = time.perf_counter()
             state = _update(rule, state, task, watcher, _examples(plan, name, index + 1))
+            solve_seconds = time.perf_counter() - begun
             entry = step_entry(name, time.perf_counter() - start, state.report) | {"timings": task.clock.as_dict()}
             if plan.examples:
                 entry["examples"] = _examples_entry(plan.examples[name])
-            del task  # before the one after the next is read
+            del task  # before D is copied, or the next one is read
+            gc.collect(0)  # where JAX lets go of host memory that was the device's too; else when a program runs next
             if evaluation is not None:
                 with journal.clock.spent_on("evaluate"):
                     entry |= evaluation.entry(_whole(plan, state), name)
-            journal.add(entry, forecast_entry(name, state.report), state)
+            _keep(journal, tasks, entry, forecast_entry(name, state.report), state)
     last = journal.recipe["steps"][-1]
     if evaluation is not None and not evaluation.covers(last):  # a run that did not evaluate has merged it
         last |= evaluation.entry(_whole(plan, state), last["task"])
     return state
 
 
+def _hides_all(solve: float, write: float, read: float) -> bool:
+    """Whether a state and a task can be written and read while a task is merged, by the last seconds of each."""
+    return solve > write + read
+
+
+def _keep(
+    journal: Journal, tasks: ReadAhead[str, "Task"], entry: dict[str, Any], forecast: dict[str, Any], state: MergeState
+) -> None:
+    """Makes a step durable: from a copy of D if the next task waits to be merged into it, else from D itself."""
+    if tasks.has_begun:
+        journal.add(entry, forecast, state, copy=True)
+        return
+    tasks.begin()
+    journal.add(entry, forecast, state, copy=False)
+    if tasks.has_begun:  # after the last task nobody takes the memory of D
+        with journal.clock.spent_on("copy_state"):
+            journal.wait()
+
+
 def _whole(plan: Plan, state: MergeState) -> dict[str, Any]:
     """All parameters of the merged model."""
-    return {**plan.base.read(), **_merged(state), **state.added}
+    merged = {name: tensor.made() for name, tensor in merged_tensors(state).items()}
+    return {**plan.base.read(), **merged, **state.added}
 
 
 def _restored(state: MergeState, place: OutputPlace, done: int) -> MergeState:
@@ -189,12 +234,12 @@ class Task(NamedTuple):
     clock: Clock
 
 
-def _load(plan: Plan, names: Names, name: str, stop: threading.Event) -> Task:
-    """Forms a task vector on the device, tensor by tensor from the files."""
+def _load(plan: Plan, base: Params, names: Names, name: str, stop: threading.Event) -> Task:
+    """Forms a task vector on the device, tensor by tensor from the mapped base and the task's files."""
     checkpoint, clock = plan.tasks[name], Clock()
-    wanted = plan.selection.touched
+    theirs = checkpoint.unread(plan.selection.touched, stop=stop)
     with clock.spent_on("read"):
-        vector = task_vector(plan.base.unread(wanted, stop=stop), checkpoint.unread(wanted, stop=stop), names)
+        vector = task_vector(PassingTensors(base), theirs, names)
     with clock.spent_on("put"):
         jax.block_until_ready(vector.stacks)
     return Task(name, checkpoint, vector, clock)
@@ -220,7 +265,9 @@ def _update(
 ) -> MergeState:
     try:
         with task.clock.spent_on("solve"):
-            return rule.update(state, task.vector, on_stack=watcher.stack, donate=True, data=data)
+            return jax.block_until_ready(
+                rule.update(state, task.vector, on_stack=watcher.stack, donate=True, data=data)
+            )
     except NufiltError as error:  # a rule knows canonical names only, and no files
         raise type(error)(*(_in_file(task.checkpoint, problem) for problem in error.problems)) from error
 
@@ -228,11 +275,3 @@ def _update(
 def _in_file(checkpoint: Checkpoint, problem: Problem) -> Problem:
     info = checkpoint.tensors.get(tensor_of(problem.tensor))
     return problem if info is None else Problem(str(info.file), problem.what, problem.fix, info.stored_name)
-
-
-def _merged(state: MergeState) -> dict[str, np.ndarray]:
-    """The touched tensors in float32: rounded once, when written."""
-    return {
-        name: np.asarray(merged_tensor(state.base[name], delta, np.dtype(np.float32)))
-        for name, delta in state.delta.copied().on_host().items()
-    }

@@ -31,6 +31,10 @@ class Clock:
         """Counts time measured elsewhere."""
         self._seconds[what] = self._seconds.get(what, 0.0) + seconds
 
+    def seconds(self, what: str) -> float:
+        """What was spent on it so far."""
+        return self._seconds.get(what, 0.0)
+
     def as_dict(self) -> dict[str, float]:
         """For the recipe."""
         return {what: round(seconds, 3) for what, seconds in self._seconds.items()}

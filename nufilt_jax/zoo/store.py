@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Float
 from safetensors import numpy as safetensors
 
+from nufilt_jax.durable import atomic_write, make_folder, sync, sync_tree
 from nufilt_jax.errors import CheckpointError, ConfigError, OutputError, Problem
 from nufilt_jax.evaluation import Task
 from nufilt_jax.zoo.draws import CLASS_NAMES, TASK_NAMES, Split, draw
@@ -187,18 +188,20 @@ def _json(document: Mapping[str, Any]) -> bytes:
 
 def _create(target: Path, files: Mapping[str, bytes]) -> None:
     """Writes a folder beside `target` and renames it, unless another process has been faster."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         for name, content in files.items():
             (draft / name).parent.mkdir(parents=True, exist_ok=True)
             (draft / name).write_bytes(content)
         draft.chmod(0o755)  # mkdtemp's is 0o700: a cache shared by several users could not be read
+        sync_tree(draft)
         try:
             draft.rename(target)
         except OSError:
             if not target.exists():
                 raise
+        sync(target.parent)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -209,12 +212,5 @@ def _repair(target: Path, files: Mapping[str, bytes]) -> None:
         path = target / name
         if path.is_file() and path.read_bytes() == content:
             continue
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, draft = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-            Path(draft).chmod(0o644)
-            Path(draft).replace(path)
-        finally:
-            Path(draft).unlink(missing_ok=True)
+        make_folder(path.parent)
+        atomic_write(path, content)

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from rich.console import Console
 from safetensors import numpy as safetensors
 
+from nufilt_jax.durable import atomic_write
 from nufilt_jax.evaluation import Task, evaluate_tasks
 from nufilt_jax.zoo.families import FAMILIES, TINY, Family
 from nufilt_jax.zoo.store import evaluation_tasks, weights_folder
@@ -39,7 +40,7 @@ def build(family: Family, out: Path, console: Console, *, pretrained: Path | Non
     if pretrained is not None:
         _take_base(pretrained, out, record)
     heads = make_heads(family)
-    _replace(out / "heads.safetensors", safetensors.save(heads))
+    atomic_write(out / "heads.safetensors", safetensors.save(heads))
     tasks = evaluation_tasks(family.tasks, split="val", family=family, heads=heads)
     scores = record["validation"]
     if "pretrained" not in scores:
@@ -47,7 +48,7 @@ def build(family: Family, out: Path, console: Console, *, pretrained: Path | Non
         key = jax.random.key(SEED)
         base, losses = train(family, initial_params(family, SEED), data, family.pretrain, key)
         scores["pretrained"] = _keep(family, out / "base.safetensors", base, tasks)
-        (out / RECORD).write_text(_json(record))
+        atomic_write(out / RECORD, _json(record))
         console.print(f"pre-trained: loss {losses[0]:.3f} to {losses[-1]:.3f}")
     base = _float32(safetensors.load_file(out / "base.safetensors"))
     for index, task in enumerate(tasks):
@@ -57,7 +58,7 @@ def build(family: Family, out: Path, console: Console, *, pretrained: Path | Non
         data = make_data(family, [task.name], family.looks[task.name], family.finetune.n_images)
         tuned, _ = train(family, {name: jnp.asarray(value) for name, value in base.items()}, data, family.finetune, key)
         scores["individual"] |= _keep(family, out / f"{task.name}.safetensors", tuned, [task])
-        (out / RECORD).write_text(_json(record))
+        atomic_write(out / RECORD, _json(record))
         before, after = scores["pretrained"][task.name], scores["individual"][task.name]
         console.print(f"{task.name}: {before:.3f} before, {after:.3f} after")
 
@@ -67,7 +68,7 @@ def _take_base(source: Path, out: Path, record: dict[str, Any]) -> None:
     theirs = json.loads((source / RECORD).read_text())
     alike = all(theirs[key] == record[key] for key in ("seed", "config", "pretrain", "nuisance"))
     if alike and "pretrained" not in record["validation"]:
-        _replace(out / "base.safetensors", (source / "base.safetensors").read_bytes())
+        atomic_write(out / "base.safetensors", (source / "base.safetensors").read_bytes())
         record["validation"]["pretrained"] = theirs["validation"]["pretrained"]
 
 
@@ -92,7 +93,7 @@ def _open_record(family: Family, path: Path) -> dict[str, Any]:
 def _keep(family: Family, path: Path, params: Params, tasks: list[Task] | tuple[Task, ...]) -> dict[str, float]:
     """Writes float16, and scores what a reader gets: from here on only the rounded numbers count."""
     rounded = {name: np.asarray(value).astype(np.float16, order="C") for name, value in params.items()}
-    _replace(path, safetensors.save(rounded, {"format": "pt"}))
+    atomic_write(path, safetensors.save(rounded, {"format": "pt"}))
     return evaluate_tasks(_float32(rounded), family.config, tasks)
 
 
@@ -100,14 +101,8 @@ def _float32(params: dict[str, np.ndarray]) -> dict[str, Float[np.ndarray, "..."
     return {name: value.astype(np.float32) for name, value in params.items()}
 
 
-def _replace(path: Path, content: bytes) -> None:
-    draft = path.with_suffix(".draft")
-    draft.write_bytes(content)
-    draft.replace(path)
-
-
-def _json(document: dict[str, Any]) -> str:
-    return json.dumps(document, indent=2) + "\n"
+def _json(document: dict[str, Any]) -> bytes:
+    return (json.dumps(document, indent=2) + "\n").encode()
 
 
 def main() -> None:

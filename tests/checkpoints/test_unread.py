@@ -4,7 +4,7 @@ from concurrent.futures import CancelledError
 import pytest
 from checkpoint_builders import bits_equal, clip_model, flax_vision_tree, vision_tower, write_flax, write_safetensors
 
-from nufilt_jax.checkpoints import nonfinite_tensors, open_checkpoint
+from nufilt_jax.checkpoints import open_checkpoint, survey_file
 from nufilt_jax.errors import CheckpointError
 
 
@@ -33,7 +33,7 @@ def test_stop_ends_every_way_of_reading(checkpoint):
     for read in (
         lambda: unread[name],
         lambda: checkpoint.sha256(stop=stop),
-        lambda: nonfinite_tensors(checkpoint, checkpoint.tensors, stop=stop),
+        lambda: survey_file(checkpoint.weight_files[0], (), stop=stop),
     ):
         with pytest.raises(CancelledError):
             read()

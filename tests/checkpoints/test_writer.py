@@ -285,7 +285,7 @@ def test_an_interrupt_leaves_nothing(tmp_path, monkeypatch):
     def interrupt(path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("nufilt_jax.checkpoints.writer.sync", interrupt)
+    monkeypatch.setattr("nufilt_jax.checkpoints.writer.sync_tree", interrupt)
     with pytest.raises(KeyboardInterrupt):
         save({}, tmp_path / "out", like=str(folder))
     assert [p.name for p in tmp_path.iterdir()] == ["m"]

@@ -4,77 +4,170 @@ import json
 import shutil
 import threading
 import weakref
-from contextlib import closing
+from concurrent.futures import Future
 
+import numpy as np
 import pipeline_builders as build
 import pytest
 
+from nufilt_jax import methods
+from nufilt_jax.checkpoints.place import OutputPlace
+from nufilt_jax.checkpoints.state import load_state
+from nufilt_jax.methods import stacked
+from nufilt_jax.pipeline import journal
 from nufilt_jax.pipeline import run as pipeline_run
-from nufilt_jax.pipeline.ahead import read_ahead
+from nufilt_jax.pipeline.ahead import ReadAhead
+from nufilt_jax.pipeline.timing import Clock
 
 FAST = ("--method", "sum")
 
 
-def test_one_item_is_loaded_ahead_and_no_more():
+def test_one_item_at_a_time_is_loaded_when_told(tmp_path):
     loaded, reached = [], threading.Event()
 
     def load(item, stop):
         loaded.append(item)
-        if item == "b":
-            reached.set()
+        reached.set()
         return item.upper()
 
-    with closing(read_ahead(load, ["a", "b", "c", "d"])) as items:
-        assert next(items) == "A"
-        assert reached.wait(10)
+    with ReadAhead(load, ["a", "b", "c"]) as items:
+        assert (items.take(), items.has_begun, loaded) == ("A", False, ["a"])
+        reached.clear()
+        items.begin()
+        items.begin()
+        assert items.has_begun and reached.wait(10)
         assert loaded == ["a", "b"]
-        assert list(items) == ["B", "C", "D"]
-    assert list(read_ahead(load, [])) == []
+        assert [items.take(), items.take()] == ["B", "C"]
+        items.begin()
+        assert not items.has_begun
+        with pytest.raises(IndexError, match="no item is left"):
+            items.take()
+
+
+def test_a_load_waits_for_what_it_comes_after():
+    first, loaded = Future(), threading.Event()
+    with ReadAhead(lambda item, stop: loaded.set(), [1]) as items:
+        items.begin(after=first)
+        assert not loaded.wait(0.1)
+        first.set_exception(OSError())  # which is for others to hear
+        assert items.take() is None and loaded.is_set()
+    with ReadAhead(lambda item, stop: loaded.set(), [1]) as items:
+        items.begin(after=Future())  # leaving does not wait for it
 
 
 def test_a_failed_load_is_told_in_its_turn():
-    def load(item, stop):
-        return 1 / item
-
-    with closing(read_ahead(load, [1, 0, 2])) as items:
-        assert next(items) == 1
+    with ReadAhead(lambda item, stop: 1 / item, [1, 0, 2]) as items:
+        assert items.take() == 1
+        items.begin()
         with pytest.raises(ZeroDivisionError):
-            next(items)
+            items.take()
 
 
-def test_closing_ends_the_load_under_way():
+def test_leaving_ends_the_load_under_way():
     ended = []
-
-    def load(item, stop):
-        ended.append(item > 0 and stop.wait(60))
-
-    with closing(read_ahead(load, [0, 1, 2])) as items:
-        next(items)
-    assert ended == [False, True]
+    with ReadAhead(lambda item, stop: ended.append(item > 0 and stop.wait(60)), [0, 1, 2]) as items:
+        items.take()
+        items.begin()
+    assert ended in ([False], [False, True])
 
 
-def test_at_most_two_task_vectors_are_alive(shared_models, tmp_path, nufilt, command, monkeypatch):
-    made, alive = [], []
-    task_vector = pipeline_run.task_vector
+def test_nothing_of_an_item_that_was_taken_is_kept():
+    with ReadAhead(lambda item, stop: np.zeros(item), [3, 4]) as items:
+        taken = weakref.ref(items.take())
+        assert taken() is None
+        items.begin()
+        taken = weakref.ref(items.take())
+        assert taken() is None
+
+
+@pytest.mark.parametrize("pace", ["quick", "slow"])
+def test_task_vectors_that_are_alive(shared_models, tmp_path, nufilt, command, monkeypatch, pace):
+    """The one that is merged and, where merging takes long, the next; when D is written, none that was merged."""
+    loaded, alive, held = [], [], []
+    load, update, add = pipeline_run._load, pipeline_run._update, journal.Journal.add
 
     def counted(*args):
-        result = task_vector(*args)
-        made.append(weakref.ref(result.stacks[0]))
-        alive.append(sum(stack() is not None for stack in made))
+        task = load(*args)
+        loaded.append(weakref.ref(task.vector.stacks[0]))
+        return task
+
+    def updated(*args):
+        result = update(*args)
+        alive.append(sum(stack() is not None for stack in loaded))
         return result
 
-    monkeypatch.setattr(pipeline_run, "task_vector", counted)
+    def added(self, *args, copy):
+        held.append((copy, [stack() is not None for stack in loaded[: len(alive)]]))
+        add(self, *args, copy=copy)
+
+    monkeypatch.setattr(pipeline_run, "_load", counted)
+    monkeypatch.setattr(pipeline_run, "_update", updated)
+    monkeypatch.setattr(journal.Journal, "add", added)
+    monkeypatch.setattr(pipeline_run, "_hides_all", lambda *seconds: pace == "slow")
+    assert nufilt(*command(shared_models, tmp_path / "out", *FAST, n=4)).code == 0
+    assert max(alive) <= (2 if pace == "slow" else 1)
+    assert [any(merged) for _, merged in held] == [False] * 4
+    assert [copy for copy, _ in held] == [pace == "slow"] * 3 + [False]
+
+
+@pytest.mark.parametrize("pace", ["quick", "slow"])
+def test_the_ways_of_keeping_a_state_give_the_same_bits(shared_models, tmp_path, nufilt, command, monkeypatch, pace):
+    assert nufilt(*command(shared_models, tmp_path / "whole", n=4)).code == 0
+    monkeypatch.setattr(pipeline_run, "_hides_all", lambda *seconds: pace == "slow")
     assert nufilt(*command(shared_models, tmp_path / "out", n=4)).code == 0
-    assert len(alive) == 4 and max(alive) == 2
+    assert build.weight_bytes(tmp_path / "out") == build.weight_bytes(tmp_path / "whole")
+    states = [load_state(tmp_path / name / "state")[0]["delta"] for name in ("out", "whole")]
+    assert all(build.same_bits(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_a_task_vector_gives_its_memory_back_before_d_is_written(shared_models, tmp_path, nufilt, command, monkeypatch):
+    """On the host too, where a device array may have shared what numpy made."""
+    rooms, held = [], []
+    aligned, add = stacked._aligned, journal.Journal.add
+
+    def made(shape):
+        array = aligned(shape)
+        owner = array
+        while isinstance(owner.base, np.ndarray):
+            owner = owner.base
+        rooms.append(weakref.ref(owner))
+        return array
+
+    def added(self, *args, copy):
+        held.append(sum(room() is not None for room in rooms))
+        add(self, *args, copy=copy)
+
+    monkeypatch.setattr(stacked, "_aligned", made)
+    monkeypatch.setattr(journal.Journal, "add", added)
+    assert nufilt(*command(shared_models, tmp_path / "out", *FAST, n=1)).code == 0
+    assert rooms and held == [0]
+
+
+def test_the_next_step_takes_the_memory_of_a_state_that_was_written(tmp_path):
+    base = {"model.layers.0.self_attn.q_proj.weight": np.ones((64, 64), np.float32)}
+    rule = methods.get("sum")
+    state = rule.update(rule.init(base), {name: x + 1 for name, x in base.items()})
+    where = state.delta.stacks[0].unsafe_buffer_pointer()
+    place = OutputPlace(tmp_path / "out")
+    with journal.Journal(place, {"steps": []}, {"steps": []}, Clock()) as kept:
+        kept.add({}, {}, state, copy=False)
+        kept.wait()
+        moved = rule.update(state, {name: x + 2 for name, x in base.items()}, donate=True)
+        assert moved.delta.stacks[0].unsafe_buffer_pointer() == where
+        kept.add({}, {}, moved, copy=True)
+        again = rule.update(moved, base, donate=True)
+    assert again.delta.stacks[0].unsafe_buffer_pointer() == where
+    [delta] = place.load_state(2)["delta"].values()
+    np.testing.assert_array_equal(delta, np.full((64, 64), 3, np.float32))
 
 
 def test_a_task_that_cannot_be_read_leaves_the_steps_before_it(models, tmp_path, nufilt, command, monkeypatch):
     load = pipeline_run._load
 
-    def after_removal(plan, names, name, stop):
-        if name == "gamma":  # read while beta is merged
+    def after_removal(plan, base, names, name, stop):
+        if name == "gamma":
             shutil.rmtree(models / "gamma")
-        return load(plan, names, name, stop)
+        return load(plan, base, names, name, stop)
 
     monkeypatch.setattr(pipeline_run, "_load", after_removal)
     result = nufilt(*command(models, tmp_path / "out", *FAST))

@@ -1,0 +1,45 @@
+"""The merged model for those who write it: each tensor is made when it is asked for, so that one is in memory."""
+
+from typing import Any
+
+import numpy as np
+
+from nufilt_jax.methods.stacked import Array, Stacked
+from nufilt_jax.methods.state import MergeState, joined, merged_tensor
+
+_ROWS_BYTES = 1 << 24  # of what is made at once
+
+
+class MergedTensor:
+    """θ0 + D of one tensor, not added yet; what takes arrays takes this for one.
+
+    Attributes:
+      shape: of the tensor.
+      dtype: float32, or float64 if θ0 is that.
+    """
+
+    def __init__(self, name: str, base: Array, delta: Stacked) -> None:
+        self.shape, self.dtype = base.shape, np.dtype(np.float64 if base.dtype == np.float64 else np.float32)
+        self._name, self._base, self._delta = name, base, delta
+
+    def made(self) -> np.ndarray:
+        """The tensor, some rows at a time: whole, its summands would need as much again."""
+        delta = joined(self._delta, self._name, self._base)
+        if not self.shape:
+            return np.asarray(merged_tensor(self._base, delta, self.dtype))
+        result = np.empty(self.shape, self.dtype)
+        n_rows = max(1, _ROWS_BYTES * self.shape[0] // max(1, result.nbytes))
+        for start in range(0, self.shape[0], n_rows):
+            rows = slice(start, start + n_rows)
+            result[rows] = merged_tensor(self._base[rows], delta[rows], self.dtype)
+        return result
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """For numpy."""
+        return self.made().astype(dtype or self.dtype, copy=False)
+
+
+def merged_tensors(state: MergeState) -> dict[str, MergedTensor]:
+    """The touched tensors of a state, by canonical name: rounded once, when written."""
+    delta = state.delta.on_host()
+    return {name: MergedTensor(name, state.base[name], delta) for name in state.layers_by_tensor}
