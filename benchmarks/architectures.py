@@ -121,7 +121,7 @@ def main() -> None:
     parser = measure.Parser(__doc__, "architectures.json")
     entries = from_tests("architecture_models").ENTRIES
     families = sorted({entry.family for entry in entries})
-    told = {"metavar": "FAMILY", "help": ", ".join(families)}
+    told: Any = {"metavar": "FAMILY", "help": ", ".join(families)}
     parser.add_argument("--families", choices=families, nargs="+", default=families, **told)
     options = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
