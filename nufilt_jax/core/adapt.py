@@ -7,9 +7,12 @@ target C of `core.filter`. With G = τᵀτ, K = τᵀ C and Z = A V it becomes
 
 so that no step depends on the layer's number of outputs: layers with different outputs share one batch. With the
 filter, P V2 = 0 and the columns of V2 have a target of zero: C and K leave them out.
+
+Large weights would overflow it. L is therefore held in a unit of each layer's own, a power of two, which Adam does not
+feel: its steps are those of c L with the same multiple of ε.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,20 +22,25 @@ from jaxtyping import Array, Float, UInt32
 from nufilt_jax.core.grams import Gram
 from nufilt_jax.core.linalg import matmul
 
+EPSILON = 1e-8  # Adam's
+# Least ε of a scaled loss: where squares of gradients vanish in float32, the steps must too.
+LEAST_EPSILON = 1e-16
 START_STD = 0.02  # of A's entries; B starts at zero (arXiv:2509.21413v2, §4)
 
 
 class Problem(NamedTuple):
-    """One layer's surrogate, reduced to its n inputs.
+    """One layer's surrogate times c, reduced to its n inputs.
 
     Attributes:
-      gram: G = τᵀτ.
-      pull: K = τᵀ C, where the loss wants B A to go, for as many of the last columns of [V2 V1] as have a target.
-      constant: ‖C‖², the loss without an adapter.
+      unit: √c.
+      gram: c G, G = τᵀτ.
+      pull: c K, K = τᵀ C, where the loss wants B A to go, for as many of the last columns of [V2 V1] as have a target.
+      constant: c ‖C‖², the loss without an adapter.
       prior: V2, directions of the earlier tasks.
       task: V1, directions of the new task.
     """
 
+    unit: Float[Array, "*layers"]
     gram: Gram
     pull: Float[Array, "*layers n pulled"]
     constant: Float[Array, "*layers"]
@@ -58,17 +66,20 @@ def reduce(
     target: Float[Array, "m pulled"],
     prior: Float[Array, "n r_p"],
     task: Float[Array, "n r_v"],
+    unit: Float[Array, ""],
 ) -> Problem:
     """Builds one layer's `Problem`.
 
     Args:
-      gram: τᵀτ.
+      gram: τᵀτ, in any unit.
       task_delta: τ.
-      target: C, without leading columns that are zero.
+      target: √c C, without leading columns that are zero.
       prior: V2.
       task: V1.
+      unit: √c.
     """
-    return Problem(gram, matmul(task_delta.T, target), jnp.sum(target**2), prior, task)
+    pull = unit * matmul(task_delta.T, target)
+    return Problem(unit, gram.scaled((unit / gram.unit) ** 2), pull, jnp.sum(target**2), prior, task)
 
 
 def draw_start(key: UInt32[Array, "2"], rank: int, width: int) -> Float[Array, "r_l n"]:
@@ -78,7 +89,7 @@ def draw_start(key: UInt32[Array, "2"], rank: int, width: int) -> Float[Array, "
 
 
 def loss_and_gradients(problem: Problem, adapter: Adapter) -> tuple[Float[Array, ""], Adapter]:
-    """The surrogate and its gradients, written out: they share G B, which is most of the work."""
+    """The surrogate times c and its gradients, written out: they share G B, which is most of the work."""
     directions = jnp.concatenate([problem.prior, problem.task], axis=1)
     free = directions.shape[1] - problem.pull.shape[1]  # columns without a target
     z = matmul(directions.T, adapter.at)  # transposed, as all that follows
@@ -99,12 +110,13 @@ def adapt(
     """Trains one layer's adapter by Adam (β .9/.999, ε 1e-8, no decay).
 
     Returns:
-      The adapter, and the loss before every step and after the last one.
+      The adapter, and the loss, times c, before every step and after the last one.
     """
     adapter = Adapter(start.T, jnp.zeros_like(start.T))
     if start.shape[0] == 0:
         return adapter, jnp.full(steps + 1, problem.constant)
-    optimizer = optax.adam(learning_rate)
+    epsilon = jnp.maximum(EPSILON * problem.unit**2, LEAST_EPSILON)
+    optimizer = optax.adam(learning_rate, eps=cast(float, epsilon))
 
     def step(carry: tuple, _: None) -> tuple[tuple, Float[Array, ""]]:
         adapter, moments = carry

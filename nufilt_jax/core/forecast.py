@@ -27,5 +27,5 @@ class Forecast(NamedTuple):
 
 
 def share(part: Float[Array, ""], whole: Float[Array, ""], *, of_nothing: int = 0) -> Float[Array, ""]:
-    """`part` / `whole`, or `of_nothing` if `whole` is zero."""
-    return jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1), of_nothing)
+    """(`part` / `whole`)² of two norms, or `of_nothing` if `whole` is zero: their squares alone may overflow."""
+    return jnp.where(whole > 0, (part / jnp.where(whole > 0, whole, 1)) ** 2, of_nothing)

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from nufilt_jax.config import RightFactor
 from nufilt_jax.core.adapt import Adapter
-from nufilt_jax.core.linalg import gram, matmul
+from nufilt_jax.core.linalg import gram, matmul, norm, unit_scale
 
 
 class Fused(NamedTuple):
@@ -15,8 +15,8 @@ class Fused(NamedTuple):
 
     Attributes:
       update: τ (F + BA), F = P, I or 0.
-      removed: ‖τ V2‖² if the filter took it away, else 0.
-      restored: ‖τ B A‖².
+      removed: ‖τ V2‖ if the filter took it away, else 0.
+      restored: ‖τ B A‖.
       felt: τ B A V2.
     """
 
@@ -44,12 +44,14 @@ def fuse(
         removed, left = responses[:, :k], responses[:, k:]
         pieces = jnp.concatenate([-removed, left], axis=1), jnp.concatenate([prior, at], axis=1)
     else:
-        removed, left = jnp.zeros((0,), task_delta.dtype), matmul(task_delta, b)
+        removed, left = jnp.zeros((0, 0), task_delta.dtype), matmul(task_delta, b)
         pieces = left, at
     change = matmul(pieces[0], pieces[1].T)
+    unit = unit_scale(left)
     return Fused(
         update=change if right_factor == "BA" else task_delta + change,
-        removed=jnp.sum(removed**2),
-        restored=jnp.sum(gram(left) * gram(at)),
+        removed=norm(removed),
+        # Of a change of nothing, rounding may leave less than that.
+        restored=jnp.sqrt(jnp.maximum(jnp.sum(gram(unit * left) * gram(at)), 0)) / unit[0, 0],
         felt=matmul(left, matmul(at.T, prior)),
     )

@@ -1,4 +1,8 @@
-"""XᵀX of batches of matrices: the product itself or, for wide X, X alone, with which it is cheaper to multiply."""
+"""XᵀX of batches of matrices: the product itself or, for wide X, X alone, with which it is cheaper to multiply.
+
+Each up to a factor of its own, a power of two, without which the squares of large weights overflow and those of small
+ones vanish.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,59 +10,73 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from nufilt_jax.core.linalg import gram, matmul, transpose
+from nufilt_jax.core.linalg import gram, matmul, transpose, unit_scale
 
 
 class GramMatrix(NamedTuple):
-    """XᵀX, formed."""
+    """c XᵀX, formed.
+
+    Attributes:
+      matrix: c XᵀX.
+      unit: √c.
+    """
 
     matrix: Float[Array, "*batch n n"]
+    unit: Float[Array, "*batch 1 1"]
 
     def times(self, y: Float[Array, "*batch n k"]) -> Float[Array, "*batch n k"]:
-        """XᵀX Y."""
+        """c XᵀX Y."""
         return matmul(self.matrix, y)
 
     def scaled(self, by: Float[Array, "*batch 1 1"]) -> "GramMatrix":
         """This, times a non-negative number."""
-        return GramMatrix(self.matrix * by)
+        return GramMatrix(self.matrix * by, self.unit * jnp.sqrt(by))
 
     def trace(self) -> Float[Array, "*batch 1 1"]:
-        """The sum of squares of X's entries."""
+        """c times the sum of squares of X's entries."""
         return jnp.trace(self.matrix, axis1=-2, axis2=-1)[..., None, None]
 
     def formed(self) -> Float[Array, "*batch n n"]:
-        """XᵀX."""
+        """c XᵀX."""
         return self.matrix
 
 
 class GramFactor(NamedTuple):
-    """XᵀX, as X: for fewer than n/2 outputs two products with X cost less than one with XᵀX."""
+    """c XᵀX, as X: for fewer than n/2 outputs two products with X cost less than one with XᵀX.
+
+    Attributes:
+      factor: X.
+      unit: √c.
+    """
 
     factor: Float[Array, "*batch m n"]
+    unit: Float[Array, "*batch 1 1"]
 
     def times(self, y: Float[Array, "*batch n k"]) -> Float[Array, "*batch n k"]:
-        """XᵀX Y."""
-        return matmul(transpose(self.factor), matmul(self.factor, y))
+        """c XᵀX Y."""
+        return matmul(transpose(self.factor), self.unit**2 * matmul(self.factor, y))
 
     def scaled(self, by: Float[Array, "*batch 1 1"]) -> "GramFactor":
         """This, times a non-negative number."""
-        return GramFactor(self.factor * jnp.sqrt(by))
+        return GramFactor(self.factor, self.unit * jnp.sqrt(by))
 
     def trace(self) -> Float[Array, "*batch 1 1"]:
-        """The sum of squares of X's entries."""
-        return jnp.sum(self.factor**2, axis=(-2, -1), keepdims=True)
+        """c times the sum of squares of X's entries."""
+        return jnp.sum((self.unit * self.factor) ** 2, axis=(-2, -1), keepdims=True)
 
     def formed(self) -> Float[Array, "*batch n n"]:
-        """XᵀX."""
-        return gram(self.factor)
+        """c XᵀX."""
+        return gram(self.unit * self.factor)
 
 
 Gram = GramMatrix | GramFactor
 
 
 def gram_of(stacks: Sequence[Float[Array, "_ _ n"]]) -> Gram:
-    """The Gram matrices of all layers of stacks of one width."""
+    """The Gram matrices of all layers of stacks of one width, in units in which no entry of X is large or small."""
     _, m, n = stacks[0].shape
+    units = [unit_scale(x) for x in stacks]
     if len(stacks) == 1 and 2 * m < n:
-        return GramFactor(stacks[0])
-    return GramMatrix(jnp.concatenate([gram(x) for x in stacks]))
+        return GramFactor(stacks[0], units[0])
+    grams = [gram(unit * x) for x, unit in zip(stacks, units, strict=True)]
+    return GramMatrix(jnp.concatenate(grams), jnp.concatenate(units))

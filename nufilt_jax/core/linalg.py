@@ -13,6 +13,8 @@ from jaxtyping import Array, Float
 
 # Most matrices in one LAPACK call: large batches have corrupted the heap on many cores (jax issue 39292).
 LAPACK_BATCH = 64
+# Most that the squares of what `unit_scale` scales by may be, and the inverse of the least: normal float32 numbers.
+_MOST_EXPONENT = 63
 # Half the width of a matrix from which on symmetry saves more than two more products cost.
 LEAST_HALF = 192
 
@@ -38,6 +40,25 @@ def gram(x: Float[Array, "*batch m n"]) -> Float[Array, "*batch n n"]:
     return jnp.concatenate([above, jnp.concatenate([below, gram(right)], axis=-1)], axis=-2)
 
 
+def unit_scale(x: Float[Array, "*batch m n"]) -> Float[Array, "*batch 1 1"]:
+    """Powers of two, times which every matrix can be squared: its largest entry then is 1 to 2, if it is not extreme.
+
+    Multiplying by them is exact. Extreme are entries above 2⁶⁴ or below 2⁻⁶³, which are brought 63 powers nearer. 1 for
+    a matrix that is zero or not finite.
+    """
+    largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True, initial=0).astype(jnp.float32)
+    exponent = (jax.lax.bitcast_convert_type(largest, jnp.int32) >> 23) - 127
+    shift = jnp.where((largest > 0) & jnp.isfinite(largest), -exponent, 0)
+    shift = jnp.clip(shift, -_MOST_EXPONENT, _MOST_EXPONENT)
+    return jax.lax.bitcast_convert_type((shift + 127) << 23, jnp.float32).astype(x.dtype)
+
+
+def norm(x: Float[Array, "m n"]) -> Float[Array, ""]:
+    """‖X‖, also where the squares are too large or too small for float32."""
+    scale = unit_scale(x)
+    return jnp.sqrt(jnp.sum((x * scale) ** 2)) / scale[0, 0]
+
+
 def eigh_descending(
     x: Float[Array, "*batch n n"],
 ) -> tuple[Float[Array, "*batch n"], Float[Array, "*batch n n"]]:
@@ -50,8 +71,9 @@ def thin_svd(
     x: Float[Array, "*batch m n"],
 ) -> tuple[Float[Array, "*batch m r"], Float[Array, "*batch r"], Float[Array, "*batch r n"]]:
     """U, σ in falling order and Vᵀ, with r = min(m, n)."""
-    u, s, vt = jnp.linalg.svd(x, full_matrices=False)
-    return u, s, vt
+    scale = unit_scale(x)
+    u, s, vt = jnp.linalg.svd(x * scale, full_matrices=False)
+    return u, s / scale[..., 0], vt
 
 
 def orthonormalize(v: Float[Array, "*batch n k"], steps: int = 3) -> Float[Array, "*batch n k"]:

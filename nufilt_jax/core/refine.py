@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from nufilt_jax.core.linalg import eigh_descending, gram, matmul, orthonormalize
+from nufilt_jax.core.linalg import eigh_descending, gram, matmul, orthonormalize, unit_scale
 
 # Sweeps of rotations within the block.
 SWEEPS = 3
@@ -33,7 +33,8 @@ def refine(
 
     Within the block, sweeps over the b x b matrix of responses: a small eigenproblem for the directions next to the
     cut, and simultaneous Jacobi rotations for all other pairs (in the manner of Ogita and Aishima, Japan J. Indust.
-    Appl. Math. 35, 2018). Then one correction, to first order, from outside the block.
+    Appl. Math. 35, 2018). Then one correction, to first order, from outside the block. Where X has a lower rank, its
+    null directions count as the rest, also those among the leading ones.
 
     Certified is what came from orthonormal columns, has no more coupling left than the angle allows, within the block
     and with the outside, and beside which there is no more energy than the weakest direction kept allows. Directions
@@ -42,7 +43,7 @@ def refine(
     Args:
       x: the matrix.
       block: orthonormal columns, approximate singular vectors, the strongest first.
-      rank: how many to keep; less than b.
+      rank: how many to keep; at most b, and less unless b = n.
 
     Returns:
       The block, nearly orthonormal, its first `rank` columns corrected and orthonormal; ‖X v‖ of these, measured
@@ -51,21 +52,26 @@ def refine(
     """
     eps = jnp.finfo(x.dtype).eps
     b = block.shape[1]
+    unit = unit_scale(x)
+    threshold = float(max(x.shape) * eps)  # of the rank, relative to σ_1
     skew = jnp.linalg.norm(gram(block) - jnp.eye(b, dtype=x.dtype))
-    response = matmul(x, block)
+    response = unit * matmul(x, block)
     coupling = gram(response)  # its entries are as exact as the directions they belong to are large
     scale = jnp.trace(coupling)
     coupling /= jnp.where(scale > 0, scale, 1)
     turn = jnp.eye(b, dtype=x.dtype)
     size = jnp.zeros((), x.dtype)
     for _ in range(SWEEPS):
-        step, coupling, size = _sweep(coupling, rank, float(max(x.shape) * eps))
+        step, coupling, size = _sweep(coupling, rank, threshold)
         turn = matmul(turn, step)
     squares = jnp.diagonal(coupling) * scale
     block, kept_response = matmul(block, turn), matmul(response, turn[:, :rank])
-    top, following, least = jnp.max(squares[:rank]), jnp.max(squares[rank:]), jnp.maximum(jnp.min(squares[rank:]), 0)
-    used = squares[:rank] > (max(x.shape) * eps) ** 2 * top
-    outside = matmul(x.T, kept_response)
+    top, least = jnp.max(squares[:rank]), jnp.maximum(jnp.min(squares[rank:], initial=jnp.inf), 0)
+    least = jnp.where(jnp.isfinite(least), least, 0)
+    used = squares[:rank] > threshold**2 * top
+    is_kept = jnp.pad(used, (0, b - rank))
+    following = jnp.max(jnp.where(is_kept, 0, squares))
+    outside = unit * matmul(x.T, kept_response)
     outside -= matmul(block, matmul(block.T, outside))
     # An outside direction of eigenvalue λ, 0 <= λ <= least, is missing by outside / (σ² − λ): take the middle for λ.
     middle, nearest = (jnp.maximum(squares[:rank] - part * least, eps * top) for part in (0.5, 1))
@@ -80,13 +86,17 @@ def refine(
     angle = CERTIFIED_ANGLE * rank**0.5
     certified = (size <= jnp.minimum(angle + within, WORST_ANGLE)) & (last >= following) & (skew <= (b + 16) * eps)
     certified &= jnp.linalg.norm(left) <= jnp.minimum(angle + beyond, WORST_ANGLE)
-    # Nothing above shows a strong direction at right angles to the block: its energy does.
-    weakest = jnp.maximum(jnp.min(squares[:rank]), (max(x.shape) * eps) ** 2 * top)
-    certified &= _energy_outside(x, block) <= (x.shape[1] - b + 1) * weakest
+    # Nothing above shows a strong direction at right angles to the block: its energy does. Where the rank is less, none
+    # may be that would count, and those that do not count may hide one between them.
+    full = jnp.all(used)
+    energy = _energy_outside(unit * x, jnp.where(is_kept[None] | full, block, 0))
+    certified &= energy <= jnp.where(full, (x.shape[1] - b + 1) * jnp.min(squares[:rank]), threshold**2 * top)
     certified &= _coupled(coupling[:rank, :rank], used) <= MOST_COUPLED
-    gap = jnp.where(jnp.all(used) & (last > 0), (last - following) / jnp.where(last > 0, last, 1), 1)
+    cut = full & (last > 0) & (rank < min(x.shape))
+    gap = jnp.where(cut, (last - following) / jnp.where(last > 0, last, 1), 1)
     kept = orthonormalize(block[:, :rank] + missing, 2)
-    return jnp.concatenate([kept, block[:, rank:]], axis=1), jnp.linalg.norm(kept_response, axis=0), gap, certified
+    sizes = jnp.linalg.norm(kept_response, axis=0) / unit[0]
+    return jnp.concatenate([kept, block[:, rank:]], axis=1), sizes, gap, certified
 
 
 def _energy_outside(x: Float[Array, "m n"], block: Float[Array, "n b"]) -> Float[Array, ""]:
@@ -109,27 +119,30 @@ def _sweep(
 ) -> tuple[Float[Array, "b b"], Float[Array, "b b"], Float[Array, ""]]:
     """One orthogonal (to first order) turn of the block towards decoupled kept and dropped sets.
 
+    Kept are the leading directions that X uses; what it does not use is a null direction, which the rank mask drops.
+
     Returns:
       The turn, the coupling after it, and the size of its rotations between the two sets.
     """
     b = coupling.shape[0]
     width = min(CUT_WINDOW, rank, b - rank)
     window = slice(rank - width, rank + width)
-    near = coupling[window, window]
-    scale = jnp.max(jnp.abs(near))
-    _, u = eigh_descending(near / jnp.where(scale > 0, scale, 1))
-    coupling = coupling.at[:, window].set(matmul(coupling[:, window], u))
-    coupling = coupling.at[window].set(matmul(u.T, coupling[window]))
+    u = jnp.zeros((0, 0), coupling.dtype)
+    if width > 0:  # something is cut off
+        near = coupling[window, window]
+        scale = jnp.max(jnp.abs(near))
+        _, u = eigh_descending(near / jnp.where(scale > 0, scale, 1))
+        coupling = coupling.at[:, window].set(matmul(coupling[:, window], u))
+        coupling = coupling.at[window].set(matmul(u.T, coupling[window]))
     squares = jnp.diagonal(coupling)
-    used = squares[:rank] > threshold**2 * jnp.max(squares)
-    pull = coupling[rank:, :rank]
-    distance = squares[None, :rank] - squares[rank:, None]
-    root = jnp.sqrt(distance**2 + 4 * pull**2)
-    tangent = 2 * pull / jnp.where(root > 0, distance + jnp.where(distance < 0, -root, root), 1)
-    tangent = jnp.where(used[None], tangent, 0)  # what is not used is a null direction, which the rank mask drops
+    is_kept = (squares > threshold**2 * jnp.max(squares)) & (jnp.arange(b) < rank)
+    distance = squares[None] - squares[:, None]
+    root = jnp.sqrt(distance**2 + 4 * coupling**2)
+    tangent = 2 * coupling / jnp.where(root > 0, distance + jnp.where(distance < 0, -root, root), 1)
+    tangent = jnp.where(is_kept[None] & ~is_kept[:, None], tangent, 0)
     size = jnp.linalg.norm(tangent)
     tangent *= jnp.minimum(1, MOST_ROTATION / jnp.maximum(size, jnp.finfo(size.dtype).eps))
-    rotation = jnp.eye(b, dtype=coupling.dtype).at[rank:, :rank].set(tangent).at[:rank, rank:].set(-tangent.T)
+    rotation = jnp.eye(b, dtype=coupling.dtype) + tangent - tangent.T
     coupling = matmul(rotation.T, matmul(coupling, rotation))
     # The window's turn first, then the rotations.
     return rotation.at[window].set(matmul(u, rotation[window])), coupling, size

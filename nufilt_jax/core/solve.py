@@ -28,8 +28,9 @@ class LayerSolution(NamedTuple):
 
     Attributes:
       update: τ (P + BA), or τ P + E in closed form, to be added to the merged weights. float32.
-      losses: the data-free loss before each Adam step and after the last; before and after the closed form.
-      ok: whether update and losses are finite.
+      losses: the data-free loss before each Adam step and after the last; before and after the closed form. Infinite
+        where float32 cannot hold it, as for weights of 1e19.
+      ok: whether all that was computed is finite.
     """
 
     update: Float[Array, "*layers m n"]
@@ -108,13 +109,14 @@ def _solve_at_once(
         updates, shares = fuse_updates(task, parts, adapters, right_factor=config.right_factor)
     else:
         updates, shares, losses = correct(task, parts, ridge=config.closed_form_ridge)
+    ok = jnp.all(jnp.isfinite(losses), axis=1)  # in their own units: as they are, those of large weights may overflow
     removed, restored, drift, captured = shares
     # All zeros but for what is not finite: adding them up is faster on a CPU than `isfinite` and `all`.
     finite = [jnp.sum(0 * update, axis=(1, 2)) == 0 for update in updates]
     return GroupSolution(
         updates=tuple(d + update for d, update in zip(merged, updates, strict=True)) if add else updates,
-        losses=losses,
-        ok=jnp.concatenate(finite) & jnp.all(jnp.isfinite(losses), axis=1),
+        losses=losses / problems.unit[:, None] ** 2,
+        ok=jnp.concatenate(finite) & ok,
         forecast=Forecast(removed, restored, drift, prior.gap, captured, prior.certified & new.certified),
     )
 

@@ -15,7 +15,7 @@ from nufilt_jax.core.filter import Target, null_space_filter, target
 from nufilt_jax.core.forecast import share
 from nufilt_jax.core.fuse import fuse
 from nufilt_jax.core.grams import Gram, gram_of
-from nufilt_jax.core.linalg import matmul
+from nufilt_jax.core.linalg import matmul, norm, unit_scale
 from nufilt_jax.core.subspace import Directions, Stacks, rank_mask
 
 Shares = tuple[Float[Array, "*layers"], ...]  # removed, restored, drift, captured: see `Forecast`
@@ -57,7 +57,7 @@ def reduce(
 def train(
     problems: adapting.Problem, start: Float[Array, "layers r_l n"], *, config: SolveConfig
 ) -> tuple[adapting.Adapter, Float[Array, "layers steps_and_one"]]:
-    """Stage 4: all Adam steps of all layers."""
+    """Stage 4: all Adam steps of all layers; the losses in the problems' units."""
     return jax.vmap(functools.partial(adapting.adapt, steps=config.steps, learning_rate=config.learning_rate))(
         problems, start
     )
@@ -78,7 +78,9 @@ def fuse_updates(
 def correct(
     task: Stacks, parts: list["_Reduced"], *, ridge: float
 ) -> tuple[Stacks, Shares, Float[Array, "layers before_and_after"]]:
-    """Stages 4 and 5 of the closed form: the updates τ P + E, the shares of the forecast, and the losses."""
+    """Stages 4 and 5 of the closed form: the updates τ P + E, the shares of the forecast, and the losses in the
+    problems' units.
+    """
     correct_layer = jax.vmap(functools.partial(_correct_layer, ridge=ridge))
     corrected = [correct_layer(t, part) for t, part in zip(task, parts, strict=True)]
     shares, losses = jax.tree.map(lambda *xs: jnp.concatenate(xs), *(c[1:] for c in corrected))
@@ -90,8 +92,8 @@ class _Reduced(NamedTuple):
 
     target: Target
     problem: adapting.Problem
-    prior_response: Float[Array, "*layers"]  # ‖D V2‖²
-    merged: Float[Array, "*layers"]  # ‖D‖²
+    prior_response: Float[Array, "*layers"]  # ‖D V2‖
+    merged: Float[Array, "*layers"]  # ‖D‖
 
 
 def _reduce_layer(
@@ -105,8 +107,11 @@ def _reduce_layer(
 ) -> _Reduced:
     prior, new = rank_mask(prior, len(merged)), rank_mask(new, len(merged))
     goal = target(right_factor, merged, task, prior.vectors, new.vectors)
-    problem = adapting.reduce(task_gram, task, goal.wanted, prior.vectors, new.vectors)
-    return _Reduced(goal, problem, jnp.sum(prior.sizes**2), jnp.sum(merged**2))
+    # Small weights need no unit: beside Adam's ε, their gradients are nothing.
+    unit = jnp.minimum(jnp.minimum(unit_scale(merged), unit_scale(task))[0, 0], 1)
+    goal = goal._replace(wanted=unit * goal.wanted)
+    problem = adapting.reduce(task_gram, task, goal.wanted, prior.vectors, new.vectors, unit)
+    return _Reduced(goal, problem, norm(prior.sizes[None]), norm(merged))
 
 
 def _fuse_layer(
@@ -122,8 +127,9 @@ def _correct_layer(
 ) -> tuple[Float[Array, "m n"], Shares, Float[Array, "2"]]:
     problem = part.problem
     filtered, removed = null_space_filter(task, problem.prior)
-    restored, losses = smallest_correction(part.target.wanted, problem.prior, problem.task, ridge=ridge)
-    shares = _shares(task, part, jnp.sum(removed**2), jnp.sum(restored**2), matmul(restored, problem.prior))
+    scaled, losses = smallest_correction(part.target.wanted, problem.prior, problem.task, ridge=ridge)
+    restored = scaled / problem.unit
+    shares = _shares(task, part, norm(removed), norm(restored), matmul(restored, problem.prior))
     return filtered + restored, shares, losses
 
 
@@ -134,10 +140,10 @@ def _shares(
     restored: Float[Array, ""],
     felt: Float[Array, "m r_p"],
 ) -> Shares:
-    size = jnp.sum(task**2)
+    size = norm(task)
     return (
         share(removed, size),
         share(restored, size),
-        share(jnp.sum(felt**2), part.prior_response),
+        share(norm(felt), part.prior_response),
         share(part.prior_response, part.merged, of_nothing=1),
     )

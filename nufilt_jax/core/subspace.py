@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 from nufilt_jax.config import Decomposition
 from nufilt_jax.core.chebyshev import block_width, improved_block, leading_block
 from nufilt_jax.core.grams import Gram
-from nufilt_jax.core.linalg import after, eigh_descending, matmul, orthonormalize, transpose
+from nufilt_jax.core.linalg import after, eigh_descending, matmul, orthonormalize, thin_svd, transpose
 from nufilt_jax.core.refine import refine
 
 # Up to this many inputs `auto` takes a full decomposition: see `route`.
@@ -63,7 +63,7 @@ def leading(stacks: Stacks, grams: Gram, rank: int, chosen: Decomposition) -> Di
       stacks: the matrices X.
       grams: XᵀX of all layers, from `grams.gram_of`; not used by `svd`.
       rank: how many vectors; at most n come out.
-      chosen: `eigh`, `svd` or `subspace`, from `route`.
+      chosen: `eigh`, `svd` or `subspace`, from `route`; the last means `eigh` where all vectors, or nearly, are wanted.
     """
     n_layers, n = sum(len(x) for x in stacks), stacks[0].shape[-1]
     whole = jnp.ones(n_layers), jnp.ones(n_layers, bool)
@@ -72,14 +72,11 @@ def leading(stacks: Stacks, grams: Gram, rank: int, chosen: Decomposition) -> Di
         return Directions(none, none[:, 0], *whole)
     if chosen == "svd":
         return leading_by_svd(stacks, rank)
-    if rank >= n:  # nothing is cut off
-        vectors = eigh_descending(grams.formed())[1]
-        responses = [matmul(x, vectors[i:j]) for x, (i, j) in zip(stacks, bounds(stacks), strict=True)]
-        return Directions(vectors, jnp.concatenate([jnp.linalg.norm(x, axis=1) for x in responses]), *whole)
+    rank = min(rank, n)
     apart = functools.partial(_set_apart, grams, rank=rank)
-    if chosen == "eigh":
+    if chosen == "eigh" or block_width(rank, n) == n:  # no iteration is cheaper than finding all
         blocks = eigh_descending(grams.formed())[1][:, :, : block_width(rank, n)]
-        prepare = [lambda v: v, apart]
+        prepare = [lambda v: v, apart] if rank < n else [lambda v: v]
     else:
         blocks, edge = leading_block(grams, n, rank)
         prepare = [lambda v: v, apart, lambda v: apart(improved_block(grams, orthonormalize(v), edge, rank)), apart]
@@ -133,7 +130,7 @@ def leading_by_svd(stacks: Stacks, rank: int) -> Directions:
     """Reference route: thin SVDs of the matrices themselves, one stack after another."""
 
     def thin(x: Float[Array, "layers m n"], _: int, __: int) -> Directions:
-        _u, s, vt = jnp.linalg.svd(x, full_matrices=False)
+        _u, s, vt = thin_svd(x)
         leading = jnp.swapaxes(vt[:, :rank], 1, 2)
         # With fewer outputs than directions the rest stays zero: it is unused by definition.
         rest = (0, min(rank, x.shape[2]) - leading.shape[2])
