@@ -25,7 +25,7 @@ class GramMatrix(NamedTuple):
     unit: Float[Array, "*batch 1 1"]
 
     def times(self, y: Float[Array, "*batch n k"]) -> Float[Array, "*batch n k"]:
-        """c XᵀX Y."""
+        """C XᵀX Y."""
         return matmul(self.matrix, y)
 
     def scaled(self, by: Float[Array, "*batch 1 1"]) -> "GramMatrix":
@@ -33,11 +33,11 @@ class GramMatrix(NamedTuple):
         return GramMatrix(self.matrix * by, self.unit * jnp.sqrt(by))
 
     def trace(self) -> Float[Array, "*batch 1 1"]:
-        """c times the sum of squares of X's entries."""
+        """C times the sum of squares of X's entries."""
         return jnp.trace(self.matrix, axis1=-2, axis2=-1)[..., None, None]
 
     def formed(self) -> Float[Array, "*batch n n"]:
-        """c XᵀX."""
+        """C XᵀX."""
         return self.matrix
 
 
@@ -53,7 +53,7 @@ class GramFactor(NamedTuple):
     unit: Float[Array, "*batch 1 1"]
 
     def times(self, y: Float[Array, "*batch n k"]) -> Float[Array, "*batch n k"]:
-        """c XᵀX Y."""
+        """C XᵀX Y."""
         return matmul(transpose(self.factor), self.unit**2 * matmul(self.factor, y))
 
     def scaled(self, by: Float[Array, "*batch 1 1"]) -> "GramFactor":
@@ -61,11 +61,11 @@ class GramFactor(NamedTuple):
         return GramFactor(self.factor, self.unit * jnp.sqrt(by))
 
     def trace(self) -> Float[Array, "*batch 1 1"]:
-        """c times the sum of squares of X's entries."""
+        """C times the sum of squares of X's entries."""
         return jnp.sum((self.unit * self.factor) ** 2, axis=(-2, -1), keepdims=True)
 
     def formed(self) -> Float[Array, "*batch n n"]:
-        """c XᵀX."""
+        """C XᵀX."""
         return gram(self.unit * self.factor)
 
 

@@ -78,9 +78,7 @@ def fuse_updates(
 def correct(
     task: Stacks, parts: list["_Reduced"], *, ridge: float
 ) -> tuple[Stacks, Shares, Float[Array, "layers before_and_after"]]:
-    """Stages 4 and 5 of the closed form: the updates τ P + E, the shares of the forecast, and the losses in the
-    problems' units.
-    """
+    """Stages 4 and 5 of the closed form: the updates τ P + E, the forecast's shares, losses in the problems' units."""
     correct_layer = jax.vmap(functools.partial(_correct_layer, ridge=ridge))
     corrected = [correct_layer(t, part) for t, part in zip(task, parts, strict=True)]
     shares, losses = jax.tree.map(lambda *xs: jnp.concatenate(xs), *(c[1:] for c in corrected))

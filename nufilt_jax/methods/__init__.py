@@ -25,6 +25,7 @@ from nufilt_jax.methods import (
 )
 from nufilt_jax.methods.data import TaskData as TaskData
 from nufilt_jax.methods.elementwise import move_others
+from nufilt_jax.methods.matrices import require_finite
 from nufilt_jax.methods.selection import Selection, select
 from nufilt_jax.methods.stacked import Names, Params, TaskVector, stack_names, task_vector, zeros
 from nufilt_jax.methods.state import Context, Merger, MergeState, OnStack, Rule, check_task
@@ -134,6 +135,7 @@ def get(
         own = dataclasses.replace(state, delta=delta.only(mine))
         done = rule.advance(own, task.only(mine), Context(config, seed, on_stack, data))
         moved = move_others(delta.only(others), task.only(others), state.step, other_params)
+        require_finite(done.delta + moved)
         extra, added, report = dict(done.extra), dict(done.added), dict(done.report)
         return MergeState(state.base, done.delta + moved, state.step + 1, extra, added, report)
 

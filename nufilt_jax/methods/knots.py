@@ -14,8 +14,9 @@ from jaxtyping import Array, Float, UInt32
 from nufilt_jax.config import KnotsConfig
 from nufilt_jax.core.dispatch import each_on_host
 from nufilt_jax.core.linalg import matmul
+from nufilt_jax.errors import ConfigError, Problem
 from nufilt_jax.methods.elementwise import blend
-from nufilt_jax.methods.matrices import require_finite
+from nufilt_jax.methods.matrices import is_traced
 from nufilt_jax.methods.selection import linear_layers
 from nufilt_jax.methods.stacked import Stacked, TaskVector
 from nufilt_jax.methods.state import Advance, Context, MergeState, Rule
@@ -33,18 +34,21 @@ def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
     """θ0 + λ τ_1, untrimmed; then θ^m_t = θ^m_{t−1} + λ U diag(σ) R, where R is TIES of the halves of Vᵀ.
 
     Raises:
-      SolveError: layers whose result is not finite, all listed.
+      ConfigError: under `jax.jit`: the decompositions are the host's.
     """
     config = cast(KnotsConfig, context.config)
     if state.step == 0:
         return Advance(blend(state.delta, task, keep=0.0, gain=config.scale))
+    if is_traced((state.delta, task)):
+        raise ConfigError(
+            Problem("knots", "decomposes on the host and cannot be traced", "call update without jax.jit")
+        )
     decompose = functools.partial(basis, cutoff=config.cutoff, density=config.density)
     stacks: list[jax.Array] = []
     for d, t in zip(state.delta.stacks, task.stacks, strict=True):
         outputs = [_aligned_ties(*layer) for layer in each_on_host(decompose, np.asarray(d), np.asarray(t))]
         stacks.append(_add(d, outputs, jnp.float32(config.scale)))
     merged = Stacked(tuple(stacks), state.delta.names)
-    require_finite(merged)
     return Advance(merged)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from nufilt_jax.config import MethodConfig
 from nufilt_jax.core.dispatch import run_alone
@@ -44,11 +45,15 @@ def _program(*stacks: Array, rule: LayerRule, config: MethodConfig) -> Any:
 
 
 def require_finite(merged: Stacked, fix: str = "") -> None:
-    """Refuses a result with NaN or infinite numbers, as a decomposition leaves that has failed.
+    """Refuses a result with NaN or infinite numbers, as a decomposition leaves that has failed, or an overflow.
+
+    Under a caller's `jax.jit` nothing is known of the numbers, and nothing is refused.
 
     Raises:
       SolveError: the tensors, all listed.
     """
+    if is_traced(merged):
+        return
     flags = jax.device_get(_is_finite(merged.stacks))
     finite = {
         name: ok
@@ -57,6 +62,11 @@ def require_finite(merged: Stacked, fix: str = "") -> None:
     }
     broken = (name for name, ok in finite.items() if not ok)
     raise_all(SolveError, (Problem("task", "the solution is not finite", fix, name) for name in broken))
+
+
+def is_traced(tree: Any) -> bool:
+    """Whether a caller's `jax.jit` is being traced, so that no array has numbers yet."""
+    return any(isinstance(x, Tracer) for x in jax.tree.leaves(tree))
 
 
 @jax.jit
@@ -89,11 +99,8 @@ def matrices_or_mean(
       scale: λ.
       config: of the rule.
 
-    Raises:
-      SolveError: matrices whose result is not finite, all listed.
     """
     matrices, others = split(delta, is_matrix)
     pairs = zip(delta.only(matrices).stacks, task.only(matrices).stacks, strict=True)
     merged = Stacked(tuple(each_layer(rule, d, t, config=config) for d, t in pairs), matrices)
-    require_finite(merged)
     return merged + blend(delta.only(others), task.only(others), keep=scale / 2, gain=scale / 2)

@@ -18,6 +18,7 @@ from nufilt_jax.core.stacks import Group, group_layers
 from nufilt_jax.core.subspace import Stacks
 from nufilt_jax.errors import Problem, SolveError, raise_all
 from nufilt_jax.methods.elementwise import blend
+from nufilt_jax.methods.matrices import is_traced
 from nufilt_jax.methods.selection import published_layers
 from nufilt_jax.methods.stacked import Array, Stacked, TaskVector
 from nufilt_jax.methods.state import Advance, Context, LayerReport, MergeState, OnStack, Rule
@@ -48,7 +49,7 @@ def solve_task(state: MergeState, task: TaskVector, context: Context) -> Advance
         parts, solution = run_alone(functools.partial(_step, config=config), *stacks, keys)
         merged += parts
         waiting.append((group, solution))
-        while waiting and all(x.is_ready() for x in jax.tree.leaves(waiting[0][1])):
+        while waiting and not is_traced(waiting) and all(x.is_ready() for x in jax.tree.leaves(waiting[0][1])):
             report |= _told(*waiting.pop(0), context.on_stack)
     for group, solution in waiting:  # where programs do not block, all are under way before the first is waited for
         report |= _told(group, solution, context.on_stack)
@@ -70,11 +71,14 @@ def _first(delta: Stacked, task: TaskVector, config: NufiltConfig) -> Stacked:
 
 def _told(group: Group, solution: GroupSolution, on_stack: OnStack | None) -> dict[str, LayerReport]:
     """The reports of a group's layers, fetched in one go; layers whose solution is not finite have none."""
-    losses, ok, forecast = jax.device_get((solution.losses, solution.ok, solution.forecast))
+    told = solution.losses, solution.ok, solution.forecast
+    losses, ok, forecast = told if is_traced(told) else jax.device_get(told)
     whole = LayerReport(losses, *forecast)
     if on_stack is not None:
         on_stack(f"{len(group.names)} layers of width {group.width}", whole)
-    return {name: jax.tree.map(lambda x, i=i: x[i], whole) for i, name in enumerate(group.names) if ok[i]}
+    return {
+        name: jax.tree.map(lambda x, i=i: x[i], whole) for i, name in enumerate(group.names) if is_traced(ok) or ok[i]
+    }
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnums=0)

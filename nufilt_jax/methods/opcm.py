@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from nufilt_jax.config import OpcmConfig
-from nufilt_jax.core.linalg import matmul, thin_svd
+from nufilt_jax.core.linalg import matmul, thin_svd, unit_scale
 from nufilt_jax.methods.elementwise import blend
 from nufilt_jax.methods.matrices import each_layer, require_finite
 from nufilt_jax.methods.selection import every_tensor, linear_layers, n_copies
@@ -89,20 +89,15 @@ def _projected(d: Float[Array, "m n"], t: Float[Array, "m n"], config: OpcmConfi
     return t - matmul(matmul(u, core), vt)
 
 
-def _squared(stacks: Stacks, copies: Stacks) -> Float[Array, ""]:
-    """The model's squared norm, tensor by tensor."""
-    return sum(
-        (
-            jnp.sum(c * jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim))))
-            for x, c in zip(stacks, copies, strict=True)
-        ),
-        start=jnp.float32(0),
-    )
-
-
 @jax.jit
 def _norm(stacks: Stacks, copies: Stacks) -> Float[Array, ""]:
-    return jnp.sqrt(_squared(stacks, copies))
+    """The model's norm, tensor by tensor, in a unit in which the squares of its entries neither over- nor underflow."""
+    largest = jnp.stack([jnp.max(jnp.abs(x), initial=0) for x in stacks]).max()
+    unit = unit_scale(largest[None, None])[0, 0]
+    squared = jnp.float32(0)
+    for x, c in zip(stacks, copies, strict=True):
+        squared += jnp.sum(c * jnp.sum(jnp.square(unit * x), axis=tuple(range(1, x.ndim))))
+    return jnp.sqrt(squared) / unit
 
 
 @functools.partial(jax.jit, donate_argnums=0)

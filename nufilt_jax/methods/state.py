@@ -44,7 +44,7 @@ class MergeState:
       base: θ0 by canonical name, as given and in its own dtypes.
       delta: D = θ^m − θ0 in float32, for the tensors that the rule touches. Kept instead of θ^m: at small updates,
         rounding θ^m would cost more than everything else together.
-      step: number of tasks merged.
+      step: number of tasks merged; static, since rules treat the first task otherwise.
       extra: what else a rule has to remember; empty for most.
       added: parameters that the rule adds to the model, by names that the base does not have; empty for most.
       report: what the last step said about its layers.
@@ -52,7 +52,7 @@ class MergeState:
 
     base: dict[str, Array]
     delta: Stacked
-    step: int = 0
+    step: int = dataclasses.field(default=0, metadata={"static": True})
     extra: dict[str, Array] = dataclasses.field(default_factory=dict)
     added: dict[str, Array] = dataclasses.field(default_factory=dict)
     report: dict[str, LayerReport] = dataclasses.field(default_factory=dict)

@@ -23,9 +23,9 @@ from jaxtyping import Array, Bool, Float
 
 from nufilt_jax.config import WudiConfig
 from nufilt_jax.core.grams import Gram, GramFactor, GramMatrix
-from nufilt_jax.core.linalg import gram
+from nufilt_jax.core.linalg import gram, unit_scale
 from nufilt_jax.methods.elementwise import blend
-from nufilt_jax.methods.matrices import each_layer, is_matrix, require_finite, split
+from nufilt_jax.methods.matrices import each_layer, is_matrix, is_traced, require_finite, split
 from nufilt_jax.methods.selection import every_tensor, linear_layers
 from nufilt_jax.methods.stacked import Stacked, TaskVector
 from nufilt_jax.methods.state import Advance, Context, LayerReport, MergeState, Rule
@@ -46,7 +46,7 @@ def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
         solved = np.array([is_solved(name, shape) for name in members])
         part, losses = each_layer(_layer, d, t, solved, config=config)
         merged += Stacked((part,), (members,))
-        whole = LayerReport(jax.device_get(losses)[solved])
+        whole = LayerReport((losses if is_traced(losses) else jax.device_get(losses))[solved])
         names = [name for name in members if is_solved(name, shape)]
         report |= {name: LayerReport(row) for name, row in zip(names, whole.losses, strict=True)}
         if context.on_stack is not None:
@@ -89,21 +89,22 @@ def _layer(
 def _quadratic(d: Float[Array, "m n"], t: Float[Array, "m n"]) -> _Quadratic:
     """Gram matrices are n × n at most: of tall matrices never m × m, of very wide ones never formed at all."""
     m, n = d.shape
-    unit_d, unit_t = _unit(d), _unit(t)
+    unit_d, unit_t, one = _unit(d), _unit(t), jnp.ones((1, 1), d.dtype)
     if 4 * m < n:  # two products with the 2m rows of both factors are then cheaper than one with H
-        g_d, g_t = GramFactor(unit_d), GramFactor(unit_t)
-        h = GramFactor(jnp.concatenate([unit_d, unit_t]))
+        g_d, g_t = GramFactor(unit_d, one), GramFactor(unit_t, one)
+        h = GramFactor(jnp.concatenate([unit_d, unit_t]), one)
     else:
-        g_d, g_t = GramMatrix(gram(unit_d)), GramMatrix(gram(unit_t))
-        h = GramMatrix(g_d.matrix + g_t.matrix)
+        g_d, g_t = GramMatrix(gram(unit_d), one), GramMatrix(gram(unit_t), one)
+        h = GramMatrix(g_d.matrix + g_t.matrix, one)
     on_d, on_t = g_d.times(t.T), g_t.times(d.T)
     return _Quadratic(h, on_d + on_t, jnp.sum(t.T * on_d) + jnp.sum(d.T * on_t))
 
 
 def _unit(x: Float[Array, "m n"]) -> Float[Array, "m n"]:
     """X / ‖X‖; zero if X is, which drops its term: 0/0 in the authors' program."""
-    norm = jnp.linalg.norm(x)
-    return x / jnp.where(norm > 0, norm, 1)
+    scaled = x * unit_scale(x)
+    norm = jnp.linalg.norm(scaled)
+    return scaled / jnp.where(norm > 0, norm, 1)
 
 
 RULE = Rule(

@@ -134,7 +134,8 @@ def show_result(console: Console, recipe: Mapping[str, Any], out: str) -> None:
         show_line(console, line)
     table = Table("step", "task", "seconds", "loss before", "loss after", "")
     for number, step in enumerate(recipe["steps"], 1):
-        losses = [f"{loss:.4g}" for loss in (step["losses"] or [])[:1] + (step["losses"] or [])[-1:]] or ["", ""]
+        ends = (step["losses"] or [])[:1] + (step["losses"] or [])[-1:]
+        losses = ["" if loss is None else f"{loss:.4g}" for loss in ends] or ["", ""]
         table.add_row(
             str(number), Text(step["task"]), f"{step['seconds']:.2f}", *losses, "resumed" if step["resumed"] else ""
         )

@@ -53,7 +53,7 @@ def _opened_entry(checkpoint: Checkpoint, sha256: Mapping[str, str]) -> dict[str
 def step_entry(task: str, seconds: float, report: Mapping[str, LayerReport]) -> dict[str, Any]:
     """A step in the recipe. Losses are sums over layers, before each Adam step and after the last."""
     rows = [np.asarray(row.losses, np.float64) for row in report.values()]
-    losses = np.sum(rows, axis=0).tolist() if rows else []
+    losses = [_number(loss) for loss in np.sum(rows, axis=0)] if rows else []
     return {"task": task, "seconds": round(seconds, 3), "losses": losses, "resumed": False}
 
 
