@@ -109,7 +109,7 @@ RULE = Rule(
     advance=advance,
     scope=published_layers,
     update="θ + τ (P + BA): P removes the input directions that D uses most, BA is trained without data",
-    touches="attention and first feed-forward matrices",
+    touches="the blocks' linear layers",
     cost="2 leading subspaces, Adam steps of O(n²)",
     source="Qiu et al., arXiv:2509.21413v2",
 )

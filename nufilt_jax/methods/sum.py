@@ -18,7 +18,7 @@ RULE = Rule(
     advance=advance,
     scope=published_layers,
     update="θ + τ",
-    touches="attention and first feed-forward matrices",
+    touches="the blocks' linear layers",
     cost="O(mn)",
     source="Qiu et al., arXiv:2509.21413v2, Table 4 row 1",
 )
