@@ -1,4 +1,4 @@
-"""What holds for every test: strict array arithmetic, and no cache of the user's."""
+"""What holds for every test: strict array arithmetic, no cache of the user's; and the command line in this process."""
 
 import os
 import shutil
@@ -7,6 +7,7 @@ import tempfile
 import jax
 import optax
 import pytest
+from command_result import Result
 from jaxtyping import install_import_hook
 
 # Shapes and dtypes of every annotated array are checked. Not in config, methods and pipeline: they refuse wrong types
@@ -41,3 +42,18 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = os.path.join(folder, "hypothesis")  # not the checkout
     os.environ["HF_HOME"] = os.path.join(folder, "huggingface")
     os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nobody listens: a test that asks the Hub fails at once
+
+
+@pytest.fixture
+def nufilt(capfd, monkeypatch):
+    """Runs `nufilt ...` in this process."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    from nufilt_jax.cli import main  # after the import hook above
+
+    def run(*argv):
+        capfd.readouterr()
+        code = main([str(part) for part in argv])
+        return Result(code=code, **capfd.readouterr()._asdict())
+
+    return run

@@ -157,7 +157,7 @@ def braces(pattern):
     """All names of a pattern: `{a,b}` stands for a and for b, also within braces.
 
     >>> braces("h.{0,1}.{q,mlp.{in,out}}")
-    ['h.0.q', 'h.0.mlp.in', 'h.0.mlp.out', 'h.1.q', 'h.1.mlp.in', 'h.1.mlp.out']
+    ['h.0.mlp.in', 'h.0.mlp.out', 'h.0.q', 'h.1.mlp.in', 'h.1.mlp.out', 'h.1.q']
     """
     found = re.search(r"\{([^{}]*)\}", pattern)
     if found is None:

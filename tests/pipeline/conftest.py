@@ -1,44 +1,17 @@
 """The command line in this process, and models to give it."""
 
-import json
 import os
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pipeline_builders as build
 import pytest
+from command_result import Result
 
-from nufilt_jax.cli import main
 from nufilt_jax.pipeline import run as pipeline_run
 
 REPOSITORY = Path(__file__).parents[2]
-
-
-class Result(types.SimpleNamespace):
-    """Exit status, stdout and stderr of a command."""
-
-    @property
-    def lines(self):
-        return self.err.splitlines()
-
-    @property
-    def json(self):
-        return json.loads(self.out)
-
-
-@pytest.fixture
-def nufilt(capfd, monkeypatch):
-    """Runs `nufilt ...` in this process."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-    def run(*argv):
-        capfd.readouterr()
-        code = main([str(part) for part in argv])
-        return Result(code=code, **capfd.readouterr()._asdict())
-
-    return run
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 from nufilt_jax import methods
 from nufilt_jax.checkpoints import open_checkpoint, outputs, write_checkpoint
 from nufilt_jax.checkpoints.tensors import PassingTensors
+from nufilt_jax.methods.stacked import Stacked
 from nufilt_jax.methods.state import merged_tensor
 from nufilt_jax.pipeline import merged
 from nufilt_jax.pipeline.merged import MergedTensor, merged_tensors
@@ -23,10 +24,12 @@ def test_a_tensor_made_by_rows_has_every_bit(monkeypatch, shape, dtype, room):
     monkeypatch.setattr(merged, "_ROWS_BYTES", room)
     rng = np.random.default_rng(0)
     base, delta = rng.standard_normal(shape).astype(dtype), np.asarray(rng.standard_normal(shape), np.float32)
-    tensor, expected = MergedTensor(base, delta), merged_tensor(base, delta, np.dtype(np.float32))
-    assert (tensor.shape, tensor.dtype) == (shape, np.float32)
+    wide = np.dtype(np.float64 if dtype == np.float64 else np.float32)
+    tensor = MergedTensor("x", base, Stacked((delta[None],), (("x",),)))
+    expected = np.asarray(merged_tensor(base, delta, wide))
+    assert (tensor.shape, tensor.dtype) == (shape, wide)
     for found in (tensor.made(), np.asarray(tensor)):
-        assert found.dtype == np.float32 and found.shape == shape and found.tobytes() == np.asarray(expected).tobytes()
+        assert found.dtype == wide and found.shape == shape and found.tobytes() == expected.tobytes()
 
 
 def test_one_tensor_at_a_time_is_made(shared_models, tmp_path, monkeypatch):
