@@ -175,8 +175,13 @@ def test_after_changes_nothing_but_the_order():
 
 
 @pytest.mark.parametrize("right_factor", ["P + BA", "I + BA", "BA"])
-@pytest.mark.parametrize("held", [lambda tau: GramMatrix(tau.T @ tau), GramFactor], ids=["formed", "factor"])
-def test_gradients_are_those_of_the_unreduced_objective(held, right_factor):
+@pytest.mark.parametrize("unit", [1.0, 0.25])
+@pytest.mark.parametrize(
+    "held",
+    [lambda tau, unit: GramMatrix(unit**2 * tau.T @ tau, unit), GramFactor],
+    ids=["formed", "factor"],
+)
+def test_gradients_are_those_of_the_unreduced_objective(held, unit, right_factor):
     rng = np.random.default_rng(0)
     d, tau = (matrices.power_law((40, 32), seed=s, scale=0.5) for s in (1, 2))
     v2, v1 = oracle.leading(d, 6), oracle.leading(tau, 4)
@@ -184,8 +189,11 @@ def test_gradients_are_those_of_the_unreduced_objective(held, right_factor):
     p = {"P + BA": oracle.projector(d, 6), "I + BA": np.eye(32), "BA": np.zeros((32, 32))}[right_factor]
     grad_a, grad_b = oracle.gradients(d.astype(float), tau.astype(float), p, b, a, v1, v2)
     merged, task, prior, new = (jnp.asarray(x, jnp.float32) for x in (d, tau, v2, v1))
-    problem = reduce(held(task), task, target(right_factor, merged, task, prior, new).wanted, prior, new)
+    wanted = unit * target(right_factor, merged, task, prior, new).wanted
+    gram = held(task, jnp.full((1, 1), 2.0, jnp.float32))  # in a unit of its own
+    problem = reduce(gram, task, wanted, prior, new, jnp.float32(unit))
     loss, found = loss_and_gradients(problem, Adapter(jnp.asarray(a.T, jnp.float32), jnp.asarray(b, jnp.float32)))
+    loss, found = loss / unit**2, [x / unit**2 for x in found]
     assert float(loss) == pytest.approx(oracle.loss(d, tau, p, b, a, v1, v2), rel=1e-5)
     for one, other in zip(found, (grad_a.T, grad_b), strict=True):
         assert matrices.relative_error(one, other) < 1e-5
@@ -205,8 +213,8 @@ def test_filter_and_fuse_never_need_the_projector(right_factor):
     fused = fuse(right_factor, jnp.asarray(tau), Adapter(jnp.asarray(a.T), jnp.asarray(b)), jnp.asarray(v2))
     np.testing.assert_allclose(fused.update, tau @ (kept + b @ a), atol=1e-5)
     taken_away = np.sum((tau @ v2) ** 2) if right_factor == "P + BA" else 0
-    np.testing.assert_allclose(fused.removed, taken_away, rtol=1e-5)
-    np.testing.assert_allclose(fused.restored, np.sum((tau @ b @ a) ** 2), rtol=1e-4)
+    np.testing.assert_allclose(fused.removed, np.sqrt(taken_away), rtol=1e-5)
+    np.testing.assert_allclose(fused.restored, np.linalg.norm(tau @ b @ a), rtol=1e-4)
     np.testing.assert_allclose(fused.felt, tau @ b @ a @ v2, atol=1e-5)
 
 

@@ -1,4 +1,5 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import oracle_matrices as oracle
 import pytest
@@ -223,3 +224,12 @@ def test_a_merge_goes_on_from_host_arrays_and_compiles_nothing():
     }
     for name in TOWER:
         np.testing.assert_array_equal(one.delta[name], other.delta[name])
+
+
+def test_directions_up_to_exactly_the_share_of_the_mass_are_removed():
+    """ρ is the last k with Σ_{i≤k} σ_i ≤ α Σ σ: equality counts."""
+    d, tau = jnp.diag(jnp.asarray([3.0, 2.0, 1.75, 1.5, 1.25, 0.5])), jnp.ones((6, 6))
+    found = np.asarray(opcm._projected(d, tau, OpcmConfig(alpha=0.5, mask_diagonal=False)))
+    expected = np.ones((6, 6))
+    expected[:2, :2] = 0
+    np.testing.assert_allclose(found, expected, atol=1e-6)
