@@ -37,6 +37,11 @@ def on_cpu(tree: Any) -> bool:
     return any(d.platform == "cpu" for x in leaves if isinstance(x, jax.Array) for d in x.devices())
 
 
+def is_traced(tree: Any) -> bool:
+    """Whether a caller's `jax.jit` is being traced, so that no array has numbers yet."""
+    return any(isinstance(x, Tracer) for x in jax.tree.leaves(tree))
+
+
 @functools.cache
 def _blas() -> ThreadpoolController:
     """The BLAS threads of this process.

@@ -5,16 +5,17 @@ Decompositions and the adapter see only n, so they run once for the group; produ
 """
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from nufilt_jax.config import NufiltConfig, SolveConfig
 from nufilt_jax.core import subspace
-from nufilt_jax.core.dispatch import run_alone
+from nufilt_jax.core.dispatch import is_traced, run_alone
 from nufilt_jax.core.forecast import Forecast
 from nufilt_jax.core.grams import gram_of
 from nufilt_jax.core.linalg import after, in_chunks, layers_at_once
@@ -55,7 +56,13 @@ class GroupSolution(NamedTuple):
 
 
 def solve_group(
-    merged: Stacks, task: Stacks, start: Float[Array, "layers r_l n"], *, config: SolveConfig, add: bool = False
+    merged: Stacks,
+    task: Stacks,
+    start: Float[Array, "layers r_l n"],
+    *,
+    config: SolveConfig,
+    add: bool = False,
+    until_certified: bool = True,
 ) -> GroupSolution:
     """One step for all layers of one input width, as one program.
 
@@ -69,8 +76,10 @@ def solve_group(
       start: A's start, one per layer in the order of the stacks.
       config: static.
       add: add the updates to D, in its memory where the program is given that; static.
+      until_certified: what is done about layers whose directions get no certificate, see `subspace.leading`; static.
+        Without it, D stays as it is in these layers if the updates are to be added: `mended` comes next.
     """
-    solve = functools.partial(_solve_at_once, config=config, add=add)
+    solve = functools.partial(_solve_at_once, config=config, add=add, until_certified=until_certified)
     return jax.lax.platform_dependent(merged, task, start, cpu=functools.partial(_solve_in_turn, solve), default=solve)
 
 
@@ -96,13 +105,14 @@ def _solve_in_turn(
 
 
 def _solve_at_once(
-    merged: Stacks, task: Stacks, start: Array, *, config: SolveConfig, add: bool = False
+    merged: Stacks, task: Stacks, start: Array, *, config: SolveConfig, add: bool, until_certified: bool
 ) -> GroupSolution:
     """`solve_group`, the layers of all stacks side by side: its stages, one after another."""
-    prior = prior_directions(merged, config=config)
+    prior = prior_directions(merged, config=config, until_certified=until_certified)
     task = tuple(after(x, prior.vectors) for x in task)  # no two LAPACK calls at once
     grams = gram_of(task)
-    new = task_directions(task, grams, config=config)
+    new = task_directions(task, grams, config=config, until_certified=until_certified)
+    certified = prior.certified & new.certified
     parts, problems = reduce(merged, task, grams, prior, new, right_factor=config.right_factor)
     if config.closed_form_ridge is None:
         adapters, losses = train(problems, start, config=config)
@@ -113,15 +123,56 @@ def _solve_at_once(
     removed, restored, drift, captured = shares
     # All zeros but for what is not finite: adding them up is faster on a CPU than `isfinite` and `all`.
     finite = [jnp.sum(0 * update, axis=(1, 2)) == 0 for update in updates]
+    if add:
+        summed = []
+        for d, update, (i, j) in zip(merged, updates, subspace.bounds(merged), strict=True):
+            is_final = until_certified | certified[i:j, None, None]
+            summed.append(d + jnp.where(is_final, update, 0))
+        updates = tuple(summed)
     return GroupSolution(
-        updates=tuple(d + update for d, update in zip(merged, updates, strict=True)) if add else updates,
+        updates=updates,
         losses=losses / problems.unit[:, None] ** 2,
         ok=jnp.concatenate(finite) & ok,
-        forecast=Forecast(removed, restored, drift, prior.gap, captured, prior.certified & new.certified),
+        forecast=Forecast(removed, restored, drift, prior.gap, captured, certified),
     )
 
 
-_solve_group = jax.jit(solve_group, static_argnames=("config", "add"))
+def mended(
+    found: GroupSolution,
+    merged: Sequence[Any],
+    task: Sequence[Any],
+    start: Any,
+    again: Callable[..., GroupSolution],
+) -> GroupSolution:
+    """Solves the layers that got no certificate once more, alone; `again` is compiled only if there are any.
+
+    Args:
+      found: of `solve_group` with `until_certified` off.
+      merged: D as it was; its layers without a certificate are read.
+      task: τ.
+      start: of every layer, as `again` takes it.
+      again: `solve_group` with `until_certified` on, of the same settings; may take the memory of its first argument.
+    """
+    certified = np.asarray(found.forecast.certified)
+    for index, (i, j) in enumerate(subspace.bounds(tuple(task))):
+        rows = np.flatnonzero(~certified[i:j])
+        if rows.size == 0:
+            continue
+        # Copies of the last one make their number a power of two, so that few programs serve all numbers.
+        some = np.pad(rows, (0, (1 << int(rows.size - 1).bit_length()) - rows.size), mode="edge")
+        new = run_alone(again, (merged[index][some],), (task[index][some],), start[i + some])
+        stack = found.updates[index].at[rows].set(new.updates[0][: rows.size])
+        updates = (*found.updates[:index], stack, *found.updates[index + 1 :])
+        rest = jax.tree.map(
+            lambda old, new, at=i + rows: old.at[at].set(new[: len(at)]),
+            found._replace(updates=()),
+            new._replace(updates=()),
+        )
+        found = rest._replace(updates=updates)
+    return found
+
+
+_solve_group = jax.jit(solve_group, static_argnames=("config", "add", "until_certified"))
 
 
 def solve_stack(
@@ -156,7 +207,12 @@ def solve_stack(
     """
     _check(merged_delta, task_delta, adapter_init, config, ("layers", "m", "n"))
     merged, task, start = (jnp.asarray(x, jnp.float32) for x in (merged_delta, task_delta, adapter_init))
-    found = run_alone(functools.partial(_solve_group, config=config), (merged,), (task,), start)
+    program = functools.partial(_solve_group, config=config)
+    if is_traced((merged, task, start)):  # nothing can be looked at before the caller's own program runs
+        found = run_alone(program, (merged,), (task,), start)
+    else:
+        found = run_alone(functools.partial(program, until_certified=False), (merged,), (task,), start)
+        found = mended(found, (merged,), (task,), start, program)
     return LayerSolution(found.updates[0], found.losses, found.ok)
 
 

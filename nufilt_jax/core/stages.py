@@ -21,15 +21,16 @@ from nufilt_jax.core.subspace import Directions, Stacks, rank_mask
 Shares = tuple[Float[Array, "*layers"], ...]  # removed, restored, drift, captured: see `Forecast`
 
 
-def prior_directions(merged: Stacks, *, config: SolveConfig) -> Directions:
+def prior_directions(merged: Stacks, *, config: SolveConfig, until_certified: bool = True) -> Directions:
     """Stage 1, V2: the leading directions of D, the Gram matrices included."""
     chosen = subspace.route(config.decomposition, merged[0].shape[-1])
-    return subspace.leading(merged, gram_of(merged), config.filter_rank, chosen)
+    return subspace.leading(merged, gram_of(merged), config.filter_rank, chosen, until_certified=until_certified)
 
 
-def task_directions(task: Stacks, grams: Gram, *, config: SolveConfig) -> Directions:
+def task_directions(task: Stacks, grams: Gram, *, config: SolveConfig, until_certified: bool = True) -> Directions:
     """Stage 2, V1: the leading directions of τ, from τᵀτ, which the adapter needs anyway."""
-    return subspace.leading(task, grams, config.task_rank, subspace.route(config.decomposition, task[0].shape[-1]))
+    chosen = subspace.route(config.decomposition, task[0].shape[-1])
+    return subspace.leading(task, grams, config.task_rank, chosen, until_certified=until_certified)
 
 
 def reduce(

@@ -42,7 +42,7 @@ class Directions(NamedTuple):
       sizes: ‖X v‖ of each, as measured: the root of a Gram eigenvalue would be rounding noise where X is small.
       gap: relative distance of the last singular value kept to the next one. Near 0 the cut falls among equals
         and which directions are kept is arbitrary.
-      certified: false where the route in hand gave no certificate and the SVD took over.
+      certified: false where the route in hand gave no certificate; then the SVD took over, if it was to.
     """
 
     vectors: Float[Array, "*layers n k"]
@@ -56,7 +56,9 @@ def bounds(stacks: Stacks) -> list[tuple[int, int]]:
     return list(itertools.pairwise(itertools.accumulate((len(stack) for stack in stacks), initial=0)))
 
 
-def leading(stacks: Stacks, grams: Gram, rank: int, chosen: Decomposition) -> Directions:
+def leading(
+    stacks: Stacks, grams: Gram, rank: int, chosen: Decomposition, *, until_certified: bool = True
+) -> Directions:
     """Leading right singular vectors of every matrix in stacks of one width n.
 
     Args:
@@ -64,6 +66,8 @@ def leading(stacks: Stacks, grams: Gram, rank: int, chosen: Decomposition) -> Di
       grams: XᵀX of all layers, from `grams.gram_of`; not used by `svd`.
       rank: how many vectors; at most n come out.
       chosen: `eigh`, `svd` or `subspace`, from `route`; the last means `eigh` where all vectors, or nearly, are wanted.
+      until_certified: try harder with layers that get no certificate, and take their SVD at last. Without it they come
+        as they are, from a program several times as quick to compile, and `certified` says so.
     """
     n_layers, n = sum(len(x) for x in stacks), stacks[0].shape[-1]
     whole = jnp.ones(n_layers), jnp.ones(n_layers, bool)
@@ -80,6 +84,9 @@ def leading(stacks: Stacks, grams: Gram, rank: int, chosen: Decomposition) -> Di
     else:
         blocks, edge = leading_block(grams, n, rank)
         prepare = [lambda v: v, apart, lambda v: apart(improved_block(grams, orthonormalize(v), edge, rank)), apart]
+    if not until_certified:
+        found = _refined(stacks, blocks, rank)
+        return found._replace(vectors=found.vectors[:, :, :rank])
     # Spectra that fall steeply need the correction twice.
     found = _refined_until_certified(stacks, blocks, rank, prepare)
     return _certified_or_svd(found._replace(vectors=found.vectors[:, :, :rank]), stacks, rank)

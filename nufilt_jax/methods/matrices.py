@@ -6,10 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
 from nufilt_jax.config import MethodConfig
-from nufilt_jax.core.dispatch import run_alone
+from nufilt_jax.core.dispatch import is_traced, run_alone
 from nufilt_jax.core.linalg import LAPACK_BATCH, in_chunks, layers_at_once
 from nufilt_jax.errors import Problem, SolveError, raise_all
 from nufilt_jax.methods.elementwise import blend
@@ -62,11 +61,6 @@ def require_finite(merged: Stacked, fix: str = "") -> None:
     }
     broken = (name for name, ok in finite.items() if not ok)
     raise_all(SolveError, (Problem("task", "the solution is not finite", fix, name) for name in broken))
-
-
-def is_traced(tree: Any) -> bool:
-    """Whether a caller's `jax.jit` is being traced, so that no array has numbers yet."""
-    return any(isinstance(x, Tracer) for x in jax.tree.leaves(tree))
 
 
 @jax.jit

@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-from typing import cast
+from typing import NamedTuple, cast
 
 import jax
 import numpy as np
@@ -11,14 +11,13 @@ from jaxtyping import UInt32
 from nufilt_jax.anatomy import FLAT
 from nufilt_jax.config import NufiltConfig, SolveConfig
 from nufilt_jax.core.adapt import draw_start
-from nufilt_jax.core.dispatch import run_alone
+from nufilt_jax.core.dispatch import is_traced, run_alone
 from nufilt_jax.core.filter import authors_first_filter
-from nufilt_jax.core.solve import GroupSolution, solve_group
+from nufilt_jax.core.solve import GroupSolution, mended, solve_group
 from nufilt_jax.core.stacks import Group, group_layers
 from nufilt_jax.core.subspace import Stacks
 from nufilt_jax.errors import Problem, SolveError, raise_all
 from nufilt_jax.methods.elementwise import blend
-from nufilt_jax.methods.matrices import is_traced
 from nufilt_jax.methods.selection import published_layers
 from nufilt_jax.methods.stacked import Array, Stacked, TaskVector
 from nufilt_jax.methods.state import Advance, Context, LayerReport, MergeState, OnStack, Rule
@@ -39,20 +38,26 @@ def solve_task(state: MergeState, task: TaskVector, context: Context) -> Advance
       SolveError: layers whose solution is not finite, all listed.
     """
     config = cast(SolveConfig, context.config)
+    is_inline = is_traced((state.delta, task))
     merged: list[jax.Array] = []
-    waiting: list[tuple[Group, GroupSolution]] = []
+    waiting: list[_UnderWay] = []
     report: dict[str, LayerReport] = {}
     groups = group_layers(task.shapes)
+
+    def finish(begun: _UnderWay) -> None:
+        found = begun.found if is_inline else _mended(begun, config)
+        merged.extend(found.updates)
+        report.update(_told(begun.group, found, context.on_stack))
+
     for group in groups:
         keys = adapter_keys(context.seed, state.step + 1, tuple(name.removesuffix(FLAT) for name in group.names))
-        stacks = (part.only(group.stacks).stacks for part in (state.delta, task))
-        parts, solution = run_alone(functools.partial(_step, config=config), *stacks, keys)
-        merged += parts
-        waiting.append((group, solution))
-        while waiting and not is_traced(waiting) and all(x.is_ready() for x in jax.tree.leaves(waiting[0][1])):
-            report |= _told(*waiting.pop(0), context.on_stack)
-    for group, solution in waiting:  # where programs do not block, all are under way before the first is waited for
-        report |= _told(group, solution, context.on_stack)
+        d, t = (part.only(group.stacks).stacks for part in (state.delta, task))
+        program = functools.partial(_step, config=config, until_certified=is_inline)
+        waiting.append(_UnderWay(group, t, keys, run_alone(program, d, t, keys)))
+        while waiting and not is_inline and all(x.is_ready() for x in jax.tree.leaves(waiting[0].found)):
+            finish(waiting.pop(0))
+    for begun in waiting:  # where programs do not block, all are under way before the first is waited for
+        finish(begun)
     broken = [
         Problem("task", "the solution is not finite", "lower --learning-rate", name)
         for name in task
@@ -60,6 +65,21 @@ def solve_task(state: MergeState, task: TaskVector, context: Context) -> Advance
     ]
     raise_all(SolveError, broken)
     return Advance(Stacked(tuple(merged), tuple(names for group in groups for names in group.stacks)), report)
+
+
+class _UnderWay(NamedTuple):
+    """A group whose program is running: its layers, τ, the keys of the adapters' starts, and what comes out."""
+
+    group: Group
+    task: tuple[Array, ...]
+    keys: UInt32[np.ndarray, "layers 2"]
+    found: GroupSolution
+
+
+def _mended(begun: _UnderWay, config: SolveConfig) -> GroupSolution:
+    """The group's new D, its layers without a certificate solved once more, from the D that they were left with."""
+    again = functools.partial(_step, config=config, until_certified=True)
+    return mended(begun.found, begun.found.updates, begun.task, begun.keys, again)
 
 
 def _first(delta: Stacked, task: TaskVector, config: NufiltConfig) -> Stacked:
@@ -81,17 +101,16 @@ def _told(group: Group, solution: GroupSolution, on_stack: OnStack | None) -> di
     }
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnums=0)
+@functools.partial(jax.jit, static_argnames=("config", "until_certified"), donate_argnums=0)
 def _step(
-    deltas: Stacks, task: Stacks, keys: UInt32[Array, "layers 2"], *, config: SolveConfig
-) -> tuple[Stacks, GroupSolution]:
+    deltas: Stacks, task: Stacks, keys: UInt32[Array, "layers 2"], *, config: SolveConfig, until_certified: bool
+) -> GroupSolution:
     """D + τ (P + BA) for the layers of one width; takes the memory of D."""
     width = deltas[0].shape[-1]
     start = jax.vmap(lambda key: draw_start(key, config.trained_rank, width))(keys)
-    solution = solve_group(deltas, task, start, config=config, add=True)
+    solution = solve_group(deltas, task, start, config=config, add=True, until_certified=until_certified)
     solves = config.trained_rank > 0 or config.closed_form_ridge is not None
-    losses = solution.losses if solves else solution.losses[:, :0]
-    return solution.updates, solution._replace(updates=(), losses=losses)
+    return solution if solves else solution._replace(losses=solution.losses[:, :0])
 
 
 def adapter_keys(seed: int, step: int, names: tuple[str, ...]) -> UInt32[np.ndarray, "layers 2"]:

@@ -22,10 +22,11 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from nufilt_jax.config import WudiConfig
+from nufilt_jax.core.dispatch import is_traced
 from nufilt_jax.core.grams import Gram, GramFactor, GramMatrix
 from nufilt_jax.core.linalg import gram, unit_scale
 from nufilt_jax.methods.elementwise import blend
-from nufilt_jax.methods.matrices import each_layer, is_matrix, is_traced, require_finite, split
+from nufilt_jax.methods.matrices import each_layer, is_matrix, require_finite, split
 from nufilt_jax.methods.selection import every_tensor, linear_layers
 from nufilt_jax.methods.stacked import Stacked, TaskVector
 from nufilt_jax.methods.state import Advance, Context, LayerReport, MergeState, Rule
