@@ -17,7 +17,7 @@ from shapes import Inputs
 from nufilt_jax.config import NufiltConfig
 from nufilt_jax.core import solve
 from nufilt_jax.core.dispatch import run_alone
-from nufilt_jax.core.grams import gram_of
+from nufilt_jax.core.grams import GramFactor, gram_of
 from nufilt_jax.core.linalg import in_chunks, layers_at_once
 from nufilt_jax.core.stacks import Group
 
@@ -70,8 +70,10 @@ class Merge:
         first, *later = (to_device(inputs) for inputs in tasks)
         self._first = [task.merged for task in first]
         self._tasks = [[task._replace(merged=()) for task in groups] for groups in (first, *later)]
-        function = jax.jit(solve.solve_group, static_argnames=("config", "add"), donate_argnums=0)
-        compiled = [measure.compile_it(function, *task, config=config, add=True) for task in first]
+        function = jax.jit(solve.solve_group, static_argnames=("config", "add", "until_certified"), donate_argnums=0)
+        how = {"config": config, "add": True}
+        self._again = functools.partial(function, **how)
+        compiled = [measure.compile_it(function, *task, **how, until_certified=False) for task in first]
         self._programs = [program for program, _ in compiled]
         self.compile_seconds = sum(seconds for _, seconds in compiled)
 
@@ -109,9 +111,14 @@ class Merge:
         found = []
         for tasks in self._tasks:
             steps = zip(self._programs, merged, tasks, strict=True)
-            found = [run_alone(program, d, x.task, x.start) for program, d, x in steps]
+            found = [self._solved(program, d, x) for program, d, x in steps]
             merged = [solution.updates for solution in found]
         return found
+
+    def _solved(self, program: Program, merged: tuple[jax.Array, ...], task: Task) -> solve.GroupSolution:
+        """As the package does it: layers without a certificate are solved again."""
+        found = run_alone(program, merged, task.task, task.start)
+        return solve.mended(found, found.updates, task.task, task.start, self._again)
 
 
 def stages(tasks: list[Task], config: NufiltConfig, repeats: int, *, count: bool = True) -> dict[str, Stage]:
@@ -194,7 +201,6 @@ def _count(name: str, slices: list[Task], config: NufiltConfig, function: Progra
 
 
 def _adam_count(part: Task, config: NufiltConfig) -> Count:
-    [gram] = jax.tree.leaves(jax.eval_shape(gram_of, part.task))
-    factored = gram.shape[-2] != gram.shape[-1]
+    factored = isinstance(jax.eval_shape(gram_of, part.task), GramFactor)
     sizes = [x.shape for x in part.merged]
     return counting.total(counting.adam_count(m, n, config, factored=factored).times(layers) for layers, m, n in sizes)
