@@ -1,6 +1,8 @@
 """What holds for every test: strict array arithmetic, no cache of the user's; and the command line in this process."""
 
+import gc
 import os
+import pathlib
 import shutil
 import tempfile
 
@@ -30,6 +32,20 @@ def _leniently(function):
 
 # Adam's bias correction raises a float to an integer power, which strict promotion forbids: optax alone is let off.
 optax.tree.bias_correction = _leniently(optax.tree.bias_correction)
+
+
+# A process may hold so many mapped regions (Linux: 65530), and every compiled program takes some.
+MOST_REGIONS = 25_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    """Lets go of compiled programs between modules, before the system has no room for more."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > MOST_REGIONS:
+        jax.clear_caches()
+        gc.collect()
 
 
 def pytest_configure(config: pytest.Config) -> None:

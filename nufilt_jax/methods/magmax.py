@@ -50,8 +50,8 @@ def _accumulate(delta: Stacks, largest: Stacks, task: Stacks, scale: Float[Array
 
 
 def _larger(old: Array, new: Array) -> Array:
-    """Element by element the one of larger magnitude; the new one if both are alike."""
-    return jnp.where(jnp.abs(new) >= jnp.abs(old), new, old)
+    """Element by element the one of larger magnitude; the new one if both are alike, and what is no number."""
+    return jnp.where((jnp.abs(new) < jnp.abs(old)) | jnp.isnan(old), old, new)
 
 
 RULE = Rule(

@@ -12,6 +12,7 @@ from nufilt_jax.config import NufiltConfig, problem
 from nufilt_jax.core.adapt import draw_start
 from nufilt_jax.core.sweep import solve_settings
 from nufilt_jax.errors import ConfigError
+from nufilt_jax.methods.matrices import require_finite
 from nufilt_jax.methods.nufilt import adapter_keys
 from nufilt_jax.methods.selection import select
 from nufilt_jax.methods.stacked import Array, Params, Stacked, stack_names, task_vector
@@ -78,6 +79,7 @@ def merge_settings(
 
     Raises:
       ConfigError: another solver than Adam.
+      SolveError: layers of which a result is not finite, all listed.
     """
     if config is not None and config.solver != "adam":
         raise ConfigError(problem("solver", f"ranks are swept for adam alone, got {config.solver}"))
@@ -109,4 +111,5 @@ def _model(
     base: Params, merged: Sequence[jax.Array], names: tuple[tuple[str, ...], ...], setting: int
 ) -> dict[str, Array]:
     delta = Stacked(tuple(np.asarray(x[min(setting, len(x) - 1)]) for x in merged), names)
+    require_finite(delta)
     return MergeState(dict(base), delta).merged

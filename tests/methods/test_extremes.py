@@ -102,3 +102,14 @@ def test_update_can_be_jitted(name):
     for key, x in eager.merged.items():
         np.testing.assert_allclose(traced.merged[key], x, atol=1e-5)
     assert traced.report.keys() == eager.report.keys()
+
+
+@pytest.mark.parametrize("name", DATA_FREE)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_bad_number_of_a_later_task_is_refused_by_name(name, bad):
+    base, tasks = models()
+    tasks[1][Q][3, 2] = bad
+    rule = methods.get(name, config_of(name))
+    state = rule.update(rule.init(base), tasks[0])
+    with pytest.raises(SolveError, match=r"q_proj\.weight: .*not finite"):
+        rule.update(state, tasks[1])
