@@ -86,5 +86,5 @@ def test_formulas(shape):
 
 def test_stages_together_are_the_solve():
     [task] = package_solve.to_device(shapes.inputs({"layer": (20, 12)}, CONFIG.adapter_rank))
-    whole = counted(lambda *arrays: solve._solve_at_once(*arrays, config=CONFIG), *task)
+    whole = counted(lambda *arrays: solve.solve_group(*arrays, config=CONFIG), *task)
     assert whole.flops == pytest.approx(sum(part.flops for part in stages_of((20, 12)).values()), rel=1e-5)

@@ -208,9 +208,10 @@ def test_updates_are_added_in_the_memory_of_the_merged_model(n_layers):
     )
     a0 = jnp.stack([jnp.asarray(matrices.start(6, 48, seed=i)) for i in range(n_layers)])
     alone = solve_stack(d, tau, config=config, adapter_init=a0)
-    program = jax.jit(solve.solve_group, static_argnames=("config", "add"), donate_argnums=0)
+    program = jax.jit(solve.solve_group, static_argnames=("config", "add", "until_certified"), donate_argnums=0)
     given = jnp.copy(d)
-    found = run_alone(functools.partial(program, config=config, add=True), (given,), (tau,), a0)
+    how = {"config": config, "add": True, "until_certified": False}
+    found = run_alone(functools.partial(program, **how), (given,), (tau,), a0)
     assert given.is_deleted()
     np.testing.assert_allclose(found.updates[0], d + alone.update, rtol=0, atol=1e-6 * jnp.max(jnp.abs(d)))
     np.testing.assert_array_equal(found.losses, alone.losses)
