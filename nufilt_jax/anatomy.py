@@ -5,8 +5,8 @@ Names are facts that reading, selecting and reporting share, so they stand in on
 
 import math
 import re
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from typing import Literal, Protocol
 
 Shape = tuple[int, ...]
 Family = Literal["clip", "llava", "other"]
@@ -151,6 +151,20 @@ def part_of(layer: str) -> tuple[str, int | None]:
 def tensor_of(layer: str) -> str:
     """The tensor that a layer is in."""
     return part_of(layer)[0]
+
+
+class Shaped(Protocol):
+    """Whatever has a shape."""
+
+    @property
+    def shape(self) -> Shape:
+        """Its shape."""
+        ...
+
+
+def shape_in(model: Mapping[str, Shaped], layer: str) -> Shape:
+    """Shape of a layer of a model."""
+    return layer_shape(layer, model[tensor_of(layer)].shape)
 
 
 def layer_shape(layer: str, shape: Shape) -> Shape:

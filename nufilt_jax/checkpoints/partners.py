@@ -50,16 +50,17 @@ def fit(
       strict: make problems of all notices.
     """
     matched = match_names(base, task, touched)
-    task = matched.task
+    task, is_touched = matched.task, frozenset(touched)
     kept = {} if asked_for else {name: what for name in touched if (what := _own_head(base, task, name))}
-    kept |= {name: what for name in base.tensors if name not in touched and (what := _other_size(base, task, name))}
+    kept |= {name: what for name in base.tensors if name not in is_touched and (what := _other_size(base, task, name))}
     extra = _extra(base, task)
     tied = {alias.name for info in base.tensors.values() for alias in info.aliases}
-    heads = [name for name in extra if (is_head(name) or name in matched.apart) and name not in tied]
+    heads = dict.fromkeys(name for name in extra if (is_head(name) or name in matched.apart) and name not in tied)
+    merged = [name for name in touched if name not in kept]
     problems = [
         *_mixtures(base, task),
-        *_missing(base, task, [name for name in touched if name not in kept]),
-        *_unequal(base, task, [name for name in touched if name not in kept]),
+        *_missing(base, task, merged),
+        *_unequal(base, task, merged),
         *_homeless(base, task, [name for name in extra if name not in heads]),
     ]
     own = kept | {name: "the base has none" for name in heads}
@@ -69,7 +70,7 @@ def fit(
         problems += [Problem(task.source, what, fix, _stored(base, task, name)) for name, what in own.items()]
         problems += [Problem(task.source, notice, "leave out --strict") for notice in _renamed(matched)]
     tensors = {name: info for name, info in task.tensors.items() if name not in heads}
-    tensors |= {name: base.tensors[name] for name in kept if name in touched}
+    tensors |= {name: base.tensors[name] for name in kept if name in is_touched}
     told = (f"{task.source}: {notice}" for notice in notices)
     return Fitted(dataclasses.replace(task, tensors=tensors), () if strict else tuple(told), tuple(problems))
 
@@ -135,8 +136,7 @@ def _mixtures(*models: Checkpoint) -> Iterator[Problem]:
             yield Problem(model.source, what, "continue that merge with --add, or merge the models that it came from")
 
 
-def _missing(base: Checkpoint, task: Checkpoint, touched: Iterable[str]) -> Iterator[Problem]:
-    touched = tuple(touched)
+def _missing(base: Checkpoint, task: Checkpoint, touched: Collection[str]) -> Iterator[Problem]:
     lacking = [name for name in touched if name not in base.tensors]
     yield from _named(base.source, lacking, "is not in the base", "exclude it with --layers")
     lost = [base.tensors[name].stored_name for name in touched if name in base.tensors.keys() - task.tensors.keys()]

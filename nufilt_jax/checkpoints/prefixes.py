@@ -40,7 +40,7 @@ def match_names(base: Checkpoint, task: Checkpoint, wanted: Collection[str]) -> 
     names = {name: name for name in task.tensors}  # stored canonical -> matched
     found, removed, added = Matched(task), "", ""
     for _ in range(_MOST):
-        if all(name in names.values() for name in wanted):
+        if frozenset(wanted) <= frozenset(names.values()):
             break
         rounds = [(_fits(base, task, new), kind, prefix, new) for kind, prefix, new in _attempts(base, names)]
         best = max(rounds, key=lambda row: row[0], default=None)

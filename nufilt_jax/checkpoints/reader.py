@@ -228,10 +228,9 @@ def _infos(
 
 def tensor_info(name: str, entry: Entry, file: Path, kind: str, config: Mapping[str, Any]) -> TensorInfo:
     """A tensor by its canonical name, from its entry in a file of that kind and the model's config."""
-    axes = stored_axes(name, entry.shape, config)
+    axes, as_stored = stored_axes(name, entry.shape, config), tuple(range(len(entry.shape)))
     if kind == FLAX:  # which turns the kernels of linear layers, and leaves as they are those that torch has turned
-        is_turned = axes != tuple(range(len(axes)))
-        axes = tuple(range(len(axes))) if is_turned else flax_axes(entry.name, len(axes))
+        axes = flax_axes(entry.name, len(axes)) if axes == as_stored else as_stored
     return TensorInfo(
         name=name,
         stored_name=entry.name,

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any, get_args
 
-from nufilt_jax.anatomy import layer_shape, tensor_of
+from nufilt_jax.anatomy import shape_in
 from nufilt_jax.config import MethodConfig, OtherParams, problem
 from nufilt_jax.errors import ConfigError, Problem
 from nufilt_jax.methods import (
@@ -109,12 +109,12 @@ def get(
         """The stacks that the rule works on, and those that follow `other_params`."""
         how: dict[str, Any] = {"layers": layers, "other_params": other_params, "scope": rule.scope, "conv": conv}
         chosen = selection or select(base, **how)
-        shapes = {name: layer_shape(name, base[tensor_of(name)].shape) for name in chosen.layers + chosen.other}
+        shapes = {name: shape_in(base, name) for name in chosen.layers + chosen.other}
         return stack_names(shapes, chosen.layers), stack_names(shapes, chosen.other)
 
     def init(base: Params) -> MergeState:
         mine, others = choose(base)
-        shapes = {name: layer_shape(name, base[tensor_of(name)].shape) for part in mine + others for name in part}
+        shapes = {members[0]: shape_in(base, members[0]) for members in mine + others}
         return MergeState(dict(base), zeros(shapes, mine + others))
 
     def update(
@@ -129,7 +129,7 @@ def get(
             raise ConfigError(Problem("data", f"{name} needs examples of each task", "give update its `data`"))
         mine, others = choose(state.base)
         if not isinstance(task, TaskVector):
-            check_task(state.base, task, state.layers_by_tensor)
+            check_task(state.base, task, state.touched)
             task = task_vector(state.base, task, mine + others)
         delta = state.delta if donate else state.delta.copied()
         own = dataclasses.replace(state, delta=delta.only(mine))

@@ -41,6 +41,9 @@ class Stacked(Mapping[str, Array]):
         i, j = self._places[name]
         return self.stacks[i][j]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._places  # a mapping's own would make a slice to find out
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
 

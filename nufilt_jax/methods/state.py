@@ -60,19 +60,14 @@ class MergeState:
     @property
     def merged(self) -> dict[str, Array]:
         """θ^m: every tensor of the base, in its own dtype, and what the rule added."""
-        return self.base | {name: self.merged_tensor(name) for name in self.layers_by_tensor} | self.added
+        base, delta = self.base, self.delta
+        moved = {name: merged_tensor(base[name], joined(delta, name, base[name])) for name in self.touched}
+        return base | moved | self.added
 
     @property
-    def layers_by_tensor(self) -> dict[str, list[str]]:
-        """The layers of D by the tensor that they are in, in their order there."""
-        tensors: dict[str, list[str]] = {}
-        for layer in self.delta:
-            tensors.setdefault(tensor_of(layer), []).append(layer)
-        return tensors
-
-    def merged_tensor(self, name: str, dtype: np.dtype | None = None) -> Array:
-        """θ^m of one tensor that the rule touches, in `dtype` or the base's own."""
-        return merged_tensor(self.base[name], joined(self.delta, name, self.base[name]), dtype)
+    def touched(self) -> tuple[str, ...]:
+        """Names of the tensors that the layers of D are in, each once."""
+        return tuple(dict.fromkeys(map(tensor_of, self.delta)))
 
 
 def joined(delta: Stacked, name: str, base: Array) -> Array:

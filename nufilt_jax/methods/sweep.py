@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nufilt_jax.anatomy import layer_shape, tensor_of
+from nufilt_jax.anatomy import shape_in
 from nufilt_jax.config import NufiltConfig, problem
 from nufilt_jax.core.adapt import draw_start
 from nufilt_jax.core.sweep import solve_settings
@@ -87,7 +87,7 @@ def merge_settings(
     adam = config or NufiltConfig()
     config = NufiltConfig(**largest._asdict(), steps=adam.steps, learning_rate=adam.learning_rate, decomposition="svd")
     layers = select(base).layers
-    names = stack_names({name: layer_shape(name, base[tensor_of(name)].shape) for name in layers}, layers)
+    names = stack_names({name: shape_in(base, name) for name in layers}, layers)
     table = jnp.array(ranks, jnp.int32)
     merged: list[jax.Array] = []
     for step, task in enumerate(tasks, 1):

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float
 from nufilt_jax.config import WudiConfig
 from nufilt_jax.core.dispatch import is_traced
 from nufilt_jax.core.grams import Gram, GramFactor, GramMatrix
-from nufilt_jax.core.linalg import gram, unit_scale
+from nufilt_jax.core.linalg import gram, norm
 from nufilt_jax.methods.elementwise import blend
 from nufilt_jax.methods.matrices import each_layer, is_matrix, require_finite, split
 from nufilt_jax.methods.selection import every_tensor, linear_layers
@@ -103,9 +103,8 @@ def _quadratic(d: Float[Array, "m n"], t: Float[Array, "m n"]) -> _Quadratic:
 
 def _unit(x: Float[Array, "m n"]) -> Float[Array, "m n"]:
     """X / ‖X‖; zero if X is, which drops its term: 0/0 in the authors' program."""
-    scaled = x * unit_scale(x)
-    norm = jnp.linalg.norm(scaled)
-    return scaled / jnp.where(norm > 0, norm, 1)
+    size = norm(x)
+    return x / jnp.where(size > 0, size, 1)
 
 
 RULE = Rule(

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from nufilt_jax.anatomy import FLAT
+from nufilt_jax.anatomy import FLAT, shape_in
 from nufilt_jax.methods.state import LayerReport
 from nufilt_jax.pipeline.coverage import Rows, coverage, coverage_lines
 from nufilt_jax.pipeline.plan import Plan
@@ -89,7 +89,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
         "other_touched": len(plan.selection.other),
         "kept_from_base": len(plan.base.tensors) - len(plan.selection.touched),
         "stacks": [
-            {"layers": len(names), "shape": list(plan.layer_shape(names[0]))}
+            {"layers": len(names), "shape": list(shape_in(plan.base.tensors, names[0]))}
             for group in plan.groups
             for names in group.stacks
         ],

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from nufilt_jax.anatomy import FLAT, family_of, is_buffer, layer_shape, tensor_of
+from nufilt_jax.anatomy import FLAT, family_of, is_buffer, shape_in
 from nufilt_jax.checkpoints import Checkpoint
 from nufilt_jax.checkpoints.dtypes import FLOATS
 from nufilt_jax.methods import find
@@ -25,16 +25,15 @@ def coverage(plan: Plan, changes: Changes) -> tuple[Rows, Rows]:
 
 
 def outside_share(base: Checkpoint, selection: Selection, moved: Mapping[str, float]) -> float:
-    """The share of a task's squared change that lies in tensors that the merge leaves; 0 if nothing moved."""
-    total = sum(moved.values())
-    return sum(moved.get(name, 0.0) for name in _left(base, selection)) / total if total > 0 else 0.0
+    """The share of a task's squared change that lies in tensors that the merge leaves."""
+    return _share(_left(base, selection), moved)
 
 
 def _selected(base: Checkpoint, layers: Iterable[str]) -> Rows:
     """The layers that the method merges, by pattern, with counts."""
     rows = []
     for group in patterns(layer.removesuffix(FLAT) for layer in layers):
-        shapes = (layer_shape(name, base.tensors[tensor_of(name)].shape) for name in group.names)
+        shapes = (shape_in(base.tensors, name) for name in group.names)
         rows.append(_row(group, sum(map(math.prod, shapes))))
     return rows
 
@@ -44,15 +43,9 @@ def _left_rows(base: Checkpoint, selection: Selection, changes: Changes) -> Rows
 
     `share` is by task the part of its squared change that is lost there.
     """
-    left = _left(base, selection)
-    totals = {task: sum(moved.values()) for task, moved in changes.items()}
     rows = []
-    for group in patterns(left):
-        shares = {
-            task: sum(moved.get(name, 0.0) for name in group.names) / totals[task]
-            for task, moved in changes.items()
-            if totals[task] > 0
-        }
+    for group in patterns(_left(base, selection)):
+        shares = {task: _share(group.names, moved) for task, moved in changes.items() if any(moved.values())}
         if not changes or any(shares.values()):
             row = _row(group, sum(base.tensors[name].size for name in group.names))
             rows.append(row | ({"share": {task: round(share, 6) for task, share in shares.items()}} if shares else {}))
@@ -65,16 +58,12 @@ def outside_warnings(base: Checkpoint, selection: Selection, settings: Settings,
     What the published choice for CLIP leaves of the vision tower is meant to be left: it is told and not warned about.
     """
     counts = _counts(base, settings)
+    left = [name for name in _left(base, selection) if counts(name)]
     warnings = []
     for task, moved in changes.items():
-        total = sum(moved.values())
-        left = {name: moved.get(name, 0.0) for name in _left(base, selection) if counts(name)}
-        share = sum(left.values()) / total if total > 0 else 0.0
+        share = _share(left, moved)
         if share > MOST_OUTSIDE:
-            parts = sorted(
-                ((sum(left[name] for name in group.names) / total, group.pattern) for group in patterns(left)),
-                reverse=True,
-            )
+            parts = sorted(((_share(group.names, moved), group.pattern) for group in patterns(left)), reverse=True)
             named = ", ".join(f"{pattern} {part:.1%}" for part, pattern in parts[:3])
             warnings.append(
                 f"{task}: {share:.1%} of its squared change is outside the selected layers and is left out: {named}"
@@ -84,7 +73,7 @@ def outside_warnings(base: Checkpoint, selection: Selection, settings: Settings,
 
 
 def coverage_lines(selected: Rows, left: Rows) -> list[str]:
-    """Both as text: `model.layers.*.self_attn.{q,k,v,o}_proj.weight  4 x 32`."""
+    """Both as text: `model.layers.*.self_attn.{q,k,v,o}_proj  4 x 32`."""
     lines = [f"merged  {row['pattern']}  {row['kinds']} x {row['layers'] // row['kinds']}" for row in selected]
     for row in left:
         shares = row.get("share", {}).values()
@@ -99,6 +88,12 @@ def _counts(base: Checkpoint, settings: Settings) -> Callable[[str], bool]:
         return lambda name: True
     in_reach = reach_of(base.tensors, None)
     return lambda name: not in_reach(name)
+
+
+def _share(names: Iterable[str], moved: Mapping[str, float]) -> float:
+    """The share of a task's squared change that lies in some tensors; 0 if nothing moved."""
+    total = sum(moved.values())
+    return sum(moved.get(name, 0.0) for name in names) / total if total > 0 else 0.0
 
 
 def _left(base: Checkpoint, selection: Selection) -> list[str]:

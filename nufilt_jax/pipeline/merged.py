@@ -42,4 +42,4 @@ class MergedTensor:
 def merged_tensors(state: MergeState) -> dict[str, MergedTensor]:
     """The touched tensors of a state, by canonical name: rounded once, when written."""
     delta = state.delta.on_host()
-    return {name: MergedTensor(name, state.base[name], delta) for name in state.layers_by_tensor}
+    return {name: MergedTensor(name, state.base[name], delta) for name in state.touched}

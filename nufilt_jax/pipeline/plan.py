@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from nufilt_jax.anatomy import layer_shape, tensor_of
+from nufilt_jax.anatomy import shape_in, tensor_of
 from nufilt_jax.checkpoints import Checkpoint, fit, open_checkpoint, quantised_problems
 from nufilt_jax.checkpoints.dtypes import OUTPUT_DTYPES, numpy_dtype
 from nufilt_jax.checkpoints.folders import FLAX
@@ -62,10 +62,6 @@ class Plan:
         stay = {n for n in self.selection.touched if tasks and all(task.tensors[n] is tensors[n] for task in tasks)}
         return tuple(layer for layer in self.selection.layers if tensor_of(layer) not in stay)
 
-    def layer_shape(self, layer: str) -> tuple[int, ...]:
-        """Shape of a selected layer."""
-        return _layer_shape(self.base, layer)
-
     @property
     def done(self) -> int:
         """Number of tasks that earlier runs have merged."""
@@ -110,7 +106,7 @@ def make_plan(job: Job, *, offline: bool = False, headers_only: bool = False) ->
             problems += _output_problems(base, job.settings, place)
     if problems or base is None:
         raise NufiltError(*dict.fromkeys(problems))
-    shapes = {name: _layer_shape(base, name) for name in selection.layers}
+    shapes = {name: shape_in(base.tensors, name) for name in selection.layers}
     groups = group_layers({name: shape for name, shape in shapes.items() if len(shape) == 2})
     return Plan(
         base=base,
@@ -125,10 +121,6 @@ def make_plan(job: Job, *, offline: bool = False, headers_only: bool = False) ->
         recorded=recorded,
         warnings=(*job.warnings, *notices, *_width_warnings(groups, job.settings.config)),
     )
-
-
-def _layer_shape(base: Checkpoint, layer: str) -> tuple[int, ...]:
-    return layer_shape(layer, base.tensors[tensor_of(layer)].shape)
 
 
 def _recorded(job: Job, place: OutputPlace | None, problems: list[Problem]) -> Recorded | None:
