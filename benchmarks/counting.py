@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from nufilt_jax.config import NufiltConfig
-from nufilt_jax.core.dispatch import run_alone
+from nufilt_jax.linalg.dispatch import run_alone
 
 ADAM_FLOPS = 26  # per trained number: two moments, two corrections, root, quotient, step
 

@@ -20,10 +20,10 @@ import numpy as np
 import shapes
 from jax.experimental.sparse.linalg import lobpcg_standard
 
-from nufilt_jax.core import subspace
-from nufilt_jax.core.dispatch import run_alone
-from nufilt_jax.core.grams import gram_of
-from nufilt_jax.core.linalg import gram, matmul
+from nufilt_jax.linalg import subspace
+from nufilt_jax.linalg.dense import gram, matmul
+from nufilt_jax.linalg.dispatch import run_alone
+from nufilt_jax.linalg.grams import gram_of
 
 SIZES = (192, 768, 1024, 2048, 4096, 11008)
 BATCHES = (1, 8)
@@ -45,7 +45,7 @@ class Found(NamedTuple):
 
 
 def packaged(x: jax.Array, rank: int, *, chosen: Any) -> Found:
-    """A route of `nufilt_jax.core.subspace`, with the Gram matrix it starts from."""
+    """A route of `nufilt_jax.linalg.subspace`, with the Gram matrix it starts from."""
     found = subspace.leading((x,), gram_of((x,)), rank, chosen)
     return Found(found.vectors, found.certified)
 

@@ -16,10 +16,10 @@ from shapes import Inputs
 
 from nufilt_jax.config import NufiltConfig
 from nufilt_jax.core import solve
-from nufilt_jax.core.dispatch import run_alone
-from nufilt_jax.core.grams import GramFactor, gram_of
-from nufilt_jax.core.linalg import in_chunks, layers_at_once
-from nufilt_jax.core.stacks import Group
+from nufilt_jax.linalg.chunks import in_chunks, layers_at_once
+from nufilt_jax.linalg.dispatch import run_alone
+from nufilt_jax.linalg.grams import GramFactor, gram_of
+from nufilt_jax.methods.stacked import Group
 
 STAGES = ("decompose D", "decompose τ", "reduce", "adam", "fuse")
 DECOMPOSITION = STAGES[:2]

@@ -93,7 +93,7 @@ class DirectionsConfig(MethodConfig):
 
     Attributes:
       filter_rank: r_p, directions of the earlier tasks that the new one may not, or should not, touch. 0 is none.
-      decomposition: route to the leading directions; all are exact or certified, see `core.subspace`.
+      decomposition: route to the leading directions; all are exact or certified, see `linalg.subspace`.
     """
 
     filter_rank: int = 128

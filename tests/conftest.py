@@ -15,7 +15,7 @@ from jaxtyping import install_import_hook
 # Shapes and dtypes of every annotated array are checked. Not in config, methods and pipeline: they refuse wrong types
 # themselves, in words a user can read, and the tests provoke that.
 install_import_hook(
-    [f"nufilt_jax.{part}" for part in ("analysis", "checkpoints", "core", "evaluation", "models", "zoo")],
+    [f"nufilt_jax.{part}" for part in ("analysis", "checkpoints", "core", "evaluation", "linalg", "models", "zoo")],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -1,1 +1,1 @@
-"""The method itself, pure: one layer's mathematics, batched over stacks of same-shaped layers."""
+"""The method, for one layer and then vmapped: filter, adapt, closed form, fuse; stages and solve put them together."""

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, UInt32
 
-from nufilt_jax.core.grams import Gram
-from nufilt_jax.core.linalg import matmul
+from nufilt_jax.linalg.dense import matmul
+from nufilt_jax.linalg.grams import Gram
 
 EPSILON = 1e-8  # Adam's
 # Least ε of a scaled loss: where squares of gradients vanish in float32, the steps must too.

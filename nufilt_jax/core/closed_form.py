@@ -13,7 +13,7 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from nufilt_jax.core.linalg import matmul
+from nufilt_jax.linalg.dense import matmul
 
 
 def smallest_correction(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from nufilt_jax.config import RightFactor
-from nufilt_jax.core.linalg import matmul
+from nufilt_jax.linalg.dense import matmul
 
 
 class Target(NamedTuple):

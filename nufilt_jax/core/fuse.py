@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from nufilt_jax.config import RightFactor
 from nufilt_jax.core.adapt import Adapter
-from nufilt_jax.core.linalg import gram, matmul, norm, unit_scale
+from nufilt_jax.linalg.dense import gram, matmul, norm, unit_scale
 
 
 class Fused(NamedTuple):

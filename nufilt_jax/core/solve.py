@@ -14,14 +14,14 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from nufilt_jax.config import NufiltConfig, SolveConfig
-from nufilt_jax.core import subspace
-from nufilt_jax.core.dispatch import is_traced, run_alone
 from nufilt_jax.core.forecast import Forecast
-from nufilt_jax.core.grams import gram_of
-from nufilt_jax.core.linalg import after, in_chunks, layers_at_once
 from nufilt_jax.core.stages import correct, fuse_updates, prior_directions, reduce, task_directions, train
-from nufilt_jax.core.subspace import Stacks
 from nufilt_jax.errors import ConfigError, Problem, raise_all
+from nufilt_jax.linalg import subspace
+from nufilt_jax.linalg.chunks import after, in_chunks, layers_at_once
+from nufilt_jax.linalg.dispatch import is_traced, run_alone
+from nufilt_jax.linalg.grams import gram_of
+from nufilt_jax.linalg.subspace import Stacks
 
 
 class LayerSolution(NamedTuple):
@@ -66,7 +66,7 @@ def solve_group(
 ) -> GroupSolution:
     """One step for all layers of one input width, as one program.
 
-    On CPU stack by stack and a few layers at a time (`linalg.layers_at_once`), elsewhere all layers at once.
+    On CPU stack by stack and a few layers at a time (`chunks.layers_at_once`), elsewhere all layers at once.
 
     Source: Eqs. (7)-(10) and (15)-(17), arXiv:2509.21413v2, in the reduced form of `core.adapt`.
 

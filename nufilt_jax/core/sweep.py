@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from nufilt_jax.config import SolveConfig
-from nufilt_jax.core.dispatch import run_alone
-from nufilt_jax.core.grams import Gram, gram_of
-from nufilt_jax.core.linalg import LAPACK_BATCH, after, in_chunks, layers_at_once
 from nufilt_jax.core.stages import fuse_updates, prior_directions, reduce, task_directions, train
-from nufilt_jax.core.subspace import Directions
+from nufilt_jax.linalg.chunks import LAPACK_BATCH, after, in_chunks, layers_at_once
+from nufilt_jax.linalg.dispatch import run_alone
+from nufilt_jax.linalg.grams import Gram, gram_of
+from nufilt_jax.linalg.subspace import Directions
 
 
 def solve_settings(

@@ -12,9 +12,9 @@ import numpy as np
 from jaxtyping import Array, Float, UInt32
 
 from nufilt_jax.config import KnotsConfig
-from nufilt_jax.core.dispatch import each_on_host, is_traced
-from nufilt_jax.core.linalg import matmul
 from nufilt_jax.errors import ConfigError, Problem
+from nufilt_jax.linalg.dense import matmul
+from nufilt_jax.linalg.dispatch import each_on_host, is_traced
 from nufilt_jax.methods.elementwise import blend
 from nufilt_jax.methods.selection import linear_layers
 from nufilt_jax.methods.stacked import Stacked, TaskVector

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from nufilt_jax.config import MethodConfig
-from nufilt_jax.core.dispatch import is_traced, run_alone
-from nufilt_jax.core.linalg import LAPACK_BATCH, in_chunks, layers_at_once
 from nufilt_jax.errors import Problem, SolveError, raise_all
+from nufilt_jax.linalg.chunks import LAPACK_BATCH, in_chunks, layers_at_once
+from nufilt_jax.linalg.dispatch import is_traced, run_alone
 from nufilt_jax.methods.elementwise import blend
 from nufilt_jax.methods.stacked import Array, Names, Stacked, TaskVector
 
@@ -23,7 +23,7 @@ def each_layer(rule: LayerRule, *stacks: Array, config: MethodConfig) -> Any:
 
     Args:
       rule: for one layer. A function of a module, so that its program is compiled once; decompositions inside it wait
-        for one another (`linalg.after`).
+        for one another (`chunks.after`).
       *stacks: arrays with a leading layer axis. The program may take the memory of the first one.
       config: static.
 

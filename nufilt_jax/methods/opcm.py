@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from nufilt_jax.config import OpcmConfig
-from nufilt_jax.core.linalg import matmul, thin_svd, unit_scale
+from nufilt_jax.linalg.dense import matmul, thin_svd, unit_scale
 from nufilt_jax.methods.elementwise import blend
 from nufilt_jax.methods.matrices import each_layer, require_finite
 from nufilt_jax.methods.selection import every_tensor, linear_layers, n_copies

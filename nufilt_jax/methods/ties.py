@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, UInt32
 
 from nufilt_jax.config import TiesConfig
-from nufilt_jax.core.order import Stacks, Weights, count, is_less, kth_smallest_magnitude, magnitude_bits
+from nufilt_jax.methods.order import Stacks, Weights, count, is_less, kth_smallest_magnitude, magnitude_bits
 from nufilt_jax.methods.selection import every_tensor, n_copies
 from nufilt_jax.methods.stacked import Stacked, TaskVector
 from nufilt_jax.methods.state import Advance, Context, MergeState, Rule

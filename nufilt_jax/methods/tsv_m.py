@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from nufilt_jax.config import TsvMConfig
-from nufilt_jax.core.linalg import after, matmul, thin_svd
+from nufilt_jax.linalg.chunks import after
+from nufilt_jax.linalg.dense import matmul, thin_svd
 from nufilt_jax.methods.elementwise import blend
 from nufilt_jax.methods.matrices import matrices_or_mean
 from nufilt_jax.methods.selection import every_tensor

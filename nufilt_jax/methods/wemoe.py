@@ -15,8 +15,8 @@ from jaxtyping import Float
 
 from nufilt_jax.anatomy import Family
 from nufilt_jax.config import WemoeConfig
-from nufilt_jax.core.linalg import thin_svd
 from nufilt_jax.errors import Problem, SolveError, raise_all
+from nufilt_jax.linalg.dense import thin_svd
 from nufilt_jax.methods.adaptation import WHOLE_MODEL, adapt, model_params
 from nufilt_jax.methods.elementwise import blend
 from nufilt_jax.methods.matrices import each_layer, split

@@ -17,7 +17,7 @@ class ReadAhead(Generic[Item, Loaded]):
     """Loads items in order, in a thread of its own: one at a time, each when it is told to, and keeps none.
 
     A load is called with an item and an event, and should end soon once that is set. It may read, and put arrays on
-    the device; it must not start a program, since on CPU no two that decompose may be in flight (see `core.dispatch`).
+    the device; it must not start a program, since on CPU no two that decompose may be in flight (`linalg.dispatch`).
     Leaving the context ends the load under way.
     """
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from nufilt_jax.checkpoints.place import OutputPlace
-from nufilt_jax.core.dispatch import on_cpu
+from nufilt_jax.linalg.dispatch import on_cpu
 from nufilt_jax.methods.state import MergeState
 from nufilt_jax.pipeline.timing import Clock
 

@@ -17,10 +17,10 @@ from nufilt_jax.checkpoints.names import has_flax_form
 from nufilt_jax.checkpoints.outputs import plan_shards
 from nufilt_jax.checkpoints.place import OutputPlace
 from nufilt_jax.config import MethodConfig, option, problem
-from nufilt_jax.core.stacks import Group, group_layers
 from nufilt_jax.errors import CheckpointError, ConfigError, NufiltError, Problem, gathering, raise_all
 from nufilt_jax.methods import find
 from nufilt_jax.methods.selection import Selection, reach_of, select, wanted_by
+from nufilt_jax.methods.stacked import Group, group_layers
 from nufilt_jax.pipeline.job import EvaluationOptions, Job, Recorded, Settings, Source
 from nufilt_jax.pipeline.recorded import current, other_merge_problems
 

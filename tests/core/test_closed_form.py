@@ -12,8 +12,8 @@ import pytest
 from nufilt_jax import NufiltConfig, solve_layer, solve_stack
 from nufilt_jax.core import solve
 from nufilt_jax.core.closed_form import blended_inverse, smallest_correction
-from nufilt_jax.core.dispatch import run_alone
 from nufilt_jax.errors import ConfigError
+from nufilt_jax.linalg.dispatch import run_alone
 
 PARITY = 5e-5  # float32 against float64, as for Adam's solutions
 RANKS = {"filter_rank": 12, "task_rank": 4}

@@ -10,7 +10,7 @@ import pytest
 
 from nufilt_jax import NufiltConfig
 from nufilt_jax.core import solve
-from nufilt_jax.core.dispatch import run_alone
+from nufilt_jax.linalg.dispatch import run_alone
 
 ROUTES = ["eigh", "subspace", "svd"]
 PARITY = 5e-5

@@ -8,8 +8,9 @@ import pytest
 
 from nufilt_jax import NufiltConfig, methods
 from nufilt_jax.config import NullSpaceConfig
-from nufilt_jax.core import chebyshev, solve
-from nufilt_jax.core.refine import refine
+from nufilt_jax.core import solve
+from nufilt_jax.linalg import chebyshev
+from nufilt_jax.linalg.refine import refine
 
 HIGHEST = jax.lax.Precision.HIGHEST
 SMALL = {"filter_rank": 4, "adapter_rank": 2, "task_rank": 2, "steps": 2}

@@ -7,9 +7,8 @@ import pytest
 from merging import BASE, TASKS, rule_for, update
 
 from nufilt_jax import methods
-from nufilt_jax.core.stacks import group_layers
 from nufilt_jax.methods import stacked
-from nufilt_jax.methods.stacked import Stacked, TaskVector, stack_names, task_vector
+from nufilt_jax.methods.stacked import Stacked, TaskVector, group_layers, stack_names, task_vector
 
 SHAPES = {"b": (4, 3), "a": (4, 3), "wide": (2, 5), "bias": (4,), "scale": (), "tall": (6, 3)}
 NAMES = stack_names(SHAPES, SHAPES)

@@ -9,8 +9,8 @@ import pytest
 
 from nufilt_jax import methods
 from nufilt_jax.config import TiesConfig
-from nufilt_jax.core.order import kth_smallest_magnitude
 from nufilt_jax.methods import ties as rule_file
+from nufilt_jax.methods.order import kth_smallest_magnitude
 from nufilt_jax.methods.ties import cut_order, ties, ties_at
 
 EPS = np.finfo(np.float32).eps

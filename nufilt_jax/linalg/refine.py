@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from nufilt_jax.core.linalg import eigh_descending, gram, matmul, orthonormalize, unit_scale
+from nufilt_jax.linalg.dense import eigh_descending, gram, matmul, orthonormalize, unit_scale
 
 # Sweeps of rotations within the block.
 SWEEPS = 3

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nufilt_jax.core.order import Count, count, is_less, kth_smallest_magnitude
+from nufilt_jax.methods.order import Count, count, is_less, kth_smallest_magnitude
 
 find = jax.jit(kth_smallest_magnitude, static_argnames="weights")
 

@@ -5,20 +5,20 @@ import numpy as np
 import oracle
 import pytest
 
-from nufilt_jax.core import linalg, subspace
 from nufilt_jax.core.adapt import Adapter, draw_start, loss_and_gradients, reduce
 from nufilt_jax.core.filter import authors_first_filter, null_space_filter, target
 from nufilt_jax.core.fuse import fuse
-from nufilt_jax.core.grams import GramFactor, GramMatrix, gram_of
-from nufilt_jax.core.refine import CERTIFIED_ANGLE, refine
-from nufilt_jax.core.stacks import group_layers
+from nufilt_jax.linalg import chunks, dense, subspace
+from nufilt_jax.linalg.grams import GramFactor, GramMatrix, gram_of
+from nufilt_jax.linalg.refine import CERTIFIED_ANGLE, refine
+from nufilt_jax.methods.stacked import group_layers
 
 ROUTES = ["eigh", "svd", "subspace"]
 
 
 @jax.jit
 def gram(x):
-    return linalg.gram(x)
+    return dense.gram(x)
 
 
 def find(x, rank, chosen):
@@ -171,7 +171,7 @@ def test_rank_mask_measures_instead_of_trusting_eigenvalues(rank, chosen):
 def test_after_changes_nothing_but_the_order():
     x = jnp.asarray([1.5, -2.0, 0.0])
     for done in (jnp.ones((2, 2)), jnp.asarray([jnp.nan]), jnp.asarray([jnp.inf]), jnp.zeros((0, 3))):
-        np.testing.assert_array_equal(jax.jit(linalg.after)(x, done), x)
+        np.testing.assert_array_equal(jax.jit(chunks.after)(x, done), x)
 
 
 @pytest.mark.parametrize("right_factor", ["P + BA", "I + BA", "BA"])

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from nufilt_jax.core.linalg import gram, matmul, transpose, unit_scale
+from nufilt_jax.linalg.dense import gram, matmul, transpose, unit_scale
 
 
 class GramMatrix(NamedTuple):

@@ -6,7 +6,7 @@ products of tall blocks; the only factorisations are Cholesky's, of the block's 
 matrix multiplication rate of any device, and a whole batch of matrices is one sequence of operations.
 
 Between products the columns are made independent again (Cholesky-QR). That is the QR iteration: it leaves them in
-the order of their eigenvalues, and nearly decoupled, which is all that `core.refine` needs.
+the order of their eigenvalues, and nearly decoupled, which is all that `linalg.refine` needs.
 """
 
 import functools
@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from nufilt_jax.core.grams import Gram
-from nufilt_jax.core.linalg import after, gram, matmul, orthonormalize, transpose
+from nufilt_jax.linalg.chunks import after
+from nufilt_jax.linalg.dense import gram, matmul, orthonormalize, transpose
+from nufilt_jax.linalg.grams import Gram
 
 # Vectors in the block beyond those wanted: a wider block converges in fewer products, each of which costs more.
 LEAST_SURPLUS = 24

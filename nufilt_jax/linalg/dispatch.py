@@ -24,8 +24,8 @@ from jax.extend.core import get_opaque_trace_state
 from jax.interpreters.partial_eval import DynamicJaxprTracer
 from threadpoolctl import ThreadpoolController
 
-from nufilt_jax.core.linalg import after, layers_at_once
 from nufilt_jax.errors import ConfigError, Problem
+from nufilt_jax.linalg.chunks import after, layers_at_once
 
 _alone = threading.RLock()
 _last_traced: list[tuple[object, weakref.ref]] = []

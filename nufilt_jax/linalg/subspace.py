@@ -3,10 +3,10 @@
 Only the leading few of n directions are ever used, so no route here computes left factors it does not need:
 
 - `eigh`: eigenvectors of the Gram matrix XᵀX (exact, for narrow layers).
-- `subspace`: Chebyshev-filtered subspace iteration on the Gram matrix (`core.chebyshev`).
+- `subspace`: Chebyshev-filtered subspace iteration on the Gram matrix (`linalg.chebyshev`).
 - `svd`: the reference, several times slower.
 
-`eigh` and `subspace` are refined against X itself and certified layer by layer (`core.refine`); a layer without a
+`eigh` and `subspace` are refined against X itself and certified layer by layer (`linalg.refine`); a layer without a
 certificate takes the SVD. `route` says which of them `auto` takes, and why.
 
 On CPU, LAPACK calls of XLA must never overlap: as many in flight as the pool has workers, and none ever returns.
@@ -23,10 +23,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from nufilt_jax.config import Decomposition
-from nufilt_jax.core.chebyshev import block_width, improved_block, leading_block
-from nufilt_jax.core.grams import Gram
-from nufilt_jax.core.linalg import after, eigh_descending, matmul, orthonormalize, thin_svd, transpose
-from nufilt_jax.core.refine import refine
+from nufilt_jax.linalg.chebyshev import block_width, improved_block, leading_block
+from nufilt_jax.linalg.chunks import after
+from nufilt_jax.linalg.dense import eigh_descending, matmul, orthonormalize, thin_svd, transpose
+from nufilt_jax.linalg.grams import Gram
+from nufilt_jax.linalg.refine import refine
 
 # Up to this many inputs `auto` takes a full decomposition: see `route`.
 FULL_WIDTH = 256

@@ -1,0 +1,68 @@
+"""A batch a few layers at a time, and one after another: the order in which decompositions may run."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+# Most matrices in one LAPACK call: large batches have corrupted the heap on many cores (jax issue 39292).
+LAPACK_BATCH = 64
+
+
+def after(x: Float[Array, "..."], *done: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`x`, unchanged, but not available before all of `done` are: a dependence that no compiler pass removes.
+
+    On CPU, LAPACK calls of XLA must never overlap (see `linalg.dispatch`), and `jax.lax.optimization_barrier` is no
+    help: the CPU compiler drops it.
+    """
+    # Of a concatenation the last part: the compiler looks through to it alone.
+    for probe in (jnp.ravel(array)[-1] for array in done if array.size):
+        x = x + jnp.where(jnp.isfinite(probe), jnp.minimum(jnp.abs(probe), 0), 0).astype(x.dtype)
+    return x
+
+
+def layers_at_once() -> int:
+    """How many layers a CPU works on at a time: one to each core, so that they stay in its cache."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, LAPACK_BATCH)
+
+
+def in_chunks(function: Callable[..., Any], arrays: Any, size: int, *, in_place: bool = False) -> Any:
+    """`function(*arrays)` on at most `size` layers at a time, one chunk after another.
+
+    The LAPACK calls of one chunk never overlap those of another.
+
+    Args:
+      function: of arrays with a leading layer axis; its results have one too, and each row of them depends on the
+        same row of the arrays alone.
+      arrays: a tuple of pytrees of such arrays.
+      size: chunks are made equal, the last one filled up with copies of the last layer.
+      in_place: `function` returns a pair, the first of it to be written where the first array, of the same shape, was.
+    """
+    n_layers = len(jax.tree.leaves(arrays)[0])
+    n_chunks = -(-n_layers // size)
+    if n_chunks <= 1:
+        return function(*arrays)
+    size = -(-n_layers // n_chunks)
+    missing = n_chunks * size - n_layers
+
+    def split(x: Array) -> Array:
+        filled = jnp.concatenate([x, jnp.repeat(x[-1:], missing, axis=0)]) if missing else x
+        return filled.reshape(n_chunks, size, *x.shape[1:])
+
+    def join(x: Array) -> Array:
+        return x.reshape(n_chunks * size, *x.shape[2:])[:n_layers]
+
+    chunks = jax.tree.map(split, arrays)
+    if not in_place:
+        return jax.tree.map(join, jax.lax.map(lambda chunk: function(*chunk), chunks))
+
+    def overwrite(first: Array, chunk: tuple[Array, Any]) -> tuple[Array, Any]:
+        i, others = chunk
+        written, result = function(first[i], *others)
+        return first.at[i].set(written), result
+
+    return jax.tree.map(join, jax.lax.scan(overwrite, chunks[0], (jnp.arange(n_chunks), chunks[1:])))
