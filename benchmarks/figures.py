@@ -22,9 +22,9 @@ from nufilt_jax import methods
 from nufilt_jax.analysis import affinity, losses, plots
 from nufilt_jax.analysis.figures import as_png
 from nufilt_jax.analysis.layers import GROUPS, in_group
+from nufilt_jax.commands.measured import measure as measure_stream
 from nufilt_jax.evaluation.task_images import TaskImages
 from nufilt_jax.methods.sweep import Ranks, figure_4, merge_settings
-from nufilt_jax.pipeline.measured import measure as measure_stream
 from nufilt_jax.presets import shuffled
 
 if TYPE_CHECKING:

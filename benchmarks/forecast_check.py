@@ -26,9 +26,9 @@ from nufilt_jax.analysis.forecast import (
     layer_agreement,
     rank_correlation,
 )
+from nufilt_jax.commands.measured import measure as measure_stream
+from nufilt_jax.engine.recipe import forecast_entry
 from nufilt_jax.evaluation import accuracy_matrix
-from nufilt_jax.pipeline.measured import measure as measure_stream
-from nufilt_jax.pipeline.recipe import forecast_entry
 from nufilt_jax.presets import shuffled
 
 RESULTS = measure.RESULTS / "forecast_study.json"

@@ -20,10 +20,10 @@ import numpy as np
 from end_to_end import Tower
 
 from nufilt_jax import methods
+from nufilt_jax.engine.timing import CompileLog
 from nufilt_jax.evaluation.seeds import clip_task_data
 from nufilt_jax.methods import RULES, TaskData
 from nufilt_jax.methods.stacked import Names, TaskVector
-from nufilt_jax.pipeline.timing import CompileLog
 
 COLUMNS = ("method", "compile s", "min s", "median s", "GB/s", "% of copy rate", "peak GiB")
 WARM_UP = 2  # tasks: the first has programs of its own, the second compiles the others

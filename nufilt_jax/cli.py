@@ -6,10 +6,10 @@ Exit status: 0 done; 1 a problem of the input, one line each on stderr; 2 wrong 
 import sys
 from collections.abc import Iterable
 
+from nufilt_jax.commands.interrupt import INTERRUPTED, MESSAGE, orderly_interrupts
+from nufilt_jax.commands.process import prepare_process
+from nufilt_jax.commands.streams import Output, ReaderGoneError, escaping
 from nufilt_jax.errors import NufiltError, Problem, UsageError
-from nufilt_jax.pipeline.interrupt import INTERRUPTED, MESSAGE, orderly_interrupts
-from nufilt_jax.pipeline.process import prepare_process
-from nufilt_jax.pipeline.streams import Output, ReaderGoneError, escaping
 
 
 def main(argv: list[str] | None = None, prog: str = "nufilt") -> int:
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None, prog: str = "nufilt") -> int:
 def _run(argv: list[str], prog: str) -> int:
     try:
         with orderly_interrupts():
-            from nufilt_jax.pipeline.app import dispatch
+            from nufilt_jax.commands.app import dispatch
 
             status = dispatch(argv, prog)
         Output(sys.stdout, is_result=True).flush()

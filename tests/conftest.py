@@ -11,9 +11,18 @@ import optax
 import pytest
 from command_result import Result
 from jaxtyping import install_import_hook
+from merge_fixtures import (  # noqa: F401  which pytest finds here
+    command,
+    finish,
+    models,
+    refused,
+    shared_models,
+    spawn,
+    stop_before,
+)
 
-# Shapes and dtypes of every annotated array are checked. Not in config, methods and pipeline: they refuse wrong types
-# themselves, in words a user can read, and the tests provoke that.
+# Shapes and dtypes of every annotated array are checked. Not in config, methods, engine and commands: they refuse
+# wrong types themselves, in words a user can read, and the tests provoke that.
 install_import_hook(
     [f"nufilt_jax.{part}" for part in ("analysis", "checkpoints", "core", "evaluation", "linalg", "models", "zoo")],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",

@@ -24,6 +24,19 @@ ROOMS = {
     "evaluation": {"models"},
     "analysis": {"evaluation"},
     "zoo": {"evaluation", "checkpoints", "models"},  # training needs the forward pass
+    "output": {"checkpoints", "methods"},
+    "engine": {
+        "analysis",
+        "checkpoints",
+        "core",
+        "evaluation",
+        "linalg",
+        "methods",
+        "models",
+        "output",
+        "presets",
+        "zoo",
+    },
     "config": set(),
     "durable": set(),
     "errors": set(),
@@ -32,8 +45,8 @@ ROOMS = {
     "anatomy": set(),
     "patterns": set(),
 }
-SHELLS = {"pipeline", "cli", "merge", "__init__"}
-OPEN_TO_ALL = {"anatomy", "config", "durable", "errors", "patterns", "strict_json"}
+SHELLS = {"commands", "cli", "merge", "__init__"}
+OPEN_TO_ALL = {"__version__", "anatomy", "config", "durable", "errors", "patterns", "strict_json"}
 CORE_LIBRARIES = {"jax", "optax", "chex", "jaxtyping", "numpy", "scipy", "threadpoolctl"}
 
 

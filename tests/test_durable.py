@@ -9,11 +9,12 @@ import pytest
 from power_loss import Disk
 
 from nufilt_jax import durable
-from nufilt_jax.checkpoints import open_checkpoint, place, save, write_checkpoint
-from nufilt_jax.checkpoints.place import OutputPlace
-from nufilt_jax.checkpoints.state import load_state, save_state
+from nufilt_jax.checkpoints import open_checkpoint, save, write_checkpoint
+from nufilt_jax.engine.examples import write_examples
 from nufilt_jax.evaluation import Task
-from nufilt_jax.pipeline.examples import write_examples
+from nufilt_jax.output import place
+from nufilt_jax.output.place import OutputPlace
+from nufilt_jax.output.state import load_state, save_state
 from nufilt_jax.zoo import store
 
 sys.path.append(str(Path(__file__).parent / "checkpoints"))

@@ -7,15 +7,7 @@ import pytest
 from checkpoint_builders import HIDDEN, WIDTH, bits_equal, folder_bytes, vision_tower, write_safetensors
 from safetensors.numpy import load_file, save_file
 
-from nufilt_jax.checkpoints import (
-    fit,
-    load,
-    open_checkpoint,
-    read_added,
-    save,
-    write_added,
-    write_checkpoint,
-)
+from nufilt_jax.checkpoints import fit, load, open_checkpoint, read_added, save, write_added, write_checkpoint
 from nufilt_jax.checkpoints.beside import is_wanted_of_task
 from nufilt_jax.errors import CheckpointError, OutputError
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nufilt_jax.checkpoints import open_checkpoint, save
-from nufilt_jax.checkpoints.place import read_json, write_json
 from nufilt_jax.errors import CheckpointError, OutputError
+from nufilt_jax.output.place import read_json, write_json
 
 MANY = settings(max_examples=100, deadline=None, database=None)
 NUMBERS = st.one_of(st.integers(-2, 70), st.sampled_from([2**31, 2**63, 2**64, 10**30, 10**400]), st.floats())

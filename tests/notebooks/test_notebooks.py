@@ -9,8 +9,8 @@ import make_notebooks
 import nbformat
 import pytest
 
-from nufilt_jax.pipeline.arguments import Arguments
-from nufilt_jax.pipeline.request import check_usage, new_job
+from nufilt_jax.commands.arguments import Arguments
+from nufilt_jax.commands.request import check_usage, new_job
 from nufilt_jax.presets import CLIP_BASES, FLAN_T5, MODELS, NOT_YET, TINY
 
 N_PICTURES = {"merge_and_evaluate": 2, "subspace_alignment": 4}

@@ -1,0 +1,171 @@
+"""The command `analyze`: what a finished merge did, in numbers, pictures and one HTML page."""
+
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from nufilt_jax import methods
+from nufilt_jax.analysis.document import Measured, make_document
+from nufilt_jax.analysis.layers import WHOLE_MODEL
+from nufilt_jax.analysis.pictures import draw_pictures
+from nufilt_jax.analysis.report import report_page
+from nufilt_jax.checkpoints import Checkpoint, open_checkpoint
+from nufilt_jax.commands import console as show
+from nufilt_jax.commands.arguments import AnalyzeArguments
+from nufilt_jax.commands.measured import measure
+from nufilt_jax.config import problem
+from nufilt_jax.durable import atomic_write
+from nufilt_jax.engine.job import Source
+from nufilt_jax.engine.recorded import other_weights_problem, read_recipe
+from nufilt_jax.engine.tiny import family_of
+from nufilt_jax.errors import (
+    CheckpointError,
+    ConfigError,
+    MissingExtraError,
+    NufiltError,
+    OutputError,
+    Problem,
+    raise_all,
+)
+from nufilt_jax.evaluation import accuracy_matrix
+from nufilt_jax.evaluation.specs import Spec, load_specs
+from nufilt_jax.evaluation.task_images import TaskImages, read_task_images
+from nufilt_jax.models import parse_vision_config
+from nufilt_jax.output.place import FORECAST, RECIPE, OutputPlace, read_json, write_json
+from nufilt_jax.zoo import draw
+from nufilt_jax.zoo.families import IMAGE_MEAN, IMAGE_STD
+
+ANALYSIS, REPORT, PICTURES = "analysis.json", "report.html", "analysis"
+
+
+def analyze(folder: Path, arguments: AnalyzeArguments, stdout: Console, stderr: Console) -> int:
+    """Writes `analysis.json`, `report.html` and the pictures into an output folder.
+
+    Raises:
+      NufiltError: there is no finished merge, or it cannot be written to.
+    """
+    if arguments.images < 1:
+        raise ConfigError(problem("images", f"must be at least 1, got {arguments.images}"))
+    specs, place = load_specs(arguments.tasks_file), OutputPlace(folder)
+    if not (place.out / RECIPE).is_file():
+        raise OutputError(Problem(str(folder), "holds no finished merge", "give the output folder of a merge"))
+    watcher = show.ProgressWatcher(stderr, quiet=arguments.quiet or arguments.json)
+    with place.locked(), watcher.progress:
+        recipe = read_json(place.out / RECIPE)
+        watcher.phase("measuring on images")
+        document = _document(recipe, place.out, specs, arguments.images)
+        watcher.phase("drawing")
+        pictures, warnings = _pictures(document)
+        _write(place.out, document, recipe, pictures)
+    show.show_warnings(stderr, warnings)
+    if arguments.json:
+        show.show_json(stdout, {"out": str(place.out), **document})
+    elif not arguments.quiet:
+        _show(stdout, document, place.out / REPORT)
+    return 0
+
+
+def _document(recipe: Mapping[str, Any], folder: Path, specs: Mapping[str, Spec], n_images: int) -> dict[str, Any]:
+    tasks = [task["name"] for task in recipe["tasks"]]
+    limit = recipe["steps"][-1].get("accuracy_limit")  # scores of other examples cannot be compared
+    scores = [step.get("accuracy", {}) if step.get("accuracy_limit") == limit else {} for step in recipe["steps"]]
+    forecast = read_json(folder / FORECAST)["steps"] if (folder / FORECAST).is_file() else []
+    measured, missing = _measured(recipe, folder, specs, n_images)
+    return make_document(
+        tasks=tasks,
+        method=recipe["method"],
+        forecast=forecast,
+        accuracies=accuracy_matrix(scores, tasks) if any(scores) else None,
+        measured=measured,
+        missing=missing,
+    )
+
+
+def _measured(
+    recipe: Mapping[str, Any], folder: Path, specs: Mapping[str, Spec], n_images: int
+) -> tuple[Measured | None, dict[str, str]]:
+    """Affinities, and the losses of the same merge done again; or why there are none."""
+    recorded = read_recipe(recipe, folder)
+    settings, missing = recorded.settings, dict[str, str]()
+    rule, rules = methods.find(settings.method), {}
+    if rule.needs_data or rule.adds_parameters:
+        missing["losses"] = f"{rule.name} needs {rule.needs}, and is not merged again"
+    else:
+        how: dict[str, Any] = {"layers": settings.layers, "other_params": settings.other_params}
+        rules[rule.name] = methods.get(rule.name, settings.config, seed=settings.seed, **how)
+    try:
+        base = open_checkpoint(recorded.base.source, revision=recorded.base.revision)
+        images = _images([task.name for task in recorded.tasks], base, specs, n_images)
+        models = [open_checkpoint(task.source, revision=task.revision) for task in recorded.tasks]
+        _require_unchanged([(recorded.base, base), *zip(recorded.tasks, models, strict=True)], folder)
+        return measure(base.read(), [model.read() for model in models], base.config, images, rules), missing
+    except NufiltError as error:  # the rest of the report needs none of this
+        reason = "; ".join(f"{found.where}: {found.what}" for found in error.problems)
+        return None, {"affinity": reason, "losses": reason}
+
+
+def _require_unchanged(models: Iterable[tuple[Source, Checkpoint]], folder: Path) -> None:
+    """Refuses models that are no longer what was merged."""
+    found = (other_weights_problem(then.source, then.sha256 or {}, now.sha256(), folder) for then, now in models)
+    raise_all(CheckpointError, filter(None, found))
+
+
+def _images(names: Sequence[str], base: Checkpoint, specs: Mapping[str, Spec], n_images: int) -> Sequence[TaskImages]:
+    """Images of the tasks: drawn for built-in models, else from their data sets."""
+    family = family_of(base.config)
+    if family is not None and set(names) <= set(family.tasks):
+        drawn = (draw(name, "test", n_images, family.looks[name])[0] for name in names)
+        return [TaskImages(images, IMAGE_MEAN, IMAGE_STD) for images in drawn]
+    parse_vision_config(base.config)  # any other kind of model is refused before anything is downloaded
+    preprocessor = read_json(base.path / "preprocessor_config.json")
+    how: dict[str, Any] = {"model_config": base.config, "preprocessor_config": preprocessor, "limit": n_images}
+    return read_task_images(names, specs, **how)
+
+
+def _pictures(document: Mapping[str, Any]) -> tuple[dict[str, bytes], tuple[str, ...]]:
+    """The pictures, and why there are none."""
+    try:
+        return draw_pictures(document), ()
+    except MissingExtraError as error:
+        return {}, tuple(str(found) for found in error.problems)
+
+
+def _write(out: Path, document: dict[str, Any], recipe: Mapping[str, Any], pictures: Mapping[str, bytes]) -> None:
+    shutil.rmtree(out / PICTURES, ignore_errors=True)
+    (out / PICTURES).mkdir()
+    files = {f"{PICTURES}/{name}.png": content for name, content in pictures.items()}
+    files[REPORT] = report_page(document, recipe, pictures).encode()
+    for name, content in files.items():
+        atomic_write(out / name, content)
+    write_json(out / ANALYSIS, document)
+
+
+def _show(console: Console, document: Mapping[str, Any], report: Path) -> None:
+    """A row per step, and where the report is."""
+    columns: dict[str, list[float | None]] = {}
+    if found := document["accuracy"]:
+        columns["lost by earlier tasks, points"] = [None if x is None else 100 * x for x in found["lost"]]
+    if found := document["forecast"]:
+        columns["forecast drift"] = found["mean"]["drift"]
+    if found := document["losses"]:
+        steps = found["methods"][document["method"]]["relative"][WHOLE_MODEL]
+        columns |= {f"{name} loss": steps[name] for name in ("stability", "plasticity")}
+    table = Table("step", "task", *columns)
+    for step, task in enumerate(document["tasks"]):
+        cells = ("" if values[step] is None else f"{values[step]:.4f}" for values in columns.values())
+        table.add_row(str(step + 1), Text(task), *cells)
+    console.print(table)
+    if found := document["affinity"]:
+        group = found["groups"][WHOLE_MODEL]
+        means = np.array([group["own_mean"], group["cross_mean"]], float)
+        text = f"{means[0]:.3f} own task, {means[1]:.3f} other tasks, {found['random']:.3f} random"
+        show.show_line(console, f"affinity of data with task vectors, mean: {text}")
+    for part, reason in document["missing"].items():
+        show.show_line(console, f"{part}: not known: {reason}")
+    show.show_line(console, f"report: {report}")

@@ -1,0 +1,159 @@
+"""What a run shows: progress on stderr while it goes on, tables on stdout when it is done."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from nufilt_jax.anatomy import FLAT, shape_in
+from nufilt_jax.engine.coverage import Rows, coverage, coverage_lines
+from nufilt_jax.engine.plan import Plan
+from nufilt_jax.methods.state import LayerReport
+
+
+class ProgressWatcher:
+    """A bar on stderr: the task, the stack just solved and its loss. Silent unless stderr is a terminal."""
+
+    def __init__(self, console: Console, *, quiet: bool) -> None:
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+        )
+        shown = console.is_terminal and not quiet
+        self.progress = Progress(*columns, console=console, transient=True, disable=not shown)
+        self._console = console
+        self._bar = self.progress.add_task("reading", total=None)
+        self._task = ""
+
+    def coverage(self, selected: Rows, left: Rows) -> None:
+        """What will be merged, and what will be left; on no terminal it is told with the results."""
+        if not self.progress.disable:
+            for line in coverage_lines(selected, left):
+                show_line(self._console, line)
+
+    def step(self, task: str, index: int, total: int) -> None:
+        """Task number `index` of `total` begins."""
+        self._task = f"{task} ({index + 1} of {total})"
+        self.progress.update(self._bar, description=self._task, completed=index, total=total)
+
+    def stack(self, description: str, report: LayerReport) -> None:
+        """A group of layers is solved."""
+        text = f"{self._task}: {description}"
+        if report.losses.shape[-1]:
+            first, last = np.asarray(report.losses).sum(axis=0)[[0, -1]]
+            text += f", loss {first:.3g} → {last:.3g}"
+        self.progress.update(self._bar, description=text)
+
+    def phase(self, description: str) -> None:
+        """Something else begins."""
+        self.progress.update(self._bar, description=description)
+
+
+def show_warnings(console: Console, warnings: tuple[str, ...]) -> None:
+    """One line each on stderr."""
+    for warning in warnings:
+        show_line(console, f"nufilt: warning: {warning}")
+
+
+def show_line(console: Console, line: str) -> None:
+    """A line as it is: never wrapped, whatever the width, and free of markup."""
+    console.out(line, highlight=False)
+
+
+def show_json(console: Console, document: Mapping[str, Any]) -> None:
+    """One JSON document on stdout, in ASCII: a terminal or pipe may know nothing else."""
+    console.file.write(json.dumps(document, indent=1, allow_nan=False) + "\n")
+
+
+def plan_document(plan: Plan) -> dict[str, Any]:
+    """A plan as JSON."""
+    selected, left = coverage(plan, {})
+    return {
+        "out": None if plan.out is None else str(plan.out),
+        "base": {"source": plan.base.source, "revision": plan.base.revision, "format": plan.base.format},
+        "tasks": [
+            {"name": source.name, "source": source.source, "revision": source.revision, "done": index < plan.done}
+            for index, source in enumerate(plan.sources)
+        ],
+        **plan.settings.as_dict(),
+        "layers_selected": [layer.removesuffix(FLAT) for layer in plan.selection.layers],
+        "selected": selected,
+        "left": left,
+        "other_touched": len(plan.selection.other),
+        "kept_from_base": len(plan.base.tensors) - len(plan.selection.touched),
+        "stacks": [
+            {"layers": len(names), "shape": list(shape_in(plan.base.tensors, names[0]))}
+            for group in plan.groups
+            for names in group.stacks
+        ],
+        "bytes": model_bytes(plan),
+        "warnings": list(plan.warnings),
+    }
+
+
+def model_bytes(plan: Plan) -> dict[str, int]:
+    """Bytes to read, and of the output at the base's own types."""
+    base = sum(info.nbytes for info in plan.base.tensors.values())
+    tasks = sum(info.nbytes for task in plan.tasks.values() for info in task.tensors.values())
+    state = 4 * sum(plan.base.tensors[name].size for name in plan.selection.touched)
+    return {"read": base + tasks, "model": base, "state": state}
+
+
+def show_plan(console: Console, plan: Plan) -> None:
+    """A plan as tables."""
+    document = plan_document(plan)
+    settings = ", ".join(f"{k} {v}" for k, v in document["config"].items()) or "no settings"
+    lines = [
+        f"base    {plan.base.source}" + (f" at {plan.base.revision}" if plan.base.revision else ""),
+        f"method  {plan.settings.method} ({settings}), seed {plan.settings.seed}",
+        f"layers  {len(plan.selection.layers)} merged by the method, {len(plan.selection.other)} other tensors "
+        f"moved ({plan.settings.other_params}), {document['kept_from_base']} kept from the base",
+        *(f"        {row['layers']} of shape [{row['shape'][0]}, {row['shape'][1]}]" for row in document["stacks"]),
+        *coverage_lines(document["selected"], document["left"]),
+        f"read    {document['bytes']['read'] / 1e9:.2f} GB; state {document['bytes']['state'] / 1e9:.2f} GB",
+        *([f"out     {plan.out}"] if plan.out else []),
+    ]
+    lines += [
+        f"step {number:<3} {task['name']}: {task['source']}" + (" (done)" if task["done"] else "")
+        for number, task in enumerate(document["tasks"], 1)
+    ]
+    for line in lines:
+        show_line(console, line)
+
+
+def show_result(console: Console, recipe: Mapping[str, Any], out: str) -> None:
+    """What was merged and what was left, the steps as a table, and where the model is."""
+    for line in coverage_lines(recipe["selected"], recipe["left"]):
+        show_line(console, line)
+    table = Table("step", "task", "seconds", "loss before", "loss after", "")
+    for number, step in enumerate(recipe["steps"], 1):
+        ends = (step["losses"] or [])[:1] + (step["losses"] or [])[-1:]
+        losses = ["" if loss is None else f"{loss:.4g}" for loss in ends] or ["", ""]
+        table.add_row(
+            str(number), Text(step["task"]), f"{step['seconds']:.2f}", *losses, "resumed" if step["resumed"] else ""
+        )
+    console.print(table)
+    show_line(console, f"merged model: {out}")
+
+
+def show_scores(console: Console, evaluation: Mapping[str, Any]) -> None:
+    """Accuracies of every model on every task, in percent, with ACC, BWT and seconds."""
+    models, limit = evaluation["models"], evaluation.get("limit")
+    some = "" if limit is None else f" of at most {limit} examples"
+    table = Table("", title=f"accuracy{some}, %")
+    for row in models:
+        table.add_column(Text(row["name"].replace("_", " ")), justify="right")
+    for task in evaluation["tasks"]:
+        table.add_row(Text(task), *(f"{100 * row['accuracy'][task]:.1f}" for row in models))
+    table.add_section()
+    table.add_row("ACC", *(f"{100 * row['acc']:.1f}" for row in models))
+    table.add_row("BWT", *("" if row["bwt"] is None else f"{100 * row['bwt']:+.1f}" for row in models))
+    table.add_row("seconds", *("" if row["seconds"] is None else f"{row['seconds']:.2f}" for row in models))
+    console.print(table)

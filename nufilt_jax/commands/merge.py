@@ -1,0 +1,113 @@
+"""One `merge` command: from parsed arguments to an exit status."""
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from rich.console import Console
+
+from nufilt_jax.commands import console as show
+from nufilt_jax.commands.arguments import Arguments
+from nufilt_jax.commands.method_help import method_documents, method_lines
+from nufilt_jax.commands.request import check_usage, continued_job, new_job
+from nufilt_jax.engine.coverage import coverage, outside_warnings
+from nufilt_jax.engine.inspection import inspect
+from nufilt_jax.engine.plan import Plan, make_plan
+from nufilt_jax.engine.run import run
+from nufilt_jax.engine.timing import Clock
+from nufilt_jax.output.place import OutputPlace, read_json
+from nufilt_jax.presets import TINY
+
+if TYPE_CHECKING:
+    from nufilt_jax.engine.evaluation import Evaluation
+
+
+def execute(arguments: Arguments, stdout: Console, stderr: Console) -> int:
+    """Plans, and runs unless only the plan is wanted.
+
+    Raises:
+      NufiltError: with every problem found.
+    """
+    if arguments.method == "help":
+        _help(arguments, stdout)
+        return 0
+    check_usage(arguments)
+    if arguments.plan:
+        with tempfile.TemporaryDirectory(prefix="nufilt-") as scratch:
+            _plan(arguments, Path(scratch), stdout, stderr)
+    else:
+        _run(arguments, stdout, stderr)
+    return 0
+
+
+def _help(arguments: Arguments, stdout: Console) -> None:
+    if arguments.json:
+        show.show_json(stdout, {"methods": method_documents()})
+    else:
+        for line in method_lines():
+            show.show_line(stdout, line)
+
+
+def _plan(arguments: Arguments, scratch: Path, stdout: Console, stderr: Console) -> None:
+    from nufilt_jax.zoo.store import default_folder
+
+    # A plan writes nothing: built-in checkpoints that are not in the cache yet are planned from a passing copy.
+    zoo = None if default_folder().exists() else scratch
+    job = new_job(arguments, zoo) if arguments.add is None else continued_job(arguments, OutputPlace(arguments.add))
+    plan = make_plan(job, offline=arguments.offline, headers_only=True)
+    show.show_warnings(stderr, plan.warnings)
+    if arguments.json:
+        show.show_json(stdout, show.plan_document(plan))
+    elif not arguments.quiet:
+        show.show_plan(stdout, plan)
+
+
+def _run(arguments: Arguments, stdout: Console, stderr: Console) -> None:
+    job = None if arguments.add is not None else new_job(arguments)
+    place = OutputPlace(cast(Path, arguments.add or (job and job.out)))  # None is for plans, see check_usage
+    watcher = show.ProgressWatcher(stderr, quiet=arguments.quiet or arguments.json)
+    with place.locked(), watcher.progress:
+        clock = Clock()
+        with clock.spent_on("plan"):
+            plan = make_plan(job or continued_job(arguments, place), offline=arguments.offline)
+        show.show_warnings(stderr, plan.warnings)
+        evaluation = _evaluation(plan, watcher, is_study=arguments.model == TINY)
+        with clock.spent_on("inspect"):
+            inspection = inspect(plan)
+        show.show_warnings(stderr, inspection.warnings)
+        show.show_warnings(stderr, outside_warnings(plan.base, plan.selection, plan.settings, inspection.changes))
+        watcher.coverage(*coverage(plan, inspection.changes))
+        recipe = run(plan, inspection, place, watcher, clock, evaluation=evaluation)
+        scores = _scores(plan, place, watcher)
+    show.show_warnings(stderr, tuple(evaluation.warnings) if evaluation else ())
+    if arguments.json:
+        show.show_json(stdout, {"out": str(place.out), **recipe, **({"evaluation": scores} if scores else {})})
+    elif not arguments.quiet:
+        show.show_result(stdout, recipe, str(place.out))
+        if scores:
+            show.show_scores(stdout, scores)
+
+
+def _evaluation(plan: Plan, watcher: show.ProgressWatcher, *, is_study: bool) -> "Evaluation | None":
+    """What scores the model after every step; None if that is not wanted, or nothing is left to merge."""
+    if plan.evaluation is None or plan.is_finished:
+        return None
+    from nufilt_jax.engine.evaluation import Evaluation, open_suite
+    from nufilt_jax.engine.tiny import TinyStudy
+
+    names = [source.name for source in plan.sources]
+    watcher.phase("opening the tasks' data")
+    suite = open_suite(names, plan.base, plan.evaluation)
+    compare = TinyStudy(names, suite).rows if is_study else None
+    return Evaluation(names, suite, plan.evaluation, watcher.phase, compare)
+
+
+def _scores(plan: Plan, place: OutputPlace, watcher: show.ProgressWatcher) -> dict[str, Any] | None:
+    """What `evaluation.json` holds; a merge that had been finished without it is evaluated now."""
+    if plan.evaluation is None:
+        return None
+    from nufilt_jax.engine.evaluation import EVALUATION, evaluate_folder
+
+    if (place.out / EVALUATION).is_file():
+        return read_json(place.out / EVALUATION)
+    return evaluate_folder(place.out, (), plan.evaluation, watcher.phase)

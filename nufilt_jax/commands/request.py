@@ -1,0 +1,206 @@
+"""From the command line to a job: which models, in which order, with which settings, to which folder."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import cast
+
+from nufilt_jax.checkpoints import open_checkpoint, parse_source
+from nufilt_jax.commands.arguments import Arguments, EvaluateArguments
+from nufilt_jax.commands.settings import DEFAULT_METHOD, changed_settings, read_evaluation, read_settings
+from nufilt_jax.config import option, problem
+from nufilt_jax.engine.job import EvaluationOptions, Job, Source
+from nufilt_jax.engine.recorded import current, other_weights_problem
+from nufilt_jax.errors import ConfigError, NufiltError, OutputError, Problem, UsageError, gathering, raise_all
+from nufilt_jax.methods import RULES
+from nufilt_jax.output.place import OutputPlace
+from nufilt_jax.presets import CLIP_BASES, FLAN_T5, TINY, Preset, check_model, clip_preset, flan_t5_preset, shuffled
+from nufilt_jax.strict_json import shown
+
+_NOT_WITH_ADD = ("model", "base", "group", "order", "preset_table", "out")
+_MOST_DIGITS = 18  # of an order
+_NOT_WITH_MODEL = ("base", "task")
+
+
+def check_usage(arguments: Arguments) -> None:
+    """Refuses options that do not add up to a command.
+
+    Raises:
+      UsageError: options that exclude each other, or that are missing.
+    """
+    if arguments.add is not None:
+        fix = "--add takes all but new tasks from the recipe: leave it out"
+        problems = [problem(name, "does not go with --add", fix) for name in _given(arguments, _NOT_WITH_ADD)]
+    elif arguments.model is not None:
+        fix = "a preset brings its own base and tasks: leave it out"
+        problems = [problem(name, "does not go with --model", fix) for name in _given(arguments, _NOT_WITH_MODEL)]
+    else:
+        needed = ("base", "task") if arguments.plan else ("base", "task", "out")
+        missing = [option(name) for name in needed if not getattr(arguments, name)]
+        fix = "give --model, or --base, --task NAME=PATH_OR_HUB[@REV] and --out, or --add"
+        problems = [Problem(", ".join(missing), "missing", fix)] if missing else []
+        if not missing:
+            alone = _given(arguments, ("group", "preset_table"))
+            problems += [problem(name, "belongs to --model", "leave it out") for name in alone]
+    if not _is_evaluated(arguments):
+        given = _given(arguments, ("tasks_file", "heads_from", "limit"))
+        problems += [problem(name, "belongs to --evaluate", "add that, or leave it out") for name in given]
+    pairs = [(text, *text.partition("=")) for text in arguments.task]
+    bad = [text for text, name, _, source in pairs if not (name.strip() and source)]
+    problems += [problem("task", f"{text!r} is not of the form NAME=PATH_OR_HUB[@REV]") for text in bad]
+    raise_all(UsageError, problems)
+
+
+def _is_evaluated(arguments: Arguments) -> bool:
+    """Whether the merged model is evaluated after every step; the built-in one always is."""
+    return arguments.evaluate or arguments.model == TINY
+
+
+def _evaluation(arguments: Arguments, problems: list[Problem]) -> EvaluationOptions | None:
+    if not _is_evaluated(arguments):
+        return None
+    names = ("tasks_file", "heads_from", "limit", "offline")
+    return read_evaluation(EvaluateArguments(**{name: getattr(arguments, name) for name in names}), problems)
+
+
+def _given(arguments: Arguments, names: tuple[str, ...]) -> list[str]:
+    return [name for name in names if getattr(arguments, name) not in (None, ())]
+
+
+def new_job(arguments: Arguments, zoo: Path | None = None) -> Job:
+    """A merge from the start, or the same command again.
+
+    Args:
+      arguments: the command line, checked by `check_usage`.
+      zoo: where to write the built-in checkpoints if they are asked for; None for the user's cache.
+
+    Raises:
+      NufiltError: there is no such preset.
+    """
+    problems: list[Problem] = []
+    order = None
+    with gathering(problems):
+        order = _order(arguments.order)
+    preset = None
+    with gathering(problems):
+        preset = _preset(arguments, order, zoo)
+    settings, warnings, refused = read_settings(arguments, preset.settings if preset else {})
+    problems = refused + problems
+    evaluation = _evaluation(arguments, problems)
+    if preset is None:
+        raise NufiltError(*problems)
+    return Job(
+        base=Source("base", *parse_source(preset.base)),
+        sources=_sources(preset.tasks),
+        settings=settings,
+        out=arguments.out or _default_out(arguments, order),
+        data=arguments.data or preset.data,
+        evaluation=evaluation,
+        strict=arguments.strict,
+        warnings=(*warnings, *_idle_data(arguments, settings.method)),
+        problems=tuple(problems),
+    )
+
+
+def continued_job(arguments: Arguments, place: OutputPlace) -> Job:
+    """The merge that stands in, or is under way beside, the folder of --add, with the new tasks behind it.
+
+    Raises:
+      NufiltError: there is none, or its recipe is damaged.
+    """
+    recorded = current(place)
+    if recorded is None:
+        fix = "start one with --base, --task and --out"
+        raise OutputError(Problem(str(place.out), "holds no merge to continue", fix))
+    problems = changed_settings(arguments, recorded.settings)
+    evaluation = _evaluation(arguments, problems)
+    new = _sources(_tasks(arguments))
+    n_known = _n_known([source.name for source in recorded.tasks], [source.name for source in new])
+    if not arguments.plan:  # which reads no weights, and so cannot hash them
+        for known, again in zip(recorded.tasks[len(recorded.tasks) - n_known :], new, strict=False):
+            with gathering(problems):
+                problems += _changes(again, known, arguments, recorded.folder)
+    return Job(
+        base=recorded.base,
+        sources=recorded.tasks + new[n_known:],
+        settings=recorded.settings,
+        out=place.out,
+        data=arguments.data,
+        evaluation=evaluation,
+        strict=arguments.strict,
+        continues=recorded,
+        warnings=_idle_data(arguments, recorded.settings.method),
+        problems=tuple(problems),
+    )
+
+
+def _n_known(recorded: list[str], new: list[str]) -> int:
+    """How many of the new tasks are the last ones there already, so that the same --add again adds nothing."""
+    most = min(len(recorded), len(new))
+    return next((n for n in range(most, 0, -1) if recorded[-n:] == new[:n]), 0)
+
+
+def _changes(new: Source, known: Source, arguments: Arguments, folder: Path) -> list[Problem]:
+    now = open_checkpoint(new.source, revision=new.revision, offline=arguments.offline).sha256()
+    found = other_weights_problem(new.source, known.sha256 or {}, now, folder)
+    return [found] if found else []
+
+
+def _preset(arguments: Arguments, order: int | None, zoo: Path | None) -> Preset:
+    if arguments.model is None:
+        return Preset(cast(str, arguments.base), shuffled(_tasks(arguments), order or 0), {})
+    check_model(arguments.model)
+    if arguments.model != FLAN_T5 and arguments.preset_table is not None:
+        raise ConfigError(problem("preset_table", f"belongs to --model {FLAN_T5}", "leave it out"))
+    if arguments.model in CLIP_BASES:
+        return clip_preset(arguments.model, arguments.group, order)
+    if arguments.group is not None:
+        raise ConfigError(problem("group", f"{arguments.model} has one group of tasks only", "leave it out"))
+    if arguments.model == FLAN_T5:
+        return flan_t5_preset(order, arguments.preset_table)
+    from nufilt_jax.engine.tiny import tiny_preset  # with models and training, which no other merge needs
+
+    return tiny_preset(order, zoo, examples=_needs_data(arguments.method))
+
+
+def _needs_data(method: str | None) -> bool:
+    return method in RULES and RULES[method].needs_data
+
+
+def _idle_data(arguments: Arguments, method: str) -> tuple[str, ...]:
+    if arguments.data is None or _needs_data(method):
+        return ()
+    return (f"--data: no effect: {method} learns from no examples",)
+
+
+def _default_out(arguments: Arguments, order: int | None) -> Path | None:
+    """The folder's name says what a preset leaves open: `nufilt-vit-b32-8-order1`, `nufilt-tiny`."""
+    if arguments.model is None:
+        return None
+    parts = [arguments.method or DEFAULT_METHOD, arguments.model]
+    if arguments.model in CLIP_BASES:
+        parts.append(str(arguments.group or 8))
+    if arguments.preset_table is not None:
+        parts.append(f"table{arguments.preset_table}")
+    if arguments.model in CLIP_BASES or order is not None:
+        parts.append("given" if order == 0 else f"order{order or 1}")
+    return Path("-".join(parts))
+
+
+def _tasks(arguments: Arguments) -> list[tuple[str, str]]:
+    pairs = [text.partition("=") for text in arguments.task]
+    return [(name.strip(), source) for name, _, source in pairs]
+
+
+def _sources(tasks: Iterable[tuple[str, str]]) -> tuple[Source, ...]:
+    return tuple(Source(name, *parse_source(source)) for name, source in tasks)
+
+
+def _order(text: str | None) -> int | None:
+    """The number of an order; 0 for the order given."""
+    if text is None:
+        return None
+    if text == "given":
+        return 0
+    if not text.isdecimal() or len(text) > _MOST_DIGITS or int(text) < 1:
+        raise ConfigError(problem("order", f"must be a number from 1 or 'given', got {shown(text)}"))
+    return int(text)

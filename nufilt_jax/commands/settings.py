@@ -1,0 +1,168 @@
+"""From options to settings, with every refused value listed."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar, get_args
+
+from nufilt_jax.commands.arguments import Arguments, EvaluateArguments
+from nufilt_jax.config import ComputeType, MethodConfig, OtherParams, option, problem
+from nufilt_jax.engine.job import EvaluationOptions, Settings
+from nufilt_jax.errors import ConfigError, Problem, gathering
+from nufilt_jax.methods import RULES, find
+from nufilt_jax.strict_json import shown
+
+T = TypeVar("T")
+
+DEFAULT_METHOD = "nufilt"
+_FORMATS = {"safetensors": "safetensors", "flax": "flax", "msgpack": "flax"}
+_DTYPES = {name: name for name in ("float32", "bfloat16", "float16")}
+_COMPUTE_DTYPES: Mapping[str, ComputeType] = {name: name for name in get_args(ComputeType)}
+_OTHER_PARAMS: Mapping[str, OtherParams] = {name: name for name in get_args(OtherParams)}
+_KINDS: Mapping[Any, str] = {bool: "true or false", int: "a whole number", float: "a number"}
+_FLAGS = {option(field.name) for field in dataclasses.fields(Arguments)}
+
+
+def read_settings(
+    arguments: Arguments, preset: Mapping[str, Mapping[str, Any]]
+) -> tuple[Settings, list[str], list[Problem]]:
+    """Settings from the preset, the options and --method-args, the later ones winning.
+
+    Args:
+      arguments: the command line.
+      preset: settings by method that the preset changes.
+
+    Returns:
+      The settings, with defaults in place of what is refused; warnings; and what is refused.
+    """
+    problems: list[Problem] = _not_available(arguments)
+    method = arguments.method or DEFAULT_METHOD
+    pairs = arguments.method_args
+    if method not in RULES:
+        with gathering(problems):
+            find(method)
+        method, pairs = DEFAULT_METHOD, ()
+    config, warnings = _config(method, preset.get(method, {}), arguments.config_flags(), pairs, problems)
+    if arguments.seed is not None and arguments.seed >= 1 << 63:
+        problems.append(problem("seed", f"must be below 2^63, got {shown(arguments.seed)}"))
+    if arguments.seed is not None and arguments.seed < 0:
+        problems.append(problem("seed", f"must be at least 0, got {arguments.seed}"))
+    settings = Settings(
+        method=method,
+        config=config,
+        seed=arguments.seed or 0,
+        layers=arguments.layers,
+        other_params=_choice("other_params", arguments.other_params, _OTHER_PARAMS, problems) or "pretrained",
+        format=_choice("format", arguments.format, _FORMATS, problems),
+        dtype=_choice("dtype", arguments.dtype, _DTYPES, problems),
+        conv=arguments.conv,
+    )
+    return settings, warnings, problems
+
+
+def read_evaluation(arguments: EvaluateArguments, problems: list[Problem]) -> EvaluationOptions:
+    """How to evaluate; what is refused goes to `problems`, and its default takes its place."""
+    limit = arguments.limit
+    if limit is not None and limit < 1:
+        problems.append(problem("limit", f"must be at least 1, got {limit}"))
+        limit = None
+    return EvaluationOptions(
+        tasks_file=arguments.tasks_file,
+        heads_from=arguments.heads_from,
+        limit=limit,
+        dtype=_choice("dtype", arguments.dtype, _COMPUTE_DTYPES, problems) or "float32",
+        offline=arguments.offline,
+    )
+
+
+def changed_settings(arguments: Arguments, settings: Settings) -> list[Problem]:
+    """The options that ask for other settings than a merge under way has, or that are refused in any case."""
+    wanted: dict[str, tuple[Any, Any]] = {
+        "method": (arguments.method, settings.method),
+        "seed": (arguments.seed, settings.seed),
+        "layers": (arguments.layers, settings.layers),
+        "other_params": (arguments.other_params, settings.other_params),
+        "format": (arguments.format and _FORMATS.get(arguments.format, arguments.format), settings.format),
+        "dtype": (arguments.dtype, settings.dtype),
+        "conv": (arguments.conv or None, settings.conv),
+    }
+    problems = _not_available(arguments)
+    given = arguments.config_flags() | _parsed(settings.method, arguments.method_args, problems)
+    wanted |= {key: (value, getattr(settings.config, key, None)) for key, value in given.items()}
+    problems += [
+        problem(key, f"is {there!r} in this merge, got {here!r}", "--add takes all settings from the recipe")
+        for key, (here, there) in wanted.items()
+        if here is not None and here != there
+    ]
+    return problems
+
+
+def _not_available(arguments: Arguments) -> list[Problem]:
+    """What the design has a place for, and nothing stands there yet."""
+    problems = []
+    if arguments.max_memory is not None:
+        problems.append(problem("max_memory", "is not available yet", "leave it out"))
+    if arguments.devices is not None and arguments.devices > 1:
+        problems.append(problem("devices", "more than one device is not available yet", "leave it out"))
+    elif arguments.devices is not None and arguments.devices < 1:
+        problems.append(problem("devices", f"must be at least 1, got {arguments.devices}"))
+    return problems
+
+
+def _config(
+    method: str, preset: Mapping[str, Any], flags: Mapping[str, Any], pairs: tuple[str, ...], problems: list[Problem]
+) -> tuple[MethodConfig, list[str]]:
+    kind = find(method).config
+    fields = {field.name for field in dataclasses.fields(kind)}
+    idle = ", ".join(option(key) for key in flags if key not in fields)
+    warnings = [f"{idle}: no effect: {method} has no such setting"] if idle else []
+    given = {key: value for key, value in flags.items() if key in fields} | _parsed(method, pairs, problems)
+    try:
+        config = kind(**{**preset, **given})
+    except ConfigError as error:
+        problems += map(_as_given, error.problems)
+        return kind(), warnings
+    idle_here = (problem(key, f"has no effect: {why}") for key, why in config.idle.items() if key in given)
+    return config, [*warnings, *(str(_as_given(found)) for found in idle_here)]
+
+
+def _as_given(found: Problem) -> Problem:
+    """A problem with a setting that has no option of its own can only come from --method-args."""
+    if found.where in _FLAGS:
+        return found
+    return problem("method_args", f"{found.where.removeprefix('--').replace('-', '_')} {found.what}", found.fix)
+
+
+def _parsed(method: str, pairs: tuple[str, ...], problems: list[Problem]) -> dict[str, Any]:
+    """KEY=VALUE pairs, each value read as its field's type."""
+    fields = {field.name: field for field in dataclasses.fields(find(method).config)}
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        key = key.replace("-", "_")
+        if not equals:
+            problems.append(problem("method_args", f"{pair!r} is not of the form KEY=VALUE"))
+        elif key not in fields:
+            known = f"its settings: {', '.join(fields)}" if fields else "it has none"
+            problems.append(problem("method_args", f"{method} has no setting {key!r}", known))
+        else:
+            try:
+                values[key] = _read(fields[key].type, text)
+            except ValueError:
+                problems.append(problem("method_args", f"{key} must be {_KINDS[fields[key].type]}, got {shown(text)}"))
+    return values
+
+
+def _read(kind: object, text: str) -> int | float | str:
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(text)
+        return text.lower() == "true"
+    if kind is int:
+        return int(text)
+    return float(text) if kind is float else text
+
+
+def _choice(name: str, value: str | None, choices: Mapping[str, T], problems: list[Problem]) -> T | None:
+    if value is not None and value not in choices:
+        problems.append(problem(name, f"must be one of {', '.join(choices)}, got {value!r}"))
+    return choices.get(value or "")

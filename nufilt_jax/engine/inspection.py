@@ -1,0 +1,131 @@
+"""What only reading the weights can tell: their hashes, numbers that cannot be used, and how far tasks moved."""
+
+import dataclasses
+import math
+import os
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+from nufilt_jax.checkpoints import Checkpoint, Findings, survey_file
+from nufilt_jax.checkpoints.dtypes import OUTPUT_DTYPES
+from nufilt_jax.checkpoints.outputs import new_types, range_problem
+from nufilt_jax.engine.plan import Plan
+from nufilt_jax.engine.recorded import other_weights_problem
+from nufilt_jax.errors import CheckpointError, Problem, raise_all
+
+_READERS = 4  # threads; more only compete for the disk
+_NONFINITE = "has NaN or infinite numbers"
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """Found by reading all of a plan's weights once.
+
+    Attributes:
+      base_sha256: of the base's weight files by name.
+      task_sha256: the same by task name, for all tasks.
+      warnings: non-finite numbers in tensors that the merge does not touch.
+      changes: by task name, of the tasks whose files were read: Σ (θ_t − θ0)² by canonical name, of the floating
+        tensors that the base has in the same shape; those that are not finite are left out. None are known of a merge
+        that was finished.
+    """
+
+    base_sha256: dict[str, str]
+    task_sha256: dict[str, dict[str, str]]
+    warnings: tuple[str, ...]
+    changes: dict[str, dict[str, float]]
+
+
+def inspect(plan: Plan) -> Inspection:
+    """Reads all weight files once, several at a time.
+
+    Raises:
+      CheckpointError: files that changed since an earlier run, non-finite numbers in tensors that the merge touches,
+        and numbers in the others that the type to be written cannot hold, all listed.
+    """
+    base, *tasks = _read_all(plan)
+    hashes = {name: _sha256(findings, plan.tasks[name]) for name, findings in zip(plan.tasks, tasks, strict=True)}
+    problems = [*_replaced(plan, _sha256(base, plan.base), hashes), *_range_problems(plan, base)]
+    warnings: list[str] = []
+    for checkpoint, findings in zip((plan.base, *plan.tasks.values()), (base, *tasks), strict=True):
+        nonfinite = frozenset[str]().union(*(found.nonfinite for found in findings))
+        names = (name for name in checkpoint.tensors if name in nonfinite)
+        refused, accepted = _nonfinite_problems(checkpoint, names, set(plan.selection.touched))
+        problems += refused
+        warnings += map(str, accepted)
+    raise_all(CheckpointError, problems)
+    merged = {} if plan.recorded is None else {task.name: dict(task.sha256 or {}) for task in plan.recorded.tasks}
+    changes = {name: _changes(findings) for name, findings in zip(plan.tasks, tasks, strict=True)}
+    return Inspection(_sha256(base, plan.base), merged | hashes, tuple(warnings), changes)
+
+
+def _read_all(plan: Plan) -> list[list[Findings]]:
+    """The findings in each weight file of the base, and of each of the plan's tasks."""
+    stop = threading.Event()
+    code = None if plan.settings.dtype is None else OUTPUT_DTYPES[plan.settings.dtype]
+    kept = {name: new for name, new in new_types(plan.base, code).items() if name not in plan.selection.touched}
+
+    def survey(checkpoint: Checkpoint, index: int) -> Findings:
+        path = checkpoint.weight_files[index]
+        if plan.is_finished:
+            return survey_file(path, (), stop=stop)
+        tensors = [info for info in checkpoint.tensors.values() if info.file == path]
+        if checkpoint is plan.base:
+            return survey_file(path, tensors, new_types=kept, stop=stop)
+        return survey_file(path, tensors, base=plan.base.tensors, stop=stop)
+
+    with ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1), thread_name_prefix="inspect") as pool:
+        try:
+            coming = [
+                [pool.submit(survey, checkpoint, index) for index in range(len(checkpoint.weight_files))]
+                for checkpoint in (plan.base, *plan.tasks.values())
+            ]
+            return [[future.result() for future in files] for files in coming]
+        finally:
+            stop.set()
+
+
+def _sha256(findings: Iterable[Findings], checkpoint: Checkpoint) -> dict[str, str]:
+    """The hash of each weight file by name, as `Checkpoint.sha256` gives it."""
+    names = (path.relative_to(checkpoint.path).as_posix() for path in checkpoint.weight_files)
+    return {name: found.sha256 for name, found in zip(names, findings, strict=True)}
+
+
+def _changes(findings: Iterable[Findings]) -> dict[str, float]:
+    return {name: x for found in findings for name, x in found.changes.items() if math.isfinite(x)}
+
+
+def _range_problems(plan: Plan, findings: Iterable[Findings]) -> Iterator[Problem]:
+    """Tensors that the merge leaves alone, and that cannot be written: what the others will hold is not known yet."""
+    lost = frozenset[str]().union(*(found.out_of_range for found in findings))
+    for name, info in plan.base.tensors.items():
+        if name in lost and plan.settings.dtype is not None:
+            yield range_problem(info, OUTPUT_DTYPES[plan.settings.dtype], info.stored_name)
+
+
+def _replaced(plan: Plan, base_sha256: Mapping[str, str], hashes: Mapping[str, Mapping[str, str]]) -> Iterator[Problem]:
+    """The models that are not what they were when an earlier run began this merge."""
+    if plan.recorded is None:
+        return
+    pairs = [(plan.base, plan.recorded.base, base_sha256)]
+    pairs += [(plan.tasks[t.name], t, hashes[t.name]) for t in plan.recorded.tasks if t.name in plan.tasks]
+    for checkpoint, then, now in pairs:
+        if found := other_weights_problem(checkpoint.source, then.sha256 or {}, now, plan.recorded.folder):
+            yield found
+
+
+def _nonfinite_problems(
+    checkpoint: Checkpoint, names: Iterable[str], touched: set[str]
+) -> tuple[list[Problem], list[Problem]]:
+    """Tensors with non-finite numbers: those that the merge would use, and those that it leaves alone."""
+    refused, accepted = [], []
+    for name in names:
+        info = checkpoint.tensors[name]
+        if name in touched:
+            fix = "fine-tune again, or exclude it with --layers"
+            refused.append(Problem(str(info.file), _NONFINITE, fix, info.stored_name))
+        else:
+            what = f"{_NONFINITE}; the merge does not touch it"
+            accepted.append(Problem(str(info.file), what, tensor=info.stored_name))
+    return refused, accepted

@@ -1,0 +1,235 @@
+"""What a merge would do, and everything that speaks against it, from headers alone."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from nufilt_jax.anatomy import shape_in, tensor_of
+from nufilt_jax.checkpoints import Checkpoint, fit, open_checkpoint, quantised_problems
+from nufilt_jax.checkpoints.dtypes import OUTPUT_DTYPES, numpy_dtype
+from nufilt_jax.checkpoints.folders import FLAX
+from nufilt_jax.checkpoints.names import has_flax_form
+from nufilt_jax.checkpoints.outputs import plan_shards
+from nufilt_jax.config import MethodConfig, option, problem
+from nufilt_jax.engine.job import EvaluationOptions, Job, Recorded, Settings, Source
+from nufilt_jax.engine.recorded import current, other_merge_problems
+from nufilt_jax.errors import CheckpointError, ConfigError, NufiltError, Problem, gathering, raise_all
+from nufilt_jax.methods import find
+from nufilt_jax.methods.selection import Selection, reach_of, select, wanted_by
+from nufilt_jax.methods.stacked import Group, group_layers
+from nufilt_jax.output.place import OutputPlace
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A merge that can begin.
+
+    Attributes:
+      base: the backbone.
+      sources: all tasks in order, those merged earlier included.
+      tasks: the checkpoints opened, by task name: all, or under --add those still to be merged.
+      settings: how.
+      selection: the tensors touched.
+      groups: the matrices among them, as the solver batches them.
+      examples: the files with examples of the tasks still to be merged, by task name; none for most methods.
+      evaluation: how the merged model is evaluated after every step; None if it is not.
+      out: the output folder; None if only a plan is wanted.
+      recorded: the same merge, as far as an earlier run came; None if there is none.
+      warnings: what the user should know and may accept.
+    """
+
+    base: Checkpoint
+    sources: tuple[Source, ...]
+    tasks: Mapping[str, Checkpoint]
+    settings: Settings
+    selection: Selection
+    groups: tuple[Group, ...]
+    examples: Mapping[str, Path]
+    evaluation: EvaluationOptions | None
+    out: Path | None
+    recorded: Recorded | None
+    warnings: tuple[str, ...]
+
+    @property
+    def merged_layers(self) -> tuple[str, ...]:
+        """The selected layers, but for those that stay the base's because no task has them in the base's size."""
+        tensors, tasks = self.base.tensors, self.tasks.values()
+        stay = {n for n in self.selection.touched if tasks and all(task.tensors[n] is tensors[n] for task in tasks)}
+        return tuple(layer for layer in self.selection.layers if tensor_of(layer) not in stay)
+
+    @property
+    def done(self) -> int:
+        """Number of tasks that earlier runs have merged."""
+        return self.recorded.done if self.recorded else 0
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the model that is asked for stands in its place already."""
+        return self.recorded is not None and self.recorded.folder == self.out and self.done == len(self.sources)
+
+
+def make_plan(job: Job, *, offline: bool = False, headers_only: bool = False) -> Plan:
+    """Opens everything and checks that it fits together.
+
+    Args:
+      job: what is asked for.
+      offline: use the local Hub cache alone.
+      headers_only: download no weights.
+
+    Raises:
+      NufiltError: with every problem of base, tasks, settings and output folder at once.
+    """
+    problems = [*job.problems, *_name_problems(job.sources)]
+    place = None if job.out is None else OutputPlace(job.out)
+    recorded = job.continues or _recorded(job, place, problems)
+    base, tasks = _open_all(job, problems, offline=offline, headers_only=headers_only)
+    selection, examples, notices = Selection((), ()), {}, list[str]()
+    if base is not None:
+        with gathering(problems):
+            selection = _select(base, tasks, job.settings)
+        with gathering(problems):
+            examples = _examples(job, base, tuple(tasks), problems)
+        for name, task in tasks.items():
+            asked_for = job.settings.layers is not None
+            fitted = fit(base, task, selection.touched, asked_for=asked_for, strict=job.strict)
+            tasks[name] = fitted.task
+            problems += fitted.problems
+            notices += fitted.notices
+        with gathering(problems):
+            problems += _evaluation_problems(job, base)
+        with gathering(problems):
+            problems += _output_problems(base, job.settings, place)
+    if problems or base is None:
+        raise NufiltError(*dict.fromkeys(problems))
+    shapes = {name: shape_in(base.tensors, name) for name in selection.layers}
+    groups = group_layers({name: shape for name, shape in shapes.items() if len(shape) == 2})
+    return Plan(
+        base=base,
+        sources=job.sources,
+        tasks=tasks,
+        settings=job.settings,
+        selection=selection,
+        groups=groups,
+        examples=examples,
+        evaluation=job.evaluation,
+        out=None if place is None else place.out,
+        recorded=recorded,
+        warnings=(*job.warnings, *notices, *_width_warnings(groups, job.settings.config)),
+    )
+
+
+def _recorded(job: Job, place: OutputPlace | None, problems: list[Problem]) -> Recorded | None:
+    """What earlier runs of the same merge have done; another merge in its place is a problem."""
+    recorded = None
+    with gathering(problems):
+        recorded = None if place is None else current(place)
+    if recorded is None or recorded.done == 0:  # which binds nobody
+        return None
+    is_written = place is not None and recorded.folder == place.out
+    names = [source.name for source in job.sources]
+    problems += other_merge_problems(recorded, job.settings, names, is_written=is_written)
+    return recorded
+
+
+def _name_problems(sources: tuple[Source, ...]) -> list[Problem]:
+    names = [source.name for source in sources]
+    twice = dict.fromkeys(name for name in names if names.count(name) > 1)
+    return [problem("task", f"{name} names two tasks", "give each task a name of its own") for name in twice]
+
+
+def _open_all(
+    job: Job, problems: list[Problem], *, offline: bool, headers_only: bool
+) -> tuple[Checkpoint | None, dict[str, Checkpoint]]:
+    """The base, None if it cannot be opened, and the tasks whose files are needed."""
+    how: dict[str, Any] = {"offline": offline, "headers_only": headers_only}
+    base, tasks = None, {}
+    with gathering(problems):
+        base = open_checkpoint(job.base.source, revision=job.base.revision, role="base", **how)
+    for source in job.sources[job.n_merged :]:
+        with gathering(problems):
+            config = None if base is None else base.config
+            tasks[source.name] = open_checkpoint(
+                source.source, revision=source.revision, role="task", model_config=config, **how
+            )
+    return base, tasks
+
+
+def _select(base: Checkpoint, tasks: Mapping[str, Checkpoint], settings: Settings) -> Selection:
+    """What the merge touches.
+
+    Raises:
+      NufiltError: nothing, or weights that are quantised in the base or in a task.
+    """
+    tensors = {
+        name: jax.ShapeDtypeStruct(info.shape, numpy_dtype(info.dtype) or np.dtype(np.uint8))
+        for name, info in base.tensors.items()
+    }
+    how: dict[str, Any] = {"layers": settings.layers, "scope": find(settings.method).scope, "conv": settings.conv}
+    wanted, in_reach = wanted_by(tensors, **how), reach_of(tensors, settings.layers)
+    failure: list[Problem] = []
+    selection = Selection((), ())
+    with gathering(failure):
+        selection = select(tensors, other_params=settings.other_params, **how)
+
+    def would_touch(name: str, shape: tuple[int, ...]) -> bool:
+        return in_reach(name) and (settings.other_params != "pretrained" or wanted(name, shape))
+
+    quantised = [
+        p for model in (base, *tasks.values()) for p in quantised_problems(model, would_touch, selection.touched)
+    ]
+    raise_all(CheckpointError, quantised or failure)
+    return selection
+
+
+def _examples(job: Job, base: Checkpoint, names: tuple[str, ...], problems: list[Problem]) -> dict[str, Path]:
+    """The files from which the method learns."""
+    if not find(job.settings.method).needs_data:
+        return {}
+    if job.data is None:
+        what = f"is missing: {job.settings.method} learns from examples of each task"
+        raise ConfigError(problem("data", what, "give a folder with NAME.safetensors for every task"))
+    from nufilt_jax.engine.examples import example_files, example_problems  # with models, which no other merge needs
+
+    files = example_files(job.data, names)
+    problems += example_problems(files, base)
+    return files
+
+
+def _evaluation_problems(job: Job, base: Checkpoint) -> list[Problem]:
+    if job.evaluation is None:
+        return []
+    from nufilt_jax.engine.evaluation import task_problems  # with models, which no other merge needs
+
+    return task_problems([source.name for source in job.sources], base.config, job.evaluation.tasks_file)
+
+
+def _output_problems(base: Checkpoint, settings: Settings, place: OutputPlace | None) -> list[Problem]:
+    """What would keep the result from being written, found before any work."""
+    kind = settings.format or base.format
+    if kind == FLAX != base.format and not has_flax_form(base.config):
+        what = f"{base.source} is a {base.config.get('model_type')!r} model, which has no Flax form"
+        return [problem("format", what, "use safetensors")]
+    plan_shards(base, kind, OUTPUT_DTYPES[settings.dtype] if settings.dtype else None)
+    root = os.path.realpath(base.path)
+    if place is not None and base.is_local and os.path.realpath(place.out).startswith(root + os.sep):
+        what = f"{place.out} lies inside the base's folder, whose files are copied"
+        return [problem("out", what, "choose a folder beside it")]
+    return []
+
+
+def _width_warnings(groups: tuple[Group, ...], config: MethodConfig) -> list[str]:
+    rank = getattr(config, "filter_rank", 0)
+    warnings = []
+    for group in groups:
+        if group.width <= rank:
+            named = ", ".join(group.names[:3]) + (f" and {len(group.names) - 3} more" if len(group.names) > 3 else "")
+            warnings.append(
+                f"{option('filter_rank')}: {rank} directions are all that layers with {group.width} inputs have, and "
+                f"the filter will remove every direction that the merged model uses: {named}"
+            )
+    return warnings

@@ -1,0 +1,212 @@
+"""The place of an output folder: locked while in use, and never holding half a model."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from nufilt_jax.checkpoints.writer import output_error
+from nufilt_jax.durable import atomic_write, make_folder, move, sync, sync_tree
+from nufilt_jax.errors import OutputError, Problem
+from nufilt_jax.output.state import load_state, save_state
+from nufilt_jax.strict_json import JsonError, parse_object
+
+RECIPE = "nufilt.json"
+FORECAST = "forecast.json"
+STATE = "state"
+
+
+class OutputPlace:
+    """An output folder `DIR`, and what stands beside it while a merge is under way.
+
+    - `DIR.lock`: held by the run that writes; the system releases it when the run ends, however it ends.
+    - `DIR.partial/`: recipe, forecast and state of the steps done; `output/` while the model is written.
+    - `DIR.partial/previous/`: for the instant of a swap, the folder that `DIR` was.
+    """
+
+    def __init__(self, out: str | Path) -> None:
+        # Of a link, the folder behind it: a rename would replace the link itself.
+        self.out = Path(os.path.realpath(out) if os.path.islink(out) else os.path.abspath(out))
+        if not self.out.name:
+            raise OutputError(Problem(str(out), "cannot be an output folder", "name a folder inside it"))
+        self.partial = self.out.with_name(self.out.name + ".partial")
+        self.staging = self.partial / "output"
+        self._previous = self.partial / "previous"
+        self._lock = self.out.with_name(self.out.name + ".lock")
+        try:
+            os.lstat(self.partial)  # the longest of the names
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                what = f"is too long a name: {self.partial.name} cannot stand beside it"
+                raise OutputError(Problem(str(out), what, "choose a shorter one")) from error
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the lock, and mends what a run killed in the middle of a swap left behind.
+
+        What was made for a run that recorded nothing is removed again: parent folders, partial folder and lock.
+
+        Raises:
+          OutputError: another run holds it, or the folder's place cannot be written.
+        """
+        parents = [self.out.parent, *self.out.parent.parents]
+        missing = [folder for folder in parents if not folder.exists()]
+        try:
+            make_folder(self.out.parent)
+            lock = self._acquire()
+        except OSError as error:
+            raise output_error(self.out, error) from error
+        with lock:
+            try:
+                self._recover()
+                yield
+            finally:
+                self._tidy()
+                self._lock.unlink(missing_ok=True)
+                for folder in missing:
+                    with contextlib.suppress(OSError):  # it is used now
+                        folder.rmdir()
+
+    def _acquire(self) -> TextIO:
+        """The lock file, locked. It may have been removed by the last holder while this run waited to open it."""
+        while True:
+            lock = self._lock.open("a")
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(lock.fileno()), self._lock.stat()):
+                    return lock
+            except BlockingIOError as error:
+                lock.close()
+                what = "another run is writing here"
+                raise OutputError(Problem(str(self.out), what, "wait for it, or choose another --out")) from error
+            except FileNotFoundError:
+                pass
+            lock.close()
+
+    def _recover(self) -> None:
+        if self._previous.exists() and not self.out.exists():
+            move(self._previous, self.out)
+        shutil.rmtree(self._previous, ignore_errors=True)
+        shutil.rmtree(self.staging, ignore_errors=True)
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Removes a partial folder in which nothing was recorded."""
+        if self.partial.exists() and not (self.partial / RECIPE).exists():
+            self.discard()
+
+    def discard(self) -> None:
+        """Gives up the merge under way; what stands in the output folder stays."""
+        with contextlib.suppress(OSError):
+            (self.partial / RECIPE).unlink(missing_ok=True)  # first: without it, what remains counts for nothing
+            sync(self.partial)
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+    def finished(self) -> dict[str, Any] | None:
+        """The recipe of the merge that stands in the folder; None if there is no folder.
+
+        Raises:
+          OutputError: something else stands there.
+        """
+        if not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir())):
+            return None
+        if not (self.out / RECIPE).is_file():
+            what = "exists and is not the output of a merge: nothing is overwritten"
+            raise OutputError(Problem(str(self.out), what, "choose another --out, or remove it"))
+        return read_json(self.out / RECIPE)
+
+    def unfinished(self) -> dict[str, Any] | None:
+        """The recipe of the merge under way beside the folder; None if there is none."""
+        path = self.partial / RECIPE
+        return read_json(path) if path.is_file() else None
+
+    def forecast(self, done: int) -> dict[str, Any]:
+        """The forecast of the first `done` steps; a killed run may have written one more than it recorded."""
+        folder = self.out if self.unfinished() is None else self.partial
+        steps = read_json(folder / FORECAST).get("steps", []) if (folder / FORECAST).is_file() else []
+        return {"steps": steps[:done]}
+
+    def load_state(self, step: int) -> dict[str, dict[str, Any]]:
+        """Arrays of the state after `step` tasks, from the merge under way or the finished one."""
+        folder = self._state(step) if self._state(step).exists() else self.out / STATE
+        arrays, found = load_state(folder)
+        if found != step:
+            what = f"holds the state after {found} tasks, and the recipe says {step}"
+            raise OutputError(Problem(str(folder), what, "remove the folder to start over"))
+        return arrays
+
+    def record(self, recipe: dict[str, Any], forecast: dict[str, Any], arrays: dict[str, Any] | None) -> None:
+        """Makes a step count: its state first, then the recipe that refers to it."""
+        done = len(recipe["steps"])
+        try:
+            make_folder(self.partial)
+            if arrays is not None:
+                shutil.rmtree(self._state(done), ignore_errors=True)
+                save_state(self._state(done), arrays, done)
+                sync_tree(self._state(done))
+            write_json(self.partial / FORECAST, forecast)
+            write_json(self.partial / RECIPE, recipe)
+        except OSError as error:
+            raise output_error(self.partial, error) from error
+        for old in self.partial.glob("state-*"):
+            if old != self._state(done):
+                shutil.rmtree(old, ignore_errors=True)
+
+    def publish(self, recipe: dict[str, Any], forecast: dict[str, Any], card: str) -> None:
+        """Completes the model in `staging` and puts it under the final name.
+
+        Raises:
+          OutputError: something foreign has come to stand there, or the disk is full.
+        """
+        self.finished()
+        try:
+            write_json(self.staging / RECIPE, recipe)
+            write_json(self.staging / FORECAST, forecast)
+            atomic_write(self.staging / "README.md", card.encode())
+            state = self._state(len(recipe["steps"]))
+            # Linked, not moved: should the swap be cut short, the state still stands where the recipe says.
+            shutil.copytree(state if state.exists() else self.out / STATE, self.staging / STATE, copy_function=_link)
+            sync_tree(self.staging)
+            if self.out.exists():
+                move(self.out, self._previous)
+            move(self.staging, self.out)
+        except OSError as error:
+            raise output_error(self.out, error) from error
+        self.discard()
+
+    def _state(self, step: int) -> Path:
+        return self.partial / f"state-{step}"
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, target)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+      OutputError: it cannot be read, or is none.
+    """
+    try:
+        return parse_object(path.read_bytes())
+    except JsonError as error:
+        raise OutputError(Problem(str(path), str(error), error.fix or "remove the folder to start over")) from error
+    except OSError as error:
+        what = f"cannot be read: {error.strerror or error}"
+        raise OutputError(Problem(str(path), what, "remove the folder to start over")) from error
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a JSON object, whole or not at all."""
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    # As JSON itself spells what is no text: the bytes of a path may be any.
+    atomic_write(path, text.encode(errors="backslashreplace"))

@@ -1,0 +1,161 @@
+"""--plan writes nothing and refuses what a merge refuses; stdout and stderr hold what they should, bare."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import model_builders as build
+import numpy as np
+import pytest
+
+ANSI = "\x1b["
+
+
+def times(folder):
+    """Everything below a folder and itself, folders' times included."""
+    return {str(p): p.stat().st_mtime_ns for p in [folder, *folder.rglob("*")]}, build.snapshot(folder)
+
+
+def test_plan_writes_nothing(shared_models, tmp_path, nufilt, command, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NUFILT_CACHE", str(tmp_path / "cache"))
+    before = times(tmp_path), times(shared_models)
+    for argv in (
+        command(shared_models, tmp_path / "deep" / "out", "--plan"),
+        ["plan", *command(shared_models, tmp_path / "out")[1:], "--json"],
+        ["plan", "--model", "tiny"],
+        ["plan", "--base", shared_models / "base", "--task", f"alpha={shared_models / 'alpha'}"],
+    ):
+        assert nufilt(*argv).code == 0
+    assert (times(tmp_path), times(shared_models)) == before
+
+
+def test_plan_says_what_will_be_done(shared_models, tmp_path, nufilt, command):
+    result = nufilt(*command(shared_models, tmp_path / "out", "--plan", "--json"))
+    assert (result.code, result.err) == (0, "")
+    plan = result.json
+    assert plan["out"] == str(tmp_path / "out")
+    assert [(task["name"], task["done"]) for task in plan["tasks"]] == [(n, False) for n in ("alpha", "beta", "gamma")]
+    assert (plan["method"], plan["config"]["filter_rank"], plan["seed"]) == ("nufilt", 4, 0)
+    assert set(plan["layers_selected"]) == set(build.SELECTED)
+    shapes = {tuple(stack["shape"]): stack["layers"] for stack in plan["stacks"]}
+    assert shapes == {(build.WIDTH, build.WIDTH): 8, (build.HIDDEN, build.WIDTH): 2}
+    text = nufilt(*command(shared_models, tmp_path / "out", "--plan")).out
+    assert all(f"{name}: {shared_models / name}" in text for name in ("alpha", "beta", "gamma"))
+
+
+def test_plan_of_a_merge_that_is_there(shared_models, tmp_path, nufilt, command):
+    out = tmp_path / "out"
+    assert nufilt(*command(shared_models, out, n=2)).code == 0
+    before = times(tmp_path)
+    plan = nufilt("add", out, "--task", f"gamma={shared_models / 'gamma'}", "--plan", "--json").json
+    assert [task["done"] for task in plan["tasks"]] == [True, True, False]
+    plan = nufilt(*command(shared_models, out, "--plan", "--json", n=2)).json
+    assert [task["done"] for task in plan["tasks"]] == [True, True]
+    refused = nufilt(*command(shared_models, out, "--plan", "--seed", "9", n=2))
+    assert (refused.code, refused.err.startswith("nufilt: --seed: is 0 in the merge in")) == (1, True)
+    assert times(tmp_path) == before
+
+
+def test_plan_refuses_what_a_merge_refuses_but_values(models, tmp_path, nufilt, command):
+    tensors = build.weights(models / "beta")
+    tensors[build.Q0][0, 0] = np.nan
+    (models / "beta" / "model.safetensors").unlink()
+    build.save_file(tensors, models / "beta" / "model.safetensors")
+    assert nufilt(*command(models, tmp_path / "out", "--plan")).code == 0
+    assert nufilt(*command(models, tmp_path / "out")).code == 1
+    build.save_file(tensors | {build.Q0: np.zeros((1, 1), np.float32)}, models / "beta" / "model.safetensors")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("")
+    plan, merge = nufilt(*command(models, tmp_path / "out", "--plan")), nufilt(*command(models, tmp_path / "out"))
+    assert (plan.code, len(plan.lines)) == (1, 2)
+    assert plan.err == merge.err
+
+
+def test_stdout_is_one_json_document(shared_models, tmp_path, finish, command):
+    argv = command(shared_models, tmp_path / "out", "--json")
+    result = finish("-m", "nufilt_jax.merge", *argv[1:])
+    assert (result.code, result.err) == (0, "")
+    document = json.loads(result.out)
+    assert document["out"] == str(tmp_path / "out")
+    recipe = json.loads((tmp_path / "out" / "nufilt.json").read_text())
+    for key in ("tasks", "method", "config", "seed", "steps"):
+        assert document[key] == recipe[key]
+
+
+def test_quiet(shared_models, tmp_path, nufilt, command):
+    result = nufilt(*command(shared_models, tmp_path / "out", "--quiet"))
+    assert (result.code, result.out, result.err) == (0, "", "")
+    assert nufilt(*command(shared_models, tmp_path / "out", "--quiet", "--plan")).out == ""
+    assert nufilt(*command(shared_models, tmp_path / "out", "--quiet", "--json")).json["method"] == "nufilt"
+
+
+def test_pipes_get_no_codes_and_no_wrapping(shared_models, tmp_path, nufilt, command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    for options in ((), ("--plan",)):
+        result = nufilt(*command(shared_models, tmp_path / "out", *options))
+        assert ANSI not in result.out + result.err
+        assert "loss before" in result.out or str(shared_models / "beta") in result.out
+    wide = nufilt(*command(shared_models, tmp_path / "wide", "--filter-rank", "99")[:-2], "--plan")
+    assert len(wide.lines) <= 1
+
+
+def test_paths_are_shown_as_they_are(shared_models, tmp_path, nufilt):
+    strange = tmp_path / "[red]a:cat:b"
+    shutil.copytree(shared_models / "alpha", strange)
+    result = nufilt("plan", "--base", shared_models / "base", "--task", f"[bold]={strange}", "--method", "sum")
+    assert (result.code, result.err) == (0, "")
+    assert f"[bold]: {strange}\n" in result.out
+
+
+def test_rank_as_large_as_the_layer_is_warned_about(shared_models, tmp_path, nufilt):
+    argv = ("--base", shared_models / "base", "--task", f"alpha={shared_models / 'alpha'}")
+    result = nufilt("plan", *argv)
+    assert (result.code, len(result.lines)) == (0, 1)
+    assert result.err.startswith("nufilt: warning: --filter-rank: 128") and "vision_model" in result.err
+
+
+def test_option_without_effect_is_warned_about(shared_models, tmp_path, nufilt):
+    argv = ("--base", shared_models / "base", "--task", f"alpha={shared_models / 'alpha'}", "--method", "sum")
+    result = nufilt("plan", *argv, "--filter-rank", "3", "--steps", "2")
+    assert result.lines == ["nufilt: warning: --filter-rank, --steps: no effect: sum has no such setting"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+@pytest.mark.parametrize("no_color", [False, True])
+def test_terminal(shared_models, tmp_path, command, no_color):
+    """On a terminal there is a progress bar and colour; NO_COLOR takes the colour away."""
+    import pty
+
+    code = "from nufilt_jax.cli import main; import sys; sys.exit(main(sys.argv[1:]))"
+    argv = command(shared_models, tmp_path / "out", "--method", "sum")
+    environment = {k: v for k, v in os.environ.items() if k != "NO_COLOR"} | {
+        "TERM": "xterm-256color",
+        "COLUMNS": "200",
+    }
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *argv],
+        stdout=follower,
+        stderr=follower,
+        env=environment | ({"NO_COLOR": "1"} if no_color else {}),
+        cwd=os.getcwd(),
+    )
+    os.close(follower)
+    shown = b""
+    while True:
+        try:
+            shown += (piece := os.read(leader, 4096))
+        except OSError:  # the end of a pseudo-terminal on Linux
+            break
+        if not piece:
+            break
+    os.close(leader)
+    assert process.wait(timeout=60) == 0
+    text = shown.decode()
+    assert "gamma" in text
+    colours = re.findall(r"\x1b\[[0-9;]*m", text)
+    assert any(re.search(r"[\[;]3[0-8]", code) for code in colours) != no_color, colours

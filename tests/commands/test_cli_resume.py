@@ -1,0 +1,332 @@
+"""The same command again, --add, and what keeps either from going on."""
+
+import json
+import shutil
+
+import model_builders as build
+import numpy as np
+import pytest
+
+from nufilt_jax.engine import run as engine_run
+
+
+def add(models, out, *names, options=()):
+    return ["add", out, *(part for n in names for part in ("--task", f"{n}={models / n}")), *options]
+
+
+def resumed(result):
+    return [step["resumed"] for step in result.json["steps"]]
+
+
+def beside(out):
+    """What stands beside an output folder, the lock apart."""
+    return {path.name for path in out.parent.iterdir()} - {out.name, f"{out.name}.lock"}
+
+
+def test_same_command_twice_touches_nothing(shared_models, tmp_path, nufilt, command):
+    argv = command(shared_models, tmp_path / "out", "--json")
+    first = nufilt(*argv)
+    assert (first.code, resumed(first)) == (0, [False] * 3)
+    before = build.snapshot(tmp_path / "out")
+    second = nufilt(*argv)
+    assert (second.code, resumed(second)) == (0, [True] * 3)
+    assert build.snapshot(tmp_path / "out") == before
+    without_flag = [{**step, "resumed": False} for step in second.json["steps"]]
+    assert without_flag == first.json["steps"]
+    third = nufilt(*[part for part in argv if part != "--json"])
+    assert third.out.count("resumed") == 3
+
+
+def test_two_fresh_runs_give_the_same_bits(shared_models, tmp_path, nufilt, command):
+    for name in ("a", "b"):
+        assert nufilt(*command(shared_models, tmp_path / name)).code == 0
+    assert build.weight_bytes(tmp_path / "a") == build.weight_bytes(tmp_path / "b")
+    assert (tmp_path / "a" / "forecast.json").read_bytes() == (tmp_path / "b" / "forecast.json").read_bytes()
+
+
+METHODS = [
+    (),
+    ("--other-params", "average"),
+    ("--other-params", "first", "--seed", "5"),
+    ("--method", "null_space"),
+    ("--method", "sum"),
+    ("--method", "weight_average"),
+    ("--method", "task_arithmetic", "--method-args", "scale=0.7"),
+]
+
+
+@pytest.mark.parametrize("options", METHODS, ids=lambda options: " ".join(options) or "nufilt")
+def test_add_equals_merging_all_at_once(shared_models, tmp_path, nufilt, command, options):
+    assert nufilt(*command(shared_models, tmp_path / "all", *options, n=4)).code == 0
+    assert nufilt(*command(shared_models, tmp_path / "grown", *options, n=3)).code == 0
+    result = nufilt(*add(shared_models, tmp_path / "grown", "delta", options=("--json",)))
+    assert (result.code, resumed(result)) == (0, [True, True, True, False])
+    assert build.weight_bytes(tmp_path / "all") == build.weight_bytes(tmp_path / "grown")
+    recipes = [json.loads((tmp_path / name / "nufilt.json").read_text()) for name in ("all", "grown")]
+    assert recipes[0]["tasks"] == recipes[1]["tasks"]
+    assert recipes[0]["config"] == recipes[1]["config"]
+    assert beside(tmp_path / "grown") <= {"all", "all.lock"}
+
+
+def test_add_does_not_need_the_earlier_tasks(models, tmp_path, nufilt, command, monkeypatch):
+    assert nufilt(*command(models, tmp_path / "out", n=2)).code == 0
+    shutil.rmtree(models / "alpha")
+    shutil.rmtree(models / "beta")
+    monkeypatch.chdir(models)
+    result = nufilt("add", tmp_path / "out", "--task", "gamma=gamma", "--json")
+    assert result.code == 0
+    assert result.json["tasks"][2]["source"] == str(models / "gamma")
+
+
+def test_sources_are_recorded_absolutely(models, tmp_path, nufilt, monkeypatch):
+    monkeypatch.chdir(models)
+    tasks = ("--task", "alpha=alpha", "--task", "beta=./beta")
+    assert nufilt("merge", "--base", "base", *tasks, "--out", "../out", "--method", "sum").code == 0
+    recipe = json.loads((tmp_path / "out" / "nufilt.json").read_text())
+    assert [recipe["base"]["source"], *(task["source"] for task in recipe["tasks"])] == [
+        str(models / name) for name in ("base", "alpha", "beta")
+    ]
+    monkeypatch.chdir("/")
+    assert nufilt("add", tmp_path / "out", "--task", f"gamma={models / 'gamma'}").code == 0
+
+
+def test_adding_the_last_task_again_adds_nothing(shared_models, tmp_path, nufilt, command):
+    out = tmp_path / "out"
+    assert nufilt(*command(shared_models, out, n=2)).code == 0
+    assert nufilt(*add(shared_models, out, "gamma", "delta")).code == 0
+    before = build.snapshot(out)
+    for again in (("delta",), ("gamma", "delta"), ()):
+        result = nufilt(*add(shared_models, out, *again, options=("--json",)))
+        assert (result.code, resumed(result)) == (0, [True] * 4)
+    assert build.snapshot(out) == before
+
+
+def test_adding_the_last_name_with_other_weights_is_refused(shared_models, tmp_path, nufilt, command):
+    out = tmp_path / "out"
+    assert nufilt(*command(shared_models, out, n=2)).code == 0
+    before = build.snapshot(out)
+    result = nufilt("add", out, "--task", f"beta={shared_models / 'gamma'}")
+    assert result.code == 1
+    hashes = [json.loads((out / "nufilt.json").read_text())["tasks"][1]["sha256"]["model.safetensors"]]
+    assert len(result.lines) == 1 and hashes[0] in result.err and str(shared_models / "gamma") in result.err
+    result = nufilt("add", out, "--task", f"alpha={shared_models / 'alpha'}")
+    assert (result.code, "alpha names two tasks" in result.err) == (1, True)
+    assert build.snapshot(out) == before
+
+
+def test_interrupted_run_goes_on(shared_models, tmp_path, nufilt, command, stop_before):
+    assert nufilt(*command(shared_models, tmp_path / "whole")).code == 0
+    argv = command(shared_models, tmp_path / "out", "--json")
+    go_on = stop_before("gamma")
+    result = nufilt(*argv)
+    assert (result.code, len(result.lines), result.out) == (130, 1, "")
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").is_dir()
+    go_on()
+    result = nufilt(*argv)
+    assert (result.code, resumed(result)) == (0, [True, True, False])
+    assert build.weight_bytes(tmp_path / "out") == build.weight_bytes(tmp_path / "whole")
+    assert beside(tmp_path / "out") <= {"whole", "whole.lock"}
+    forecasts = [json.loads((tmp_path / name / "forecast.json").read_text()) for name in ("out", "whole")]
+    assert forecasts[0] == forecasts[1]
+
+
+def test_a_run_that_finished_no_step_binds_nobody(shared_models, tmp_path, nufilt, command, stop_before):
+    out = tmp_path / "deep" / "er" / "out"
+    go_on = stop_before("alpha")
+    assert nufilt(*command(shared_models, out)).code == 130
+    go_on()
+    result = nufilt(*command(shared_models, out, "--method", "sum", "--json", n=2))
+    assert (result.code, resumed(result)) == (0, [False, False])
+    assert beside(out) == set()
+
+
+@pytest.mark.parametrize("stop_at", ["alpha", "beta"])
+def test_add_to_an_unfinished_merge(shared_models, tmp_path, nufilt, command, stop_before, stop_at):
+    assert nufilt(*command(shared_models, tmp_path / "whole", n=4)).code == 0
+    out = tmp_path / "out"
+    go_on = stop_before(stop_at)
+    assert nufilt(*command(shared_models, out, n=3)).code == 130
+    go_on()
+    result = nufilt(*add(shared_models, out, "delta", options=("--json",)))
+    assert (result.code, resumed(result)) == (0, [stop_at == "beta", False, False, False])
+    assert [task["name"] for task in result.json["tasks"]] == list(build.TASKS)
+    assert build.weight_bytes(out) == build.weight_bytes(tmp_path / "whole")
+
+
+def test_interrupted_add_goes_on_and_hides_nothing(shared_models, tmp_path, nufilt, command, stop_before):
+    out = tmp_path / "out"
+    assert nufilt(*command(shared_models, out, n=2, tasks=None)).code == 0
+    before = build.snapshot(out)
+    go_on = stop_before("delta")
+    assert nufilt(*add(shared_models, out, "gamma", "delta")).code == 130
+    assert build.snapshot(out) == before
+    go_on()
+    result = nufilt(*add(shared_models, out, "gamma", "delta", options=("--json",)))
+    assert (result.code, resumed(result)) == (0, [True, True, True, False])
+    assert nufilt(*command(shared_models, tmp_path / "whole", n=4)).code == 0
+    assert build.weight_bytes(out) == build.weight_bytes(tmp_path / "whole")
+
+
+CHANGES = {
+    "--seed": ("--seed", "7"),
+    "--steps": ("--steps", "3"),
+    "--method": ("--method", "sum"),
+    "--dtype": ("--dtype", "float16"),
+    "--format": ("--format", "flax"),
+    "--layers": ("--layers", "q_proj"),
+    "--other-params": ("--other-params", "average"),
+    "--learning-rate": ("--learning-rate", "0.01"),
+}
+
+
+@pytest.fixture(scope="module")
+def finished(shared_models, tmp_path_factory, command):
+    from nufilt_jax.cli import main
+
+    out = tmp_path_factory.mktemp("finished") / "out"
+    assert main(command(shared_models, out, "--quiet")) == 0
+    return out
+
+
+@pytest.mark.parametrize("option", CHANGES)
+def test_changed_settings_are_refused(shared_models, finished, nufilt, command, option):
+    before = build.snapshot(finished.parent)
+    argv = command(shared_models, finished)
+    if option == "--steps":
+        argv = [part if part != "4" or argv[i - 1] != "--steps" else "3" for i, part in enumerate(argv)]
+    else:
+        argv += CHANGES[option]
+    result = nufilt(*argv)
+    assert (result.code, len(result.lines)) == (1, 1), result.err
+    line = result.lines[0]
+    assert line.startswith(f"nufilt: {option}: is ") and CHANGES[option][1] in line.split(", got ")[1]
+    assert str(finished) in line
+    assert build.snapshot(finished.parent) == before
+    added = nufilt(*add(shared_models, finished, "delta", options=CHANGES[option]))
+    assert (added.code, len(added.lines)) == (1, 1), added.err
+    assert added.lines[0].startswith(f"nufilt: {option}: is ")
+    assert build.snapshot(finished.parent) == before
+
+
+def test_changed_tasks_are_refused(shared_models, finished, nufilt, command):
+    before = build.snapshot(finished.parent)
+    for names in (("alpha", "beta"), ("beta", "alpha", "gamma"), build.TASKS):
+        result = nufilt(*command(shared_models, finished, tasks=names))
+        assert (result.code, len(result.lines)) == (1, 1)
+        assert "alpha, beta, gamma" in result.err and ", ".join(names) in result.err
+    assert build.snapshot(finished.parent) == before
+
+
+@pytest.mark.parametrize("name", ["base", "beta"])
+def test_changed_weights_are_refused(models, tmp_path, nufilt, command, name):
+    out = tmp_path / "out"
+    argv = command(models, out)
+    assert nufilt(*argv).code == 0
+    old = json.loads((out / "nufilt.json").read_text())
+    before = build.snapshot(out)
+    shutil.rmtree(models / name)
+    build.write(models / name, build.fine_tuned(build.tower(0), 77))
+    result = nufilt(*argv)
+    assert (result.code, len(result.lines)) == (1, 1), result.err
+    entry = old["base"] if name == "base" else old["tasks"][1]
+    assert entry["sha256"]["model.safetensors"] in result.err and str(models / name) in result.err
+    added = nufilt(*add(models, out, "delta"))
+    assert added.code == (1 if name == "base" else 0)
+    if name == "base":
+        assert entry["sha256"]["model.safetensors"] in added.err and len(added.lines) == 1
+        assert build.snapshot(out) == before
+
+
+def test_vanished_base(models, tmp_path, nufilt, command):
+    out = tmp_path / "out"
+    assert nufilt(*command(models, out, n=2)).code == 0
+    before = build.snapshot(out)
+    shutil.rmtree(models / "base")
+    result = nufilt(*add(models, out, "delta"))
+    assert (result.code, len(result.lines)) == (1, 1)
+    assert result.err.startswith(f"nufilt: {models / 'base'}: there is no such folder")
+    assert build.snapshot(out) == before and beside(out) == {"models"}
+
+
+def test_settings_are_frozen_in_the_recipe(shared_models, tmp_path, nufilt, command):
+    out = tmp_path / "out"
+    options = ("--method", "task_arithmetic", "--method-args", "scale=0.7")
+    assert nufilt(*command(shared_models, out, *options, n=2)).code == 0
+    result = nufilt(*add(shared_models, out, "gamma", options=(*options, "--json")))
+    assert (result.code, result.json["config"]) == (0, {"scale": 0.7, "accumulate": True})
+    result = nufilt(*add(shared_models, out, "delta", options=("--method-args", "scale=0.3")))
+    assert (result.code, "0.7" in result.err, "0.3" in result.err) == (1, True, True)
+
+
+@pytest.mark.parametrize("content", ["a file", "a folder", "a strange recipe", "an empty recipe"])
+def test_foreign_folder_is_left_alone(shared_models, tmp_path, nufilt, command, content):
+    out = tmp_path / "out"
+    if content == "a file":
+        out.write_text("mine")
+    else:
+        out.mkdir()
+        name = {"a folder": "thesis.tex"}.get(content, "nufilt.json")
+        (out / name).write_text("{}" if content == "an empty recipe" else "mine")
+    before = build.snapshot(tmp_path)
+    for argv in (command(shared_models, out), add(shared_models, out, "delta")):
+        result = nufilt(*argv)
+        assert (result.code, len(result.lines)) == (1, 1)
+        assert result.err.startswith(f"nufilt: {out}")
+        assert build.snapshot(tmp_path) == before
+
+
+def test_foreign_folder_that_comes_while_merging_is_left_alone(shared_models, tmp_path, nufilt, command, monkeypatch):
+    out = tmp_path / "out"
+    write = engine_run.write_checkpoint
+
+    def and_meanwhile(*args, **options):
+        write(*args, **options)
+        out.mkdir()
+        (out / "thesis.tex").write_text("mine")
+
+    monkeypatch.setattr(engine_run, "write_checkpoint", and_meanwhile)
+    result = nufilt(*command(shared_models, out))
+    assert (result.code, len(result.lines)) == (1, 1)
+    assert (out / "thesis.tex").read_text() == "mine"
+
+
+def test_empty_output_folder_is_used(shared_models, tmp_path, nufilt, command):
+    (tmp_path / "out").mkdir()
+    assert nufilt(*command(shared_models, tmp_path / "out", "--method", "sum")).code == 0
+    assert (tmp_path / "out" / "nufilt.json").is_file()
+
+
+def test_nothing_to_continue(tmp_path, shared_models, nufilt):
+    result = nufilt(*add(shared_models, tmp_path / "deep" / "none", "delta"))
+    assert (result.code, len(result.lines)) == (1, 1)
+    assert "holds no merge to continue" in result.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["removed", "truncated", "garbage", "of other layers"])
+def test_damaged_state(shared_models, tmp_path, nufilt, command, damage):
+    out = tmp_path / "out"
+    assert nufilt(*command(shared_models, out, n=2)).code == 0
+    if damage == "of other layers":
+        assert (
+            nufilt(*command(shared_models, tmp_path / "other", "--layers", "q_proj", "--method", "sum", n=2)).code == 0
+        )
+        shutil.rmtree(out / "state")
+        shutil.copytree(tmp_path / "other" / "state", out / "state")
+    elif damage == "removed":
+        shutil.rmtree(out / "state")
+    else:
+        for path in (out / "state").rglob("*"):
+            if path.is_file():
+                path.write_bytes(path.read_bytes()[:10] if damage == "truncated" else b"garbage")
+    before = build.snapshot(out)
+    result = nufilt(*add(shared_models, out, "delta"))
+    assert (result.code, len(result.lines)) == (1, 1), result.err
+    assert str(out) in result.err and "state" in result.err
+    assert build.snapshot(out) == before
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_losses_of_a_resumed_step_stay(shared_models, finished, nufilt, command):
+    result = nufilt(*command(shared_models, finished, "--json"))
+    assert np.isfinite(result.json["steps"][1]["losses"]).all() and len(result.json["steps"][1]["losses"]) == 5
