@@ -168,8 +168,7 @@ def split(run: Run) -> dict[str, float]:
         "wait for a task": sum(step["timings"]["wait"] for step in steps),
         "compile": document["compiled"]["seconds"],
         "solve": sum(step["timings"]["solve"] for step in steps) - document["compiled"]["seconds"],
-        "copy state": timings["copy_state"],
-        "wait for state": timings["wait_for_state"],
+        "write state": timings["write_state"],
         "write model": timings["write_model"],
     }
     return {"start, end": run.wall - sum(parts.values()), **parts}
@@ -185,11 +184,11 @@ def document(runs: dict[int, Run], tower: Tower, how: str) -> measure.Json:
         rows.append([n_tasks, run.wall, *parts.values(), rest, run.peak / GIB, limit / GIB])
         read, put = (sum(step["timings"][part] for step in steps) for part in ("read", "put"))
         missed = compiled["programs"] - compiled["from_cache"]
-        hidden.append([n_tasks, read, put, run.document["timings"]["write_state"], compiled["programs"], missed])
+        hidden.append([n_tasks, read, put, compiled["programs"], missed])
     columns = ("tasks", "wall", *split(next(iter(runs.values()))), "not solving, %", "peak GiB", "limit GiB")
     tables = [
         measure.table(SECONDS, columns, rows),
-        measure.table(HIDDEN, ("tasks", "read", "put", "write state", "programs", "compiled anew"), hidden),
+        measure.table(HIDDEN, ("tasks", "read", "put", "programs", "compiled anew"), hidden),
     ]
     if len(runs) > 2:
         tables.append(_growth({n_tasks: run.wall for n_tasks, run in runs.items()}))

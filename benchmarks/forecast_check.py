@@ -27,7 +27,7 @@ from nufilt_jax.analysis.forecast import (
     rank_correlation,
 )
 from nufilt_jax.commands.measured import measure as measure_stream
-from nufilt_jax.engine.recipe import forecast_entry
+from nufilt_jax.engine.records import forecast_entry
 from nufilt_jax.evaluation import accuracy_matrix
 from nufilt_jax.presets import shuffled
 
@@ -74,7 +74,7 @@ def check(stream: StudyStream, setting: Setting, order: int) -> Checked:
     state, told, scores = rule.init(base), [], []
     for step, model in enumerate(models):
         state = rule.update(state, model)
-        told.append(forecast_entry(names[step], state.report))
+        told.append({"task": names[step], **forecast_entry(state.report)})
         scores.append(stream.scores(merged_params(state), names[: step + 1]))
     found = measure_stream(base, models, stream.config, stream.images(names), {setting.label: rule})
     forecasts = {quantity: forecast_values(told, quantity, found.merged_layers) for quantity in QUANTITIES}

@@ -67,17 +67,17 @@ def stop_before(monkeypatch):
     """Ends a run, as Ctrl-C does, before it merges the task of this name; returns what lets it go on."""
 
     def arm(task):
-        from nufilt_jax.engine import run as engine_run  # not before conftest has set up the checks of types
+        from nufilt_jax.engine.walk import Walk  # not before conftest has set up the checks of types
 
-        update = engine_run._update
+        merge = Walk._merge
 
-        def interrupted(rule, state, ready, *rest):
-            if ready.name == task:
+        def interrupted(walk, cell, *rest):
+            if walk._names[cell.task] == task:
                 raise KeyboardInterrupt
-            return update(rule, state, ready, *rest)
+            return merge(walk, cell, *rest)
 
-        monkeypatch.setattr(engine_run, "_update", interrupted)
-        return lambda: monkeypatch.setattr(engine_run, "_update", update)
+        monkeypatch.setattr(Walk, "_merge", interrupted)
+        return lambda: monkeypatch.setattr(Walk, "_merge", merge)
 
     return arm
 

@@ -3,7 +3,7 @@
 import base64
 import html
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from nufilt_jax.analysis.forecast import QUANTITIES
 from nufilt_jax.analysis.layers import GROUPS
@@ -45,12 +45,30 @@ _CHECKS = {
 }
 
 
-def report_page(document: Mapping[str, Any], recipe: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
+class Told(NamedTuple):
+    """What the page tells of the recipe of a merge.
+
+    Attributes:
+      steps: task, seconds, and seconds by what they were spent on.
+      timings: seconds besides the steps, by what they were spent on.
+      compiled: number of programs, and seconds; None if that is not known.
+      inputs: base and tasks: name, source, revision of a Hub model, SHA-256 by file.
+      settings: all, with versions and `device`.
+    """
+
+    steps: Sequence[tuple[str, float, Mapping[str, float]]]
+    timings: Mapping[str, float]
+    compiled: tuple[int, float] | None
+    inputs: Sequence[tuple[str, str, str | None, Mapping[str, str]]]
+    settings: Mapping[str, Any]
+
+
+def report_page(document: Mapping[str, Any], recipe: Told, pictures: Mapping[str, bytes]) -> str:
     """The report as HTML; a part that is not known says so.
 
     Args:
       document: of `document.make_document`.
-      recipe: the content of `nufilt.json`.
+      recipe: what to tell of it.
       pictures: PNG files of `pictures.draw_pictures`; may be empty.
     """
     title = f"{document['method']}: {len(document['tasks'])} tasks merged"
@@ -72,12 +90,12 @@ def report_page(document: Mapping[str, Any], recipe: Mapping[str, Any], pictures
     )
 
 
-def _summary(document: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
-    told = [f"Merged one after another into {recipe['base']['source']}: {', '.join(document['tasks'])}."]
+def _summary(document: Mapping[str, Any], recipe: Told) -> str:
+    told = [f"Merged one after another into {recipe.inputs[0][1]}: {', '.join(document['tasks'])}."]
     accuracy = document["accuracy"]
     if accuracy and accuracy["acc"] is not None:
         told.append(f"ACC {100 * accuracy['acc']:.1f} %, BWT {100 * accuracy['bwt']:+.1f} points.")
-    told.append(f"Solved in {sum(step['seconds'] for step in recipe['steps']):.1f} s on {recipe['device']}.")
+    told.append(f"Solved in {sum(step[1] for step in recipe.steps):.1f} s on {recipe.settings['device']}.")
     return " ".join(told)
 
 
@@ -155,28 +173,26 @@ def _check(document: Mapping[str, Any]) -> str:
     return _section("check", title, _paragraph(words), _table(["forecast with measurement", "correlation"], rows))
 
 
-def _time(recipe: Mapping[str, Any]) -> str:
-    parts = list(dict.fromkeys(part for step in recipe["steps"] for part in step.get("timings", {})))
+def _time(recipe: Told) -> str:
+    parts = list(dict.fromkeys(part for _, _, timings in recipe.steps for part in timings))
     rows = [
-        [step["task"], _number(step["seconds"], 2), *(_number(step.get("timings", {}).get(part), 2) for part in parts)]
-        for step in recipe["steps"]
+        [task, _number(seconds, 2), *(_number(timings.get(part), 2) for part in parts)]
+        for task, seconds, timings in recipe.steps
     ]
     steps = _table(["seconds", "step", *parts], rows)
-    whole = [[name, _number(seconds, 2)] for name, seconds in recipe.get("timings", {}).items()]
-    if compiled := recipe.get("compiled"):
-        whole.append([f"compiling {compiled['programs']} programs", _number(compiled["seconds"], 2)])
+    whole = [[name, _number(seconds, 2)] for name, seconds in recipe.timings.items()]
+    if recipe.compiled is not None:
+        programs, seconds = recipe.compiled
+        whole.append([f"compiling {programs} programs", _number(seconds, 2)])
     return _section("time", "Where the time went", steps, _table(["besides the steps", "seconds"], whole))
 
 
-def _recipe(recipe: Mapping[str, Any]) -> str:
-    models = [("base", recipe["base"]), *((task["name"], task) for task in recipe["tasks"])]
+def _recipe(recipe: Told) -> str:
     rows = [
-        [name, entry["source"], entry["revision"] or "", " ".join(f"{k}: {v}" for k, v in entry["sha256"].items())]
-        for name, entry in models
+        [name, source, revision or "", " ".join(f"{file}: {digest}" for file, digest in sha256.items())]
+        for name, source, revision, sha256 in recipe.inputs
     ]
-    settings = {key: recipe[key] for key in ("method", "seed", "layers", "other_params", "format", "dtype")}
-    settings |= recipe["config"] | recipe["versions"] | {"device": recipe["device"]}
-    told = [[key, "" if value is None else str(value)] for key, value in settings.items()]
+    told = [[key, "" if value is None else str(value)] for key, value in recipe.settings.items()]
     inputs = _table(["model", "source", "revision", "SHA-256"], rows, is_text=True)
     return _section("recipe", "Recipe", inputs, _table(["setting", "value"], told, is_text=True))
 

@@ -14,15 +14,14 @@ from nufilt_jax import methods
 from nufilt_jax.analysis.document import Measured, make_document
 from nufilt_jax.analysis.layers import WHOLE_MODEL
 from nufilt_jax.analysis.pictures import draw_pictures
-from nufilt_jax.analysis.report import report_page
+from nufilt_jax.analysis.report import Told, report_page
 from nufilt_jax.checkpoints import Checkpoint, open_checkpoint
 from nufilt_jax.commands import console as show
 from nufilt_jax.commands.arguments import AnalyzeArguments
 from nufilt_jax.commands.measured import measure
 from nufilt_jax.config import problem
 from nufilt_jax.durable import atomic_write
-from nufilt_jax.engine.job import Source
-from nufilt_jax.engine.recorded import other_weights_problem, read_recipe
+from nufilt_jax.engine.job import read_recipe
 from nufilt_jax.engine.tiny import family_of
 from nufilt_jax.errors import (
     CheckpointError,
@@ -37,7 +36,9 @@ from nufilt_jax.evaluation import accuracy_matrix
 from nufilt_jax.evaluation.specs import Spec, load_specs
 from nufilt_jax.evaluation.task_images import TaskImages, read_task_images
 from nufilt_jax.models import parse_vision_config
-from nufilt_jax.output.place import FORECAST, RECIPE, OutputPlace, read_json, write_json
+from nufilt_jax.output.documents import read_json, write_json
+from nufilt_jax.output.place import FORECAST, RECIPE, OutputPlace
+from nufilt_jax.output.recipe import Model, Recipe
 from nufilt_jax.zoo import draw
 from nufilt_jax.zoo.families import IMAGE_MEAN, IMAGE_STD
 
@@ -57,7 +58,7 @@ def analyze(folder: Path, arguments: AnalyzeArguments, stdout: Console, stderr: 
         raise OutputError(Problem(str(folder), "holds no finished merge", "give the output folder of a merge"))
     watcher = show.ProgressWatcher(stderr, quiet=arguments.quiet or arguments.json)
     with place.locked(), watcher.progress:
-        recipe = read_json(place.out / RECIPE)
+        recipe = read_recipe(read_json(place.out / RECIPE), place.out)
         watcher.phase("measuring on images")
         document = _document(recipe, place.out, specs, arguments.images)
         watcher.phase("drawing")
@@ -71,15 +72,14 @@ def analyze(folder: Path, arguments: AnalyzeArguments, stdout: Console, stderr: 
     return 0
 
 
-def _document(recipe: Mapping[str, Any], folder: Path, specs: Mapping[str, Spec], n_images: int) -> dict[str, Any]:
-    tasks = [task["name"] for task in recipe["tasks"]]
-    limit = recipe["steps"][-1].get("accuracy_limit")  # scores of other examples cannot be compared
-    scores = [step.get("accuracy", {}) if step.get("accuracy_limit") == limit else {} for step in recipe["steps"]]
+def _document(recipe: Recipe, folder: Path, specs: Mapping[str, Spec], n_images: int) -> dict[str, Any]:
+    tasks, limit = recipe.task_names, recipe.steps[-1].accuracy_limit  # scores of other examples cannot be compared
+    scores = [step.accuracy or {} if step.accuracy_limit == limit else {} for step in recipe.steps]
     forecast = read_json(folder / FORECAST)["steps"] if (folder / FORECAST).is_file() else []
     measured, missing = _measured(recipe, folder, specs, n_images)
     return make_document(
         tasks=tasks,
-        method=recipe["method"],
+        method=recipe.settings.method,
         forecast=forecast,
         accuracies=accuracy_matrix(scores, tasks) if any(scores) else None,
         measured=measured,
@@ -88,11 +88,10 @@ def _document(recipe: Mapping[str, Any], folder: Path, specs: Mapping[str, Spec]
 
 
 def _measured(
-    recipe: Mapping[str, Any], folder: Path, specs: Mapping[str, Spec], n_images: int
+    recipe: Recipe, folder: Path, specs: Mapping[str, Spec], n_images: int
 ) -> tuple[Measured | None, dict[str, str]]:
     """Affinities, and the losses of the same merge done again; or why there are none."""
-    recorded = read_recipe(recipe, folder)
-    settings, missing = recorded.settings, dict[str, str]()
+    settings, missing = recipe.settings, dict[str, str]()
     rule, rules = methods.find(settings.method), {}
     if rule.needs_data or rule.adds_parameters:
         missing["losses"] = f"{rule.name} needs {rule.needs}, and is not merged again"
@@ -100,20 +99,20 @@ def _measured(
         how: dict[str, Any] = {"layers": settings.layers, "other_params": settings.other_params}
         rules[rule.name] = methods.get(rule.name, settings.config, seed=settings.seed, **how)
     try:
-        base = open_checkpoint(recorded.base.source, revision=recorded.base.revision)
-        images = _images([task.name for task in recorded.tasks], base, specs, n_images)
-        models = [open_checkpoint(task.source, revision=task.revision) for task in recorded.tasks]
-        _require_unchanged([(recorded.base, base), *zip(recorded.tasks, models, strict=True)], folder)
+        base = open_checkpoint(recipe.base.source, revision=recipe.base.revision)
+        images = _images(recipe.task_names, base, specs, n_images)
+        models = [open_checkpoint(task.source, revision=task.revision) for task in recipe.tasks]
+        _require_unchanged([(recipe.base, base), *zip(recipe.tasks, models, strict=True)], folder)
         return measure(base.read(), [model.read() for model in models], base.config, images, rules), missing
     except NufiltError as error:  # the rest of the report needs none of this
         reason = "; ".join(f"{found.where}: {found.what}" for found in error.problems)
         return None, {"affinity": reason, "losses": reason}
 
 
-def _require_unchanged(models: Iterable[tuple[Source, Checkpoint]], folder: Path) -> None:
+def _require_unchanged(models: Iterable[tuple[Model, Checkpoint]], folder: Path) -> None:
     """Refuses models that are no longer what was merged."""
-    found = (other_weights_problem(then.source, then.sha256 or {}, now.sha256(), folder) for then, now in models)
-    raise_all(CheckpointError, filter(None, found))
+    changes = (then.changes(now.sha256(), then.source, folder) for then, now in models)
+    raise_all(CheckpointError, (problem for found in changes for problem in found))
 
 
 def _images(names: Sequence[str], base: Checkpoint, specs: Mapping[str, Spec], n_images: int) -> Sequence[TaskImages]:
@@ -136,14 +135,29 @@ def _pictures(document: Mapping[str, Any]) -> tuple[dict[str, bytes], tuple[str,
         return {}, tuple(str(found) for found in error.problems)
 
 
-def _write(out: Path, document: dict[str, Any], recipe: Mapping[str, Any], pictures: Mapping[str, bytes]) -> None:
+def _write(out: Path, document: dict[str, Any], recipe: Recipe, pictures: Mapping[str, bytes]) -> None:
     shutil.rmtree(out / PICTURES, ignore_errors=True)
     (out / PICTURES).mkdir()
     files = {f"{PICTURES}/{name}.png": content for name, content in pictures.items()}
-    files[REPORT] = report_page(document, recipe, pictures).encode()
+    files[REPORT] = report_page(document, _told(recipe), pictures).encode()
     for name, content in files.items():
         atomic_write(out / name, content)
     write_json(out / ANALYSIS, document)
+
+
+def _told(recipe: Recipe) -> Told:
+    """What a report tells of a merge's recipe."""
+    settings = recipe.settings.to_json()
+    config, compiled = settings.pop("config"), dict(recipe.compiled)
+    return Told(
+        steps=[(step.task, step.seconds, dict(step.timings)) for step in recipe.steps],
+        timings=recipe.timings,
+        compiled=(compiled["programs"], compiled["seconds"]) if compiled else None,
+        inputs=[
+            (model.name, model.source, model.revision, model.sha256 or {}) for model in (recipe.base, *recipe.tasks)
+        ],
+        settings={**settings, **config, **recipe.versions, "device": recipe.device},
+    )
 
 
 def _show(console: Console, document: Mapping[str, Any], report: Path) -> None:

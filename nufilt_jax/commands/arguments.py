@@ -87,7 +87,7 @@ class Arguments:
       limit: At most so many examples of each task, for a quick look.
       dtype: Type of the stored weights: float32, bfloat16 or float16. Without it, the base's own.
       format: safetensors or flax. Without it, the base's own.
-      max_memory: Not available yet.
+      max_memory: Most memory that the run may take, as 8GB (10^9) or 8GiB (2^30). Without it, half of what is free.
       devices: Devices to compute on. Only 1 for now.
       offline: Never ask the Hub; use its local cache.
       plan: Say what would be done, from headers alone, and write nothing.

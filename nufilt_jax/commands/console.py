@@ -14,6 +14,7 @@ from nufilt_jax.anatomy import FLAT, shape_in
 from nufilt_jax.engine.coverage import Rows, coverage, coverage_lines
 from nufilt_jax.engine.plan import Plan
 from nufilt_jax.methods.state import LayerReport
+from nufilt_jax.output.recipe import Recipe
 
 
 class ProgressWatcher:
@@ -38,10 +39,10 @@ class ProgressWatcher:
             for line in coverage_lines(selected, left):
                 show_line(self._console, line)
 
-    def step(self, task: str, index: int, total: int) -> None:
-        """Task number `index` of `total` begins."""
-        self._task = f"{task} ({index + 1} of {total})"
-        self.progress.update(self._bar, description=self._task, completed=index, total=total)
+    def cell(self, task: str, window: str, done: int, total: int) -> None:
+        """A cell begins, after `done` of `total`."""
+        self._task = f"{task}, {window} ({done + 1} of {total})" if window else f"{task} ({done + 1} of {total})"
+        self.progress.update(self._bar, description=self._task, completed=done, total=total)
 
     def stack(self, description: str, report: LayerReport) -> None:
         """A group of layers is solved."""
@@ -82,16 +83,15 @@ def plan_document(plan: Plan) -> dict[str, Any]:
             {"name": source.name, "source": source.source, "revision": source.revision, "done": index < plan.done}
             for index, source in enumerate(plan.sources)
         ],
-        **plan.settings.as_dict(),
+        **plan.settings.to_json(),
         "layers_selected": [layer.removesuffix(FLAT) for layer in plan.selection.layers],
         "selected": selected,
         "left": left,
         "other_touched": len(plan.selection.other),
         "kept_from_base": len(plan.base.tensors) - len(plan.selection.touched),
         "stacks": [
-            {"layers": len(names), "shape": list(shape_in(plan.base.tensors, names[0]))}
-            for group in plan.groups
-            for names in group.stacks
+            {"layers": len(stack.layers), "shape": list(shape_in(plan.base.tensors, stack.layers[0]))}
+            for stack in plan.stacks
         ],
         "bytes": model_bytes(plan),
         "warnings": list(plan.warnings),
@@ -128,17 +128,14 @@ def show_plan(console: Console, plan: Plan) -> None:
         show_line(console, line)
 
 
-def show_result(console: Console, recipe: Mapping[str, Any], out: str) -> None:
+def show_result(console: Console, recipe: Recipe, out: str) -> None:
     """What was merged and what was left, the steps as a table, and where the model is."""
-    for line in coverage_lines(recipe["selected"], recipe["left"]):
+    for line in coverage_lines(recipe.selected, recipe.left):
         show_line(console, line)
     table = Table("step", "task", "seconds", "loss before", "loss after", "")
-    for number, step in enumerate(recipe["steps"], 1):
-        ends = (step["losses"] or [])[:1] + (step["losses"] or [])[-1:]
-        losses = ["" if loss is None else f"{loss:.4g}" for loss in ends] or ["", ""]
-        table.add_row(
-            str(number), Text(step["task"]), f"{step['seconds']:.2f}", *losses, "resumed" if step["resumed"] else ""
-        )
+    for number, step in enumerate(recipe.steps, 1):
+        losses = ["" if loss is None else f"{loss:.4g}" for loss in step.losses[:1] + step.losses[-1:]] or ["", ""]
+        table.add_row(str(number), Text(step.task), f"{step.seconds:.2f}", *losses, "resumed" if step.resumed else "")
     console.print(table)
     show_line(console, f"merged model: {out}")
 

@@ -15,7 +15,8 @@ from nufilt_jax.engine.inspection import inspect
 from nufilt_jax.engine.plan import Plan, make_plan
 from nufilt_jax.engine.run import run
 from nufilt_jax.engine.timing import Clock
-from nufilt_jax.output.place import OutputPlace, read_json
+from nufilt_jax.output.documents import read_json
+from nufilt_jax.output.place import OutputPlace
 from nufilt_jax.presets import TINY
 
 if TYPE_CHECKING:
@@ -81,7 +82,9 @@ def _run(arguments: Arguments, stdout: Console, stderr: Console) -> None:
         scores = _scores(plan, place, watcher)
     show.show_warnings(stderr, tuple(evaluation.warnings) if evaluation else ())
     if arguments.json:
-        show.show_json(stdout, {"out": str(place.out), **recipe, **({"evaluation": scores} if scores else {})})
+        show.show_json(
+            stdout, {"out": str(place.out), **recipe.to_json(), **({"evaluation": scores} if scores else {})}
+        )
     elif not arguments.quiet:
         show.show_result(stdout, recipe, str(place.out))
         if scores:

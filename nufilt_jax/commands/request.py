@@ -8,11 +8,12 @@ from nufilt_jax.checkpoints import open_checkpoint, parse_source
 from nufilt_jax.commands.arguments import Arguments, EvaluateArguments
 from nufilt_jax.commands.settings import DEFAULT_METHOD, changed_settings, read_evaluation, read_settings
 from nufilt_jax.config import option, problem
-from nufilt_jax.engine.job import EvaluationOptions, Job, Source
-from nufilt_jax.engine.recorded import current, other_weights_problem
+from nufilt_jax.engine.job import EvaluationOptions, Job, recorded_in
+from nufilt_jax.engine.memory import parse_size
 from nufilt_jax.errors import ConfigError, NufiltError, OutputError, Problem, UsageError, gathering, raise_all
 from nufilt_jax.methods import RULES
 from nufilt_jax.output.place import OutputPlace
+from nufilt_jax.output.recipe import VERSION, Model
 from nufilt_jax.presets import CLIP_BASES, FLAN_T5, TINY, Preset, check_model, clip_preset, flan_t5_preset, shuffled
 from nufilt_jax.strict_json import shown
 
@@ -89,12 +90,13 @@ def new_job(arguments: Arguments, zoo: Path | None = None) -> Job:
     if preset is None:
         raise NufiltError(*problems)
     return Job(
-        base=Source("base", *parse_source(preset.base)),
+        base=Model("base", *parse_source(preset.base)),
         sources=_sources(preset.tasks),
         settings=settings,
         out=arguments.out or _default_out(arguments, order),
         data=arguments.data or preset.data,
         evaluation=evaluation,
+        max_memory=_max_memory(arguments, problems),
         strict=arguments.strict,
         warnings=(*warnings, *_idle_data(arguments, settings.method)),
         problems=tuple(problems),
@@ -107,28 +109,35 @@ def continued_job(arguments: Arguments, place: OutputPlace) -> Job:
     Raises:
       NufiltError: there is none, or its recipe is damaged.
     """
-    recorded = current(place)
+    recorded = recorded_in(place)
     if recorded is None:
         fix = "start one with --base, --task and --out"
         raise OutputError(Problem(str(place.out), "holds no merge to continue", fix))
-    problems = changed_settings(arguments, recorded.settings)
+    recipe = recorded.recipe
+    if recipe.version < VERSION:
+        what = (
+            f"is a merge of nufilt_jax {recipe.versions.get('nufilt_jax', '0.1')}, whose state this version cannot read"
+        )
+        raise OutputError(Problem(str(recorded.folder), what, "continue it with that version, or merge again"))
+    problems = changed_settings(arguments, recipe.settings)
     evaluation = _evaluation(arguments, problems)
     new = _sources(_tasks(arguments))
-    n_known = _n_known([source.name for source in recorded.tasks], [source.name for source in new])
+    n_known = _n_known(recipe.task_names, [source.name for source in new])
     if not arguments.plan:  # which reads no weights, and so cannot hash them
-        for known, again in zip(recorded.tasks[len(recorded.tasks) - n_known :], new, strict=False):
+        for known, again in zip(recipe.tasks[len(recipe.tasks) - n_known :], new, strict=False):
             with gathering(problems):
-                problems += _changes(again, known, arguments, recorded.folder)
+                problems += known.changes(_sha256(again, arguments), again.source, recorded.folder)
     return Job(
-        base=recorded.base,
-        sources=recorded.tasks + new[n_known:],
-        settings=recorded.settings,
+        base=recipe.base,
+        sources=recipe.tasks + new[n_known:],
+        settings=recipe.settings,
         out=place.out,
         data=arguments.data,
         evaluation=evaluation,
+        max_memory=_max_memory(arguments, problems),
         strict=arguments.strict,
         continues=recorded,
-        warnings=_idle_data(arguments, recorded.settings.method),
+        warnings=_idle_data(arguments, recipe.settings.method),
         problems=tuple(problems),
     )
 
@@ -139,10 +148,15 @@ def _n_known(recorded: list[str], new: list[str]) -> int:
     return next((n for n in range(most, 0, -1) if recorded[-n:] == new[:n]), 0)
 
 
-def _changes(new: Source, known: Source, arguments: Arguments, folder: Path) -> list[Problem]:
-    now = open_checkpoint(new.source, revision=new.revision, offline=arguments.offline).sha256()
-    found = other_weights_problem(new.source, known.sha256 or {}, now, folder)
-    return [found] if found else []
+def _sha256(model: Model, arguments: Arguments) -> dict[str, str]:
+    return open_checkpoint(model.source, revision=model.revision, offline=arguments.offline).sha256()
+
+
+def _max_memory(arguments: Arguments, problems: list[Problem]) -> int | None:
+    size = None
+    with gathering(problems):
+        size = None if arguments.max_memory is None else parse_size(arguments.max_memory)
+    return size
 
 
 def _preset(arguments: Arguments, order: int | None, zoo: Path | None) -> Preset:
@@ -191,8 +205,8 @@ def _tasks(arguments: Arguments) -> list[tuple[str, str]]:
     return [(name.strip(), source) for name, _, source in pairs]
 
 
-def _sources(tasks: Iterable[tuple[str, str]]) -> tuple[Source, ...]:
-    return tuple(Source(name, *parse_source(source)) for name, source in tasks)
+def _sources(tasks: Iterable[tuple[str, str]]) -> tuple[Model, ...]:
+    return tuple(Model(name, *parse_source(source)) for name, source in tasks)
 
 
 def _order(text: str | None) -> int | None:

@@ -6,9 +6,10 @@ from typing import Any, TypeVar, get_args
 
 from nufilt_jax.commands.arguments import Arguments, EvaluateArguments
 from nufilt_jax.config import ComputeType, MethodConfig, OtherParams, option, problem
-from nufilt_jax.engine.job import EvaluationOptions, Settings
+from nufilt_jax.engine.job import EvaluationOptions
 from nufilt_jax.errors import ConfigError, Problem, gathering
 from nufilt_jax.methods import RULES, find
+from nufilt_jax.output.recipe import Settings
 from nufilt_jax.strict_json import shown
 
 T = TypeVar("T")
@@ -99,8 +100,6 @@ def changed_settings(arguments: Arguments, settings: Settings) -> list[Problem]:
 def _not_available(arguments: Arguments) -> list[Problem]:
     """What the design has a place for, and nothing stands there yet."""
     problems = []
-    if arguments.max_memory is not None:
-        problems.append(problem("max_memory", "is not available yet", "leave it out"))
     if arguments.devices is not None and arguments.devices > 1:
         problems.append(problem("devices", "more than one device is not available yet", "leave it out"))
     elif arguments.devices is not None and arguments.devices < 1:

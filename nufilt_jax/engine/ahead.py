@@ -3,14 +3,12 @@
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Generic, Self, TypeVar
 
 Item = TypeVar("Item")
 Loaded = TypeVar("Loaded")
-
-_PATIENCE = 0.02  # seconds between two looks at `stop`
 
 
 class ReadAhead(Generic[Item, Loaded]):
@@ -32,16 +30,10 @@ class ReadAhead(Generic[Item, Loaded]):
         """Whether the next item is being loaded, or is there."""
         return self._coming is not None
 
-    def begin(self, after: "Future[Any] | None" = None) -> None:
-        """Begins to load the next item, unless that has begun or none is left; not before `after` is done."""
+    def begin(self) -> None:
+        """Begins to load the next item, unless that has begun or none is left."""
         if self._coming is None and self._left:
-            self._coming = self._pool.submit(self._load_after, after, self._left.popleft())
-
-    def _load_after(self, after: "Future[Any] | None", item: Item) -> Loaded:
-        while after is not None and not after.done():
-            if self._stop.wait(_PATIENCE):
-                raise CancelledError
-        return self._load(item, self._stop)
+            self._coming = self._pool.submit(self._load, self._left.popleft(), self._stop)
 
     def take(self) -> Loaded:
         """The next item, loaded; raises what its load raised."""

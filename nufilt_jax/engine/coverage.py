@@ -7,10 +7,10 @@ from typing import Any
 from nufilt_jax.anatomy import FLAT, family_of, is_buffer, shape_in
 from nufilt_jax.checkpoints import Checkpoint
 from nufilt_jax.checkpoints.dtypes import FLOATS
-from nufilt_jax.engine.job import Settings
 from nufilt_jax.engine.plan import Plan
 from nufilt_jax.methods import find
 from nufilt_jax.methods.selection import Selection, published_layers, reach_of
+from nufilt_jax.output.recipe import Settings
 from nufilt_jax.patterns import Group, patterns
 
 MOST_OUTSIDE = 0.05  # share of a task's squared change beyond which leaving it out is warned about

@@ -9,8 +9,7 @@ from typing import Any
 from nufilt_jax.analysis.plots import draw_accuracy_matrix
 from nufilt_jax.checkpoints import Checkpoint, load, open_checkpoint, parse_source
 from nufilt_jax.config import problem
-from nufilt_jax.engine.job import EvaluationOptions
-from nufilt_jax.engine.recorded import read_recipe
+from nufilt_jax.engine.job import EvaluationOptions, read_recipe
 from nufilt_jax.engine.scores import Row, merged_row, plain_row
 from nufilt_jax.engine.tiny import built_in_tasks, family_of
 from nufilt_jax.errors import (
@@ -28,7 +27,9 @@ from nufilt_jax.evaluation.specs import Spec, load_specs
 from nufilt_jax.evaluation.suite import EvaluatedModel, Suite, open_tasks, spec_problems
 from nufilt_jax.evaluation.text_heads import TextHeads
 from nufilt_jax.evaluation.text_tokens import open_tokenizer
-from nufilt_jax.output.place import RECIPE, read_json, write_json
+from nufilt_jax.output.documents import read_json, write_json
+from nufilt_jax.output.place import RECIPE
+from nufilt_jax.output.recipe import Recipe, Step
 from nufilt_jax.zoo import default_folder
 
 EVALUATION = "evaluation.json"
@@ -123,19 +124,19 @@ class Evaluation:
             accuracy = self._suite.score(params, on_batch=_telling(self._tell, f"evaluating after {task}"))
         return {"accuracy": accuracy, "accuracy_limit": self._options.limit}
 
-    def covers(self, step: Mapping[str, Any]) -> bool:
-        """Whether the recipe's entry of a step holds what `entry` would say."""
+    def covers(self, step: Step) -> bool:
+        """Whether a step holds what `entry` would say."""
         return set(self._names) <= _comparable(step, self._options).keys()
 
-    def finish(self, folder: Path, recipe: Mapping[str, Any]) -> None:
+    def finish(self, folder: Path, recipe: Recipe) -> None:
         """Writes scores and the picture of the accuracy matrix into an output folder."""
-        scores = [_comparable(step, self._options) for step in recipe["steps"]]
+        scores = [_comparable(step, self._options) for step in recipe.steps]
         with _evaluating():
-            rows = self._compare(recipe["method"]) if self._compare else []
-        rows.append(merged_row(recipe["method"], scores, self._names, _seconds(recipe["steps"])))
+            rows = self._compare(recipe.settings.method) if self._compare else []
+        rows.append(merged_row(recipe.settings.method, scores, self._names, _seconds(recipe.steps)))
         write_json(folder / EVALUATION, _head(self._names, self._options) | {"models": rows})
         try:
-            title = f"{recipe['method']}: accuracy after each step"
+            title = f"{recipe.settings.method}: accuracy after each step"
             draw_accuracy_matrix(accuracy_matrix(scores, self._names), self._names, folder / PICTURE, title=title)
         except MissingExtraError as error:
             self.warnings += [str(found) for found in error.problems]
@@ -159,7 +160,7 @@ def evaluate_folder(folder: Path, names: Sequence[str], options: EvaluationOptio
       NufiltError: with everything that is missing or does not fit.
     """
     recorded = read_recipe(read_json(folder / RECIPE), folder) if (folder / RECIPE).is_file() else None
-    merged = [task.name for task in recorded.tasks] if recorded else []
+    merged = recorded.task_names if recorded else []
     names = list(dict.fromkeys(names)) or merged
     if not names:
         fix = "name each with --task"
@@ -203,14 +204,14 @@ def _with_others(document: dict[str, Any], there: Mapping[str, Any]) -> dict[str
     return document | {"models": list(rows.values())}
 
 
-def _comparable(step: Mapping[str, Any], options: EvaluationOptions) -> Mapping[str, float]:
+def _comparable(step: Step, options: EvaluationOptions) -> Mapping[str, float]:
     """The scores in a recipe's entry of a step; none if they are of other examples or another type."""
-    is_same = step.get("accuracy_limit") == options.limit and options.dtype == "float32"
-    return step.get("accuracy", {}) if is_same else {}
+    is_same = step.accuracy_limit == options.limit and options.dtype == "float32"
+    return step.accuracy or {} if is_same else {}
 
 
-def _seconds(steps: Sequence[Mapping[str, Any]]) -> float:
-    return sum(step["seconds"] for step in steps)
+def _seconds(steps: Sequence[Step]) -> float:
+    return sum(step.seconds for step in steps)
 
 
 def _telling(tell: Tell, what: str) -> OnBatch:

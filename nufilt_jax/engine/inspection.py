@@ -11,7 +11,6 @@ from nufilt_jax.checkpoints import Checkpoint, Findings, survey_file
 from nufilt_jax.checkpoints.dtypes import OUTPUT_DTYPES
 from nufilt_jax.checkpoints.outputs import new_types, range_problem
 from nufilt_jax.engine.plan import Plan
-from nufilt_jax.engine.recorded import other_weights_problem
 from nufilt_jax.errors import CheckpointError, Problem, raise_all
 
 _READERS = 4  # threads; more only compete for the disk
@@ -55,7 +54,9 @@ def inspect(plan: Plan) -> Inspection:
         problems += refused
         warnings += map(str, accepted)
     raise_all(CheckpointError, problems)
-    merged = {} if plan.recorded is None else {task.name: dict(task.sha256 or {}) for task in plan.recorded.tasks}
+    merged = (
+        {} if plan.recorded is None else {task.name: dict(task.sha256 or {}) for task in plan.recorded.recipe.tasks}
+    )
     changes = {name: _changes(findings) for name, findings in zip(plan.tasks, tasks, strict=True)}
     return Inspection(_sha256(base, plan.base), merged | hashes, tuple(warnings), changes)
 
@@ -108,11 +109,11 @@ def _replaced(plan: Plan, base_sha256: Mapping[str, str], hashes: Mapping[str, M
     """The models that are not what they were when an earlier run began this merge."""
     if plan.recorded is None:
         return
-    pairs = [(plan.base, plan.recorded.base, base_sha256)]
-    pairs += [(plan.tasks[t.name], t, hashes[t.name]) for t in plan.recorded.tasks if t.name in plan.tasks]
+    recipe, folder = plan.recorded.recipe, plan.recorded.folder
+    pairs = [(plan.base, recipe.base, base_sha256)]
+    pairs += [(plan.tasks[t.name], t, hashes[t.name]) for t in recipe.tasks if t.name in plan.tasks]
     for checkpoint, then, now in pairs:
-        if found := other_weights_problem(checkpoint.source, then.sha256 or {}, now, plan.recorded.folder):
-            yield found
+        yield from then.changes(now, checkpoint.source, folder)
 
 
 def _nonfinite_problems(

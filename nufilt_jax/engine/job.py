@@ -5,54 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nufilt_jax.config import ComputeType, MethodConfig, OtherParams
+from nufilt_jax.config import ComputeType
 from nufilt_jax.errors import Problem
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How to merge; frozen in the recipe.
-
-    Attributes:
-      method: name of the rule.
-      config: its settings.
-      seed: of the adapter's start.
-      layers: regular expression of the selected layers; None for the published choice.
-      other_params: what becomes of all other parameters.
-      format: of the weight files; None for the base's.
-      dtype: of the stored weights; None for the base's.
-      conv: whether convolutions of blocks are matrices too.
-    """
-
-    method: str
-    config: MethodConfig
-    seed: int = 0
-    layers: str | None = None
-    other_params: OtherParams = "pretrained"
-    format: str | None = None
-    dtype: str | None = None
-    conv: bool = False
-
-    def as_dict(self) -> dict[str, Any]:
-        """For the recipe."""
-        return dataclasses.asdict(self)
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """A model as the user names it, or as a recipe does.
-
-    Attributes:
-      name: the task's name; `base` for the base.
-      source: folder or Hub id.
-      revision: of a Hub id.
-      sha256: of its weight files by name, as a recipe recorded them; None if it comes from the command line.
-    """
-
-    name: str
-    source: str
-    revision: str | None = None
-    sha256: Mapping[str, str] | None = None
+from nufilt_jax.methods import find
+from nufilt_jax.output.place import OutputPlace
+from nufilt_jax.output.recipe import Model, Recipe, Settings
+from nufilt_jax.output.state import Stored
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,26 +34,55 @@ class EvaluationOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recorded:
-    """A merge under way or finished, as its recipe tells.
+    """A merge under way or finished, as its folder tells.
 
     Attributes:
-      folder: where the recipe stands: the output folder, or the partial one beside it.
-      base: with its hashes.
-      tasks: in order, with their hashes, those not merged yet included.
-      settings: how.
-      steps: the recipe's entries of the steps done.
+      folder: where its recipe stands: the output folder, or the partial one beside it.
+      recipe: with hashes of all models, the tasks not merged yet included.
+      stored: the windows of its grid that are on disk.
+      is_written: whether the folder is the finished one.
     """
 
     folder: Path
-    base: Source
-    tasks: tuple[Source, ...]
-    settings: Settings
-    steps: tuple[dict[str, Any], ...]
+    recipe: Recipe
+    stored: Stored
+    is_written: bool
 
     @property
     def done(self) -> int:
-        """Number of tasks merged."""
-        return len(self.steps)
+        """Number of tasks merged into all layers."""
+        if self.is_written:
+            return len(self.recipe.steps)
+        is_whole = len(self.stored.layers) >= sum(row["layers"] for row in self.recipe.windows)
+        return self.stored.least if is_whole else 0
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether anything of it is kept, so that another command may not take its place."""
+        return self.is_written or bool(self.stored.layers)
+
+
+def recorded_in(place: OutputPlace) -> Recorded | None:
+    """The merge under way beside an output folder, else the finished one in it, else None.
+
+    Raises:
+      OutputError: something else stands in the folder, or the recipe is damaged.
+    """
+    finished, unfinished = place.finished(), place.unfinished()
+    document, folder = (finished, place.out) if unfinished is None else (unfinished, place.partial)
+    if document is None:
+        return None
+    recipe = read_recipe(document, folder)
+    return Recorded(folder=folder, recipe=recipe, stored=Stored(place.windows()), is_written=unfinished is None)
+
+
+def read_recipe(document: Mapping[str, Any], folder: Path) -> Recipe:
+    """The recipe in a folder.
+
+    Raises:
+      OutputError: it is damaged, or of another version.
+    """
+    return Recipe.from_json(document, folder, lambda method: find(method).config)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,18 +96,20 @@ class Job:
       out: the output folder; None if only a plan is wanted.
       data: folder with examples of each task; None if there is none.
       evaluation: how the merged model is evaluated after every step; None if it is not.
+      max_memory: bytes that the run may take; None for half of what is free.
       strict: refuse tasks of which a head or a table would stay the base's.
       continues: the merge that --add continues: of the tasks that it has merged, no file is needed.
       warnings: what the user should know and may accept.
       problems: what is wrong so far.
     """
 
-    base: Source
-    sources: tuple[Source, ...]
+    base: Model
+    sources: tuple[Model, ...]
     settings: Settings
     out: Path | None
     data: Path | None = None
     evaluation: EvaluationOptions | None = None
+    max_memory: int | None = None
     strict: bool = False
     continues: Recorded | None = None
     warnings: tuple[str, ...] = ()

@@ -1,11 +1,12 @@
 """The merged model for those who write it: each tensor is made when it is asked for, so that one is in memory."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from nufilt_jax.methods.stacked import Array, Stacked
-from nufilt_jax.methods.state import MergeState, joined, merged_tensor
+from nufilt_jax.methods.stacked import Array, Params
+from nufilt_jax.methods.state import joined, merged_tensor
 
 _ROWS_BYTES = 1 << 24  # of what is made at once
 
@@ -18,7 +19,7 @@ class MergedTensor:
       dtype: float32, or float64 if θ0 is that.
     """
 
-    def __init__(self, name: str, base: Array, delta: Stacked) -> None:
+    def __init__(self, name: str, base: Array, delta: Mapping[str, Array]) -> None:
         self.shape, self.dtype = base.shape, np.dtype(np.float64 if base.dtype == np.float64 else np.float32)
         self._name, self._base, self._delta = name, base, delta
 
@@ -39,7 +40,11 @@ class MergedTensor:
         return self.made().astype(dtype or self.dtype, copy=False)
 
 
-def merged_tensors(state: MergeState) -> dict[str, MergedTensor]:
-    """The touched tensors of a state, by canonical name: rounded once, when written."""
-    delta = state.delta.on_host()
-    return {name: MergedTensor(name, state.base[name], delta) for name in state.touched}
+def merged_tensors(base: Params, delta: Mapping[str, Array]) -> dict[str, MergedTensor]:
+    """The touched tensors, by canonical name: rounded once, when written.
+
+    Args:
+      base: θ0 of the touched tensors.
+      delta: D by layer; on the host.
+    """
+    return {name: MergedTensor(name, tensor, delta) for name, tensor in base.items()}

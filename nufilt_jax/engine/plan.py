@@ -1,8 +1,9 @@
 """What a merge would do, and everything that speaks against it, from headers alone."""
 
 import dataclasses
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,17 @@ from nufilt_jax.checkpoints.folders import FLAX
 from nufilt_jax.checkpoints.names import has_flax_form
 from nufilt_jax.checkpoints.outputs import plan_shards
 from nufilt_jax.config import MethodConfig, option, problem
-from nufilt_jax.engine.job import EvaluationOptions, Job, Recorded, Settings, Source
-from nufilt_jax.engine.recorded import current, other_merge_problems
+from nufilt_jax.engine.grid import Stack, Walk, Window
+from nufilt_jax.engine.job import EvaluationOptions, Job, Recorded, recorded_in
+from nufilt_jax.engine.memory import Memory, Reach, Sizes, largest_workspace, plan_windows
 from nufilt_jax.errors import CheckpointError, ConfigError, NufiltError, Problem, gathering, raise_all
+from nufilt_jax.linalg.chunks import chunk_size, layers_at_once
 from nufilt_jax.methods import find
 from nufilt_jax.methods.selection import Selection, reach_of, select, wanted_by
-from nufilt_jax.methods.stacked import Group, group_layers
+from nufilt_jax.methods.stacked import stack_names
 from nufilt_jax.output.place import OutputPlace
+from nufilt_jax.output.recipe import Model, Settings, other_merge_problems
+from nufilt_jax.output.state import Stored
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +40,8 @@ class Plan:
       tasks: the checkpoints opened, by task name: all, or under --add those still to be merged.
       settings: how.
       selection: the tensors touched.
-      groups: the matrices among them, as the solver batches them.
+      rows: the windows of the grid, with all layers of the selection.
+      memory: what the run may take, and what it will take.
       examples: the files with examples of the tasks still to be merged, by task name; none for most methods.
       evaluation: how the merged model is evaluated after every step; None if it is not.
       out: the output folder; None if only a plan is wanted.
@@ -44,11 +50,12 @@ class Plan:
     """
 
     base: Checkpoint
-    sources: tuple[Source, ...]
+    sources: tuple[Model, ...]
     tasks: Mapping[str, Checkpoint]
     settings: Settings
     selection: Selection
-    groups: tuple[Group, ...]
+    rows: tuple[Window, ...]
+    memory: Memory
     examples: Mapping[str, Path]
     evaluation: EvaluationOptions | None
     out: Path | None
@@ -70,7 +77,18 @@ class Plan:
     @property
     def is_finished(self) -> bool:
         """Whether the model that is asked for stands in its place already."""
-        return self.recorded is not None and self.recorded.folder == self.out and self.done == len(self.sources)
+        return self.recorded is not None and self.recorded.is_written and self.done == len(self.sources)
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """The layers that the method works on, window by window."""
+        return tuple(stack for row in self.rows for stack in row.stacks if stack.is_solved)
+
+    @property
+    def walk(self) -> Walk:
+        """Row by row, unless the whole model is wanted after each step."""
+        needs_model = self.evaluation is not None or bool(self.examples)
+        return "columns" if needs_model or find(self.settings.method).whole_model else "rows"
 
 
 def make_plan(job: Job, *, offline: bool = False, headers_only: bool = False) -> Plan:
@@ -87,8 +105,10 @@ def make_plan(job: Job, *, offline: bool = False, headers_only: bool = False) ->
     problems = [*job.problems, *_name_problems(job.sources)]
     place = None if job.out is None else OutputPlace(job.out)
     recorded = job.continues or _recorded(job, place, problems)
+    stored = recorded.stored if recorded is not None and recorded.has_begun else Stored()
     base, tasks = _open_all(job, problems, offline=offline, headers_only=headers_only)
     selection, examples, notices = Selection((), ()), {}, list[str]()
+    rows, memory = list[Window](), None
     if base is not None:
         with gathering(problems):
             selection = _select(base, tasks, job.settings)
@@ -104,22 +124,24 @@ def make_plan(job: Job, *, offline: bool = False, headers_only: bool = False) ->
             problems += _evaluation_problems(job, base)
         with gathering(problems):
             problems += _output_problems(base, job.settings, place)
-    if problems or base is None:
+        problems += _state_problems(recorded, selection, len(job.sources))
+        with gathering(problems):
+            rows, memory = _windows(job, base, tuple(tasks.values()), selection, stored)
+    if problems or base is None or memory is None:
         raise NufiltError(*dict.fromkeys(problems))
-    shapes = {name: shape_in(base.tensors, name) for name in selection.layers}
-    groups = group_layers({name: shape for name, shape in shapes.items() if len(shape) == 2})
     return Plan(
         base=base,
         sources=job.sources,
         tasks=tasks,
         settings=job.settings,
         selection=selection,
-        groups=groups,
+        rows=tuple(rows),
+        memory=memory,
         examples=examples,
         evaluation=job.evaluation,
         out=None if place is None else place.out,
         recorded=recorded,
-        warnings=(*job.warnings, *notices, *_width_warnings(groups, job.settings.config)),
+        warnings=(*job.warnings, *notices, *_width_warnings(selection, base, job.settings.config)),
     )
 
 
@@ -127,16 +149,58 @@ def _recorded(job: Job, place: OutputPlace | None, problems: list[Problem]) -> R
     """What earlier runs of the same merge have done; another merge in its place is a problem."""
     recorded = None
     with gathering(problems):
-        recorded = None if place is None else current(place)
-    if recorded is None or recorded.done == 0:  # which binds nobody
+        recorded = None if place is None else recorded_in(place)
+    if recorded is None or not recorded.has_begun:  # which binds nobody
         return None
-    is_written = place is not None and recorded.folder == place.out
     names = [source.name for source in job.sources]
-    problems += other_merge_problems(recorded, job.settings, names, is_written=is_written)
+    problems += other_merge_problems(
+        recorded.recipe, recorded.folder, job.settings, names, is_written=recorded.is_written
+    )
     return recorded
 
 
-def _name_problems(sources: tuple[Source, ...]) -> list[Problem]:
+def _state_problems(recorded: Recorded | None, selection: Selection, n_tasks: int) -> Iterator[Problem]:
+    """A finished merge of which a task is to be added to, and whose state is not whole."""
+    if recorded is None or not recorded.is_written or recorded.done == n_tasks:
+        return
+    stored = recorded.stored
+    if any(stored.done(layer) != recorded.done for layer in selection.layers + selection.other):
+        what = "the state of the merge does not hold the tensors that the recipe selects"
+        yield Problem(str(recorded.folder), what, "merge again from the start")
+
+
+def _windows(
+    job: Job, base: Checkpoint, tasks: tuple[Checkpoint, ...], selection: Selection, stored: Stored
+) -> tuple[list[Window], Memory]:
+    """The grid's rows, and the memory that it takes.
+
+    Raises:
+      ConfigError: no windows are small enough.
+    """
+    rule, config = find(job.settings.method), job.settings.config
+    shapes = {name: shape_in(base.tensors, name) for name in selection.layers + selection.other}
+    at_once = layers_at_once()
+    stacks, programs = list[Stack](), list[tuple[tuple[int, ...], int]]()
+    for names, is_solved in ((selection.layers, True), (selection.other, False)):
+        for members in stack_names(shapes, names):
+            shape = shapes[members[0]]
+            most = at_once if is_solved and len(shape) == 2 else 1
+            chunk = chunk_size(len(members), most)
+            stacks.append(Stack(members, 4 * math.prod(shape), chunk, most, is_solved))
+            programs += [(shape, chunk)] if is_solved else []
+    runs_model = job.evaluation is not None or rule.needs_data
+    everything = [info for model in (base, *tasks) for info in model.tensors.values()]
+    sizes = Sizes(
+        workspace=largest_workspace(programs, config),
+        tensor=max((4 * base.tensors[name].size for name in selection.touched), default=0),
+        stored=max((info.nbytes for info in everything), default=0),
+        model=sum(4 * info.size for info in base.tensors.values()) if runs_model else 0,
+    )
+    reach = Reach(rule.states, rule.workspace, rule.whole_model)
+    return plan_windows(stacks, sizes, reach, job.max_memory, stored.done, stored.next_number)
+
+
+def _name_problems(sources: tuple[Model, ...]) -> list[Problem]:
     names = [source.name for source in sources]
     twice = dict.fromkeys(name for name in names if names.count(name) > 1)
     return [problem("task", f"{name} names two tasks", "give each task a name of its own") for name in twice]
@@ -222,14 +286,16 @@ def _output_problems(base: Checkpoint, settings: Settings, place: OutputPlace | 
     return []
 
 
-def _width_warnings(groups: tuple[Group, ...], config: MethodConfig) -> list[str]:
+def _width_warnings(selection: Selection, base: Checkpoint, config: MethodConfig) -> list[str]:
     rank = getattr(config, "filter_rank", 0)
-    warnings = []
-    for group in groups:
-        if group.width <= rank:
-            named = ", ".join(group.names[:3]) + (f" and {len(group.names) - 3} more" if len(group.names) > 3 else "")
-            warnings.append(
-                f"{option('filter_rank')}: {rank} directions are all that layers with {group.width} inputs have, and "
-                f"the filter will remove every direction that the merged model uses: {named}"
-            )
-    return warnings
+    narrow: dict[int, list[str]] = {}
+    for name in selection.layers:
+        shape = shape_in(base.tensors, name)
+        if len(shape) == 2 and shape[1] <= rank:
+            narrow.setdefault(shape[1], []).append(name)
+    return [
+        f"{option('filter_rank')}: {rank} directions are all that layers with {width} inputs have, and "
+        f"the filter will remove every direction that the merged model uses: {', '.join(names[:3])}"
+        + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        for width, names in sorted(narrow.items())
+    ]

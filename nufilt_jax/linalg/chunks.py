@@ -30,6 +30,16 @@ def layers_at_once() -> int:
     return min(cores, LAPACK_BATCH)
 
 
+def chunk_size(n_layers: int, most: int) -> int:
+    """How many layers `in_chunks` takes at a time: at most `most`, and so that all chunks are equal, or nearly.
+
+    >>> [chunk_size(n, 4) for n in (3, 4, 5, 10)]
+    [3, 4, 3, 4]
+    """
+    n_chunks = -(-n_layers // most)
+    return -(-n_layers // n_chunks)
+
+
 def in_chunks(function: Callable[..., Any], arrays: Any, size: int, *, in_place: bool = False) -> Any:
     """`function(*arrays)` on at most `size` layers at a time, one chunk after another.
 
@@ -43,10 +53,10 @@ def in_chunks(function: Callable[..., Any], arrays: Any, size: int, *, in_place:
       in_place: `function` returns a pair, the first of it to be written where the first array, of the same shape, was.
     """
     n_layers = len(jax.tree.leaves(arrays)[0])
+    size = chunk_size(n_layers, size)
     n_chunks = -(-n_layers // size)
     if n_chunks <= 1:
         return function(*arrays)
-    size = -(-n_layers // n_chunks)
     missing = n_chunks * size - n_layers
 
     def split(x: Array) -> Array:

@@ -43,4 +43,5 @@ RULE = Rule(
     touches="every tensor",
     cost="1 thin SVD",
     source="Marczak et al., arXiv:2502.04959",
+    workspace=3.0,
 )

@@ -129,4 +129,5 @@ RULE = Rule(
     touches="linear layers",
     cost="1 float64 decomposition of [D, τ], on the host",
     source="Stoica et al., arXiv:2410.19735",
+    workspace=4.0,
 )

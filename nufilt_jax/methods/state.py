@@ -70,7 +70,7 @@ class MergeState:
         return tuple(dict.fromkeys(map(tensor_of, self.delta)))
 
 
-def joined(delta: Stacked, name: str, base: Array) -> Array:
+def joined(delta: Mapping[str, Array], name: str, base: Array) -> Array:
     """D of a whole tensor, put together from its layers."""
     if name in delta:
         return delta[name]
@@ -169,6 +169,9 @@ class Rule:
       source: where it was published.
       needs_data: whether it needs unlabelled examples of each task.
       adds_parameters: whether the merged model has more parameters than the base.
+      whole_model: whether a tensor's new D depends on other tensors too, as a threshold or norm of all does.
+      states: arrays of the size of D that are kept from task to task, D included.
+      workspace: memory that an update takes beside these, τ and what programs need for a few layers, in sizes of D.
     """
 
     name: str
@@ -181,6 +184,9 @@ class Rule:
     source: str
     needs_data: bool = False
     adds_parameters: bool = False
+    whole_model: bool = False
+    states: int = 1
+    workspace: float = 0.0
 
     @property
     def needs(self) -> str:

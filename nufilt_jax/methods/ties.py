@@ -131,4 +131,7 @@ RULE = Rule(
     touches="every tensor",
     cost="order statistics of two models, O(mn)",
     source="Yadav et al., arXiv:2306.01708",
+    whole_model=True,
+    states=2,
+    workspace=2.0,
 )

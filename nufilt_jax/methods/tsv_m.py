@@ -76,4 +76,5 @@ RULE = Rule(
     touches="every tensor",
     cost="4 thin SVDs",
     source="Gargiulo et al., arXiv:2412.00081",
+    workspace=3.0,
 )

@@ -116,4 +116,5 @@ RULE = Rule(
     touches="every tensor",
     cost="2 Gram matrices, then O(mn²) per Adam step",
     source="Cheng et al., arXiv:2503.08099",
+    workspace=3.0,
 )

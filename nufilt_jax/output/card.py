@@ -1,9 +1,6 @@
 """The model card of an output folder, written from its recipe."""
 
-from collections.abc import Mapping
-from typing import Any
-
-from nufilt_jax.methods import find
+from nufilt_jax.output.recipe import Model, Recipe
 
 _OTHERS = {
     "pretrained": "stay as the base has them",
@@ -20,26 +17,31 @@ the model without; `nufilt_jax.load` reads them, and the forward passes of `nufi
 """
 
 
-def model_card(recipe: Mapping[str, Any]) -> str:
-    """The text of `README.md`: what was merged, how, and how to go on; for bytes of paths that are no text, `?`."""
-    base, settings = recipe["base"], recipe["config"]
-    on_hub = [s for s in (base, *recipe["tasks"]) if s["revision"] is not None]
-    models = "".join(f"- {s['source']}\n" for s in on_hub)
+def model_card(recipe: Recipe, published: str, *, needs_data: bool, adds_parameters: bool) -> str:
+    """The text of `README.md`: what was merged, how, and how to go on; for bytes of paths that are no text, `?`.
+
+    Args:
+      recipe: of the merge.
+      published: where its method was.
+      needs_data: whether the method learned from examples.
+      adds_parameters: whether the merged model has more parameters than the base.
+    """
+    base, settings = recipe.base, recipe.settings.to_json()
+    on_hub = [model for model in (base, *recipe.tasks) if model.revision is not None]
+    models = "".join(f"- {model.source}\n" for model in on_hub)
     header = "---\nlibrary_name: transformers\ntags:\n- merge\n- nufilt_jax\n"
     header += f"base_model:\n{models}" if models else ""
-    config = "\n".join(f"| {key} | {value} |" for key, value in {**settings, "seed": recipe["seed"]}.items())
-    tasks = "\n".join(
-        f"| {number} | {task['name']} | {_place(task)} |" for number, task in enumerate(recipe["tasks"], 1)
+    config = "\n".join(
+        f"| {key} | {value} |" for key, value in {**settings["config"], "seed": settings["seed"]}.items()
     )
-    selected = recipe["selected"]
-    patterns = ", ".join(f"`{row['pattern']}`" for row in selected)
-    rule = find(recipe["method"])
-    remarks = (_LEARNED if rule.needs_data else "") + (_ADDED if rule.adds_parameters else "")
+    tasks = "\n".join(f"| {number} | {task.name} | {_place(task)} |" for number, task in enumerate(recipe.tasks, 1))
+    patterns = ", ".join(f"`{row['pattern']}`" for row in recipe.selected)
+    remarks = (_LEARNED if needs_data else "") + (_ADDED if adds_parameters else "")
     card = f"""{header}---
 
 # {_title(recipe)}
 
-Merged one task after another by nufilt_jax, method `{rule.name}` ({rule.source}).
+Merged one task after another by nufilt_jax, method `{recipe.settings.method}` ({published}).
 
 Base: {_place(base)}
 
@@ -51,8 +53,8 @@ Base: {_place(base)}
 | --- | --- |
 {config}
 
-{sum(row["layers"] for row in selected)} layers were merged by the method: {patterns}. All other parameters
-{_OTHERS[recipe["other_params"]]}.
+{sum(row["layers"] for row in recipe.selected)} layers were merged by the method: {patterns}. All other parameters
+{_OTHERS[recipe.settings.other_params]}.
 {remarks}
 Inputs with their SHA-256, versions, device, times and losses of every step are in `nufilt.json`; what each step did to
 each layer is in `forecast.json`. `state/` lets one more task be added:
@@ -62,10 +64,10 @@ each layer is in `forecast.json`. `state/` lets one more task be added:
     return card.encode(errors="replace").decode()
 
 
-def _title(recipe: Mapping[str, Any]) -> str:
-    name = recipe["base"]["source"].rstrip("/").rsplit("/", 1)[-1]
-    return f"{name}: {len(recipe['tasks'])} tasks merged"
+def _title(recipe: Recipe) -> str:
+    name = recipe.base.source.rstrip("/").rsplit("/", 1)[-1]
+    return f"{name}: {len(recipe.tasks)} tasks merged"
 
 
-def _place(entry: Mapping[str, Any]) -> str:
-    return f"`{entry['source']}`" + (f" at `{entry['revision']}`" if entry["revision"] else "")
+def _place(model: Model) -> str:
+    return f"`{model.source}`" + (f" at `{model.revision}`" if model.revision else "")

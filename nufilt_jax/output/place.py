@@ -3,18 +3,18 @@
 import contextlib
 import errno
 import fcntl
-import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from nufilt_jax.checkpoints.writer import output_error
 from nufilt_jax.durable import atomic_write, make_folder, move, sync, sync_tree
 from nufilt_jax.errors import OutputError, Problem
-from nufilt_jax.output.state import load_state, save_state
-from nufilt_jax.strict_json import JsonError, parse_object
+from nufilt_jax.output.documents import read_json, write_json
+from nufilt_jax.output.recipe import Recipe
+from nufilt_jax.output.state import Groups, StoredWindow, save_window, stored_windows
 
 RECIPE = "nufilt.json"
 FORECAST = "forecast.json"
@@ -25,7 +25,8 @@ class OutputPlace:
     """An output folder `DIR`, and what stands beside it while a merge is under way.
 
     - `DIR.lock`: held by the run that writes; the system releases it when the run ends, however it ends.
-    - `DIR.partial/`: recipe, forecast and state of the steps done; `output/` while the model is written.
+    - `DIR.partial/`: the recipe, and in `state/` the windows as far as they are merged; `output/` while the model is
+      written.
     - `DIR.partial/previous/`: for the instant of a swap, the folder that `DIR` was.
     """
 
@@ -35,7 +36,7 @@ class OutputPlace:
         if not self.out.name:
             raise OutputError(Problem(str(out), "cannot be an output folder", "name a folder inside it"))
         self.partial = self.out.with_name(self.out.name + ".partial")
-        self.staging = self.partial / "output"
+        self.staging, self.state = self.partial / "output", self.partial / STATE
         self._previous = self.partial / "previous"
         self._lock = self.out.with_name(self.out.name + ".lock")
         try:
@@ -125,52 +126,58 @@ class OutputPlace:
         path = self.partial / RECIPE
         return read_json(path) if path.is_file() else None
 
-    def forecast(self, done: int) -> dict[str, Any]:
-        """The forecast of the first `done` steps; a killed run may have written one more than it recorded."""
-        folder = self.out if self.unfinished() is None else self.partial
-        steps = read_json(folder / FORECAST).get("steps", []) if (folder / FORECAST).is_file() else []
-        return {"steps": steps[:done]}
+    def windows(self) -> list[StoredWindow]:
+        """The windows of the merge under way, and of the finished one that it continues.
 
-    def load_state(self, step: int) -> dict[str, dict[str, Any]]:
-        """Arrays of the state after `step` tasks, from the merge under way or the finished one."""
-        folder = self._state(step) if self._state(step).exists() else self.out / STATE
-        arrays, found = load_state(folder)
-        if found != step:
-            what = f"holds the state after {found} tasks, and the recipe says {step}"
-            raise OutputError(Problem(str(folder), what, "remove the folder to start over"))
-        return arrays
+        Raises:
+          OutputError: what one tells of itself is damaged.
+        """
+        return [*stored_windows(self.out / STATE), *stored_windows(self.state)]
 
-    def record(self, recipe: dict[str, Any], forecast: dict[str, Any], arrays: dict[str, Any] | None) -> None:
-        """Makes a step count: its state first, then the recipe that refers to it."""
-        done = len(recipe["steps"])
+    def record(self, recipe: Recipe) -> None:
+        """Keeps a recipe of the merge under way.
+
+        Raises:
+          OutputError: it cannot be written.
+        """
         try:
             make_folder(self.partial)
-            if arrays is not None:
-                shutil.rmtree(self._state(done), ignore_errors=True)
-                save_state(self._state(done), arrays, done)
-                sync_tree(self._state(done))
-            write_json(self.partial / FORECAST, forecast)
-            write_json(self.partial / RECIPE, recipe)
+            write_json(self.partial / RECIPE, recipe.to_json())
         except OSError as error:
             raise output_error(self.partial, error) from error
-        for old in self.partial.glob("state-*"):
-            if old != self._state(done):
-                shutil.rmtree(old, ignore_errors=True)
 
-    def publish(self, recipe: dict[str, Any], forecast: dict[str, Any], card: str) -> None:
+    def keep(self, window: StoredWindow, arrays: Groups) -> StoredWindow:
+        """Keeps a window of the merge under way, and gives it with its place.
+
+        Raises:
+          OutputError: it cannot be written.
+        """
+        try:
+            return save_window(self.state, window, arrays)
+        except OSError as error:
+            raise output_error(self.partial, error) from error
+
+    def publish(self, recipe: Recipe, forecast: Mapping[str, Any], card: str, windows: Iterable[StoredWindow]) -> None:
         """Completes the model in `staging` and puts it under the final name.
+
+        Args:
+          recipe: of the whole merge.
+          forecast: of all its steps.
+          card: the text of `README.md`.
+          windows: all windows, as they stand on disk; numbered anew.
 
         Raises:
           OutputError: something foreign has come to stand there, or the disk is full.
         """
         self.finished()
         try:
-            write_json(self.staging / RECIPE, recipe)
-            write_json(self.staging / FORECAST, forecast)
+            write_json(self.staging / RECIPE, recipe.to_json())
+            write_json(self.staging / FORECAST, dict(forecast))
             atomic_write(self.staging / "README.md", card.encode())
-            state = self._state(len(recipe["steps"]))
-            # Linked, not moved: should the swap be cut short, the state still stands where the recipe says.
-            shutil.copytree(state if state.exists() else self.out / STATE, self.staging / STATE, copy_function=_link)
+            for number, window in enumerate(windows):
+                # Linked, not moved: should the swap be cut short, the state still stands where it did.
+                target = self.staging / STATE / window._replace(number=number).named()
+                shutil.copytree(window.folder, target, copy_function=_link)
             sync_tree(self.staging)
             if self.out.exists():
                 move(self.out, self._previous)
@@ -179,34 +186,9 @@ class OutputPlace:
             raise output_error(self.out, error) from error
         self.discard()
 
-    def _state(self, step: int) -> Path:
-        return self.partial / f"state-{step}"
-
 
 def _link(source: str, target: str) -> None:
     try:
         os.link(source, target)
     except OSError:  # a file system without links
         shutil.copyfile(source, target)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-      OutputError: it cannot be read, or is none.
-    """
-    try:
-        return parse_object(path.read_bytes())
-    except JsonError as error:
-        raise OutputError(Problem(str(path), str(error), error.fix or "remove the folder to start over")) from error
-    except OSError as error:
-        what = f"cannot be read: {error.strerror or error}"
-        raise OutputError(Problem(str(path), what, "remove the folder to start over")) from error
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON object, whole or not at all."""
-    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    # As JSON itself spells what is no text: the bytes of a path may be any.
-    atomic_write(path, text.encode(errors="backslashreplace"))

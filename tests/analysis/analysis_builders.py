@@ -4,6 +4,7 @@ import numpy as np
 
 from nufilt_jax.analysis.document import Measured, make_document
 from nufilt_jax.analysis.losses import TaskLosses
+from nufilt_jax.analysis.report import Told
 
 BLOCK = "vision_model.encoder.layers.{}.{}.weight"
 PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
@@ -66,20 +67,20 @@ def empty_document(tasks, missing=None):
 
 
 def recipe(tasks):
-    model = {"source": "models/one", "revision": None, "sha256": {"model.safetensors": "ab" * 32}}
-    return {
-        "base": model | {"source": "models/base", "revision": "f00d"},
-        "tasks": [model | {"name": name} for name in tasks],
+    """What the report is told of a recipe."""
+    sha256 = {"model.safetensors": "ab" * 32}
+    settings = {
         "method": "nufilt",
-        "config": {"filter_rank": 4},
         "seed": 7,
         "layers": None,
         "other_params": "pretrained",
         "format": None,
         "dtype": None,
-        "steps": [{"task": name, "seconds": 1.5, "timings": {"read": 0.25, "solve": 1.0}} for name in tasks],
-        "versions": {"jax": "0.0.1"},
-        "device": "cpu: cpu",
-        "timings": {"write_model": 0.5},
-        "compiled": {"programs": 3, "from_cache": 1, "seconds": 2.0},
     }
+    return Told(
+        steps=[(name, 1.5, {"read": 0.25, "solve": 1.0}) for name in tasks],
+        timings={"write_model": 0.5},
+        compiled=(3, 2.0),
+        inputs=[("base", "models/base", "f00d", sha256), *((name, "models/one", None, sha256) for name in tasks)],
+        settings=settings | {"filter_rank": 4, "jax": "0.0.1", "device": "cpu: cpu"},
+    )

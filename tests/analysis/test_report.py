@@ -111,10 +111,12 @@ def test_a_merge_of_which_nothing_is_known_says_so():
 def test_hostile_names_are_text():
     document = build.random_document(HOSTILE)
     recipe = build.recipe(HOSTILE)
-    recipe["base"]["source"] = recipe["device"] = HOSTILE[1]
-    recipe["config"] = {HOSTILE[0]: HOSTILE[1]}
-    recipe["steps"][0]["timings"] = {HOSTILE[0]: 1.0}
-    recipe["timings"] = {HOSTILE[1]: 2.0}
+    recipe = recipe._replace(
+        inputs=[("base", HOSTILE[1], None, {}), *recipe.inputs[1:]],
+        settings={**recipe.settings, "device": HOSTILE[1], HOSTILE[0]: HOSTILE[1]},
+        steps=[(HOSTILE[0], 1.5, {HOSTILE[0]: 1.0}), *recipe.steps[1:]],
+        timings={HOSTILE[1]: 2.0},
+    )
     found = page(document, recipe)
     assert is_harmless(found)
     assert set(found.tags) <= {

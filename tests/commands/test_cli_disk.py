@@ -54,8 +54,8 @@ def test_task_that_vanishes_in_the_middle(models, tmp_path, nufilt, command, mon
 
     record = run.OutputPlace.record
 
-    def and_remove(place, recipe, forecast, arrays):
-        record(place, recipe, forecast, arrays)
+    def and_remove(place, recipe):
+        record(place, recipe)
         shutil.rmtree(models / "beta", ignore_errors=True)
 
     monkeypatch.setattr(run.OutputPlace, "record", and_remove)

@@ -160,7 +160,7 @@ def test_a_failed_evaluation_keeps_what_is_merged(study, tmp_path, nufilt, monke
     monkeypatch.setattr(Suite, "score", failing)
     result = nufilt(*merge(study, tmp_path / "out", *with_scores(study)))
     assert (result.code, result.err) == (1, "nufilt: task alpha: a label is -1\n")
-    assert [step["resumed"] for step in nufilt(*merge(study, tmp_path / "out")).json["steps"]] == [True, False, False]
+    assert [step["resumed"] for step in nufilt(*merge(study, tmp_path / "out")).json["steps"]] == [True, True, False]
 
 
 def test_scores_of_a_base_that_was_itself_merged_are_not_copied(study, merged, tmp_path, nufilt):

@@ -15,9 +15,9 @@ FAST = ("--method", "weight_average")
 
 # What is called, which time, and whether the kill comes before or after: see DIR.partial in `OutputPlace`.
 MERGE_POINTS = {
-    "the state is saved and the recipe is not": f"{PLACE}:save_state:2:after",
-    "the forecast is written and the recipe is not": f"{PLACE}:write_json:5:after",
-    "a step is recorded": f"{PLACE}:OutputPlace.record:3:after",
+    "a window is half written": "nufilt_jax.output.state:write_json:window-0000-3:before",
+    "a window is kept and the recipe is not": f"{PLACE}:save_window:1:after",
+    "a step is recorded": f"{PLACE}:OutputPlace.record:2:after",
     "the model is half written": "nufilt_jax.checkpoints.safetensors_files:write_file:out.partial/output:after",
 }
 SWAP_POINTS = {
@@ -73,7 +73,7 @@ def test_killed_add_shows_one_whole_model_or_none(shared_models, tmp_path, nufil
 def test_ctrl_c_and_the_lock(shared_models, tmp_path, nufilt, spawn, command):
     out = tmp_path / "out"
     argv = command(shared_models, out, *FAST)
-    first = spawn(KILLER, "nufilt_jax.engine.run:_update:3:before", "wait", *argv)
+    first = spawn(KILLER, "nufilt_jax.engine.walk:Walk._merge:3:before", "wait", *argv)
     assert first.stdout.readline() == "waiting\n"
     second = nufilt(*argv)
     assert (second.code, second.lines) == (

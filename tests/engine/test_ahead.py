@@ -1,23 +1,21 @@
-"""Reading ahead and writing behind: what goes on beside a step changes neither results nor messages."""
+"""Reading ahead and keeping what is done: neither changes results or messages."""
 
 import json
 import shutil
 import threading
 import weakref
-from concurrent.futures import Future
 
 import model_builders as build
 import numpy as np
 import pytest
 
 from nufilt_jax import methods
-from nufilt_jax.engine import journal
-from nufilt_jax.engine import run as engine_run
+from nufilt_jax.engine import walk
 from nufilt_jax.engine.ahead import ReadAhead
-from nufilt_jax.engine.timing import Clock
+from nufilt_jax.engine.walk import Walk
 from nufilt_jax.methods import stacked
 from nufilt_jax.output.place import OutputPlace
-from nufilt_jax.output.state import load_state
+from nufilt_jax.output.state import Stored, StoredWindow, stored_windows
 
 FAST = ("--method", "sum")
 
@@ -42,17 +40,6 @@ def test_one_item_at_a_time_is_loaded_when_told(tmp_path):
         assert not items.has_begun
         with pytest.raises(IndexError, match="no item is left"):
             items.take()
-
-
-def test_a_load_waits_for_what_it_comes_after():
-    first, loaded = Future(), threading.Event()
-    with ReadAhead(lambda item, stop: loaded.set(), [1]) as items:
-        items.begin(after=first)
-        assert not loaded.wait(0.1)
-        first.set_exception(OSError())  # which is for others to hear
-        assert items.take() is None and loaded.is_set()
-    with ReadAhead(lambda item, stop: loaded.set(), [1]) as items:
-        items.begin(after=Future())  # leaving does not wait for it
 
 
 def test_a_failed_load_is_told_in_its_turn():
@@ -80,11 +67,10 @@ def test_nothing_of_an_item_that_was_taken_is_kept():
         assert taken() is None
 
 
-@pytest.mark.parametrize("pace", ["quick", "slow"])
-def test_task_vectors_that_are_alive(shared_models, tmp_path, nufilt, command, monkeypatch, pace):
-    """The one that is merged and, where merging takes long, the next; when D is written, none that was merged."""
+def test_task_vectors_that_are_alive(shared_models, tmp_path, nufilt, command, monkeypatch):
+    """The one that is merged, and the next; when D is written, none that was merged."""
     loaded, alive, held = [], [], []
-    load, update, add = engine_run._load, engine_run._update, journal.Journal.add
+    load, update, keep = Walk._load, walk._update, OutputPlace.keep
 
     def counted(*args):
         task = load(*args)
@@ -96,34 +82,56 @@ def test_task_vectors_that_are_alive(shared_models, tmp_path, nufilt, command, m
         alive.append(sum(stack() is not None for stack in loaded))
         return result
 
-    def added(self, *args, copy):
-        held.append((copy, [stack() is not None for stack in loaded[: len(alive)]]))
-        add(self, *args, copy=copy)
+    def kept(*args):
+        held.append([stack() is not None for stack in loaded[: len(alive)]])
+        return keep(*args)
 
-    monkeypatch.setattr(engine_run, "_load", counted)
-    monkeypatch.setattr(engine_run, "_update", updated)
-    monkeypatch.setattr(journal.Journal, "add", added)
-    monkeypatch.setattr(engine_run, "_hides_all", lambda *seconds: pace == "slow")
+    monkeypatch.setattr(Walk, "_load", counted)
+    monkeypatch.setattr(walk, "_update", updated)
+    monkeypatch.setattr(OutputPlace, "keep", kept)
     assert nufilt(*command(shared_models, tmp_path / "out", *FAST, n=4)).code == 0
-    assert max(alive) <= (2 if pace == "slow" else 1)
-    assert [any(merged) for _, merged in held] == [False] * 4
-    assert [copy for copy, _ in held] == [pace == "slow"] * 3 + [False]
+    assert max(alive) <= 2 and held and not any(map(any, held))
 
 
-@pytest.mark.parametrize("pace", ["quick", "slow"])
-def test_the_ways_of_keeping_a_state_give_the_same_bits(shared_models, tmp_path, nufilt, command, monkeypatch, pace):
+@pytest.mark.parametrize("share", [0.0, 1e9], ids=["at the end", "after every cell"])
+def test_however_often_a_state_is_kept_the_bits_are_the_same(
+    shared_models, tmp_path, nufilt, command, monkeypatch, share
+):
     assert nufilt(*command(shared_models, tmp_path / "whole", n=4)).code == 0
-    monkeypatch.setattr(engine_run, "_hides_all", lambda *seconds: pace == "slow")
+    keep, done = OutputPlace.keep, []
+    monkeypatch.setattr(walk, "_KEEPING_SHARE", share)
+    monkeypatch.setattr(
+        OutputPlace,
+        "keep",
+        lambda place, window, arrays: keep(place, window, arrays) if done.append(window.done) is None else None,
+    )
     assert nufilt(*command(shared_models, tmp_path / "out", n=4)).code == 0
+    assert done == ([4] if share == 0 else [1, 2, 3, 4])
     assert build.weight_bytes(tmp_path / "out") == build.weight_bytes(tmp_path / "whole")
-    states = [load_state(tmp_path / name / "state")[0]["delta"] for name in ("out", "whole")]
-    assert all(build.same_bits(value, states[1][name]) for name, value in states[0].items())
+    states = []
+    for name in ("out", "whole"):
+        with Stored(stored_windows(tmp_path / name / "state")) as stored:
+            states.append(stored.deltas(stored.layers))
+    assert states[0] and all(build.same_bits(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_a_state_is_kept_after_a_minute_of_work(shared_models, tmp_path, nufilt, command, monkeypatch):
+    keep, done = OutputPlace.keep, []
+    monkeypatch.setattr(walk, "_KEEPING_SHARE", 0.0)
+    monkeypatch.setattr(walk, "KEPT_EVERY", 0.0)
+    monkeypatch.setattr(
+        OutputPlace,
+        "keep",
+        lambda place, window, arrays: keep(place, window, arrays) if done.append(window.done) is None else None,
+    )
+    assert nufilt(*command(shared_models, tmp_path / "out", *FAST)).code == 0
+    assert done == [1, 2, 3]
 
 
 def test_a_task_vector_gives_its_memory_back_before_d_is_written(shared_models, tmp_path, nufilt, command, monkeypatch):
     """On the host too, where a device array may have shared what numpy made."""
     rooms, held = [], []
-    aligned, add = stacked._aligned, journal.Journal.add
+    aligned, keep = stacked._aligned, OutputPlace.keep
 
     def made(shape):
         array = aligned(shape)
@@ -133,12 +141,12 @@ def test_a_task_vector_gives_its_memory_back_before_d_is_written(shared_models, 
         rooms.append(weakref.ref(owner))
         return array
 
-    def added(self, *args, copy):
+    def kept(*args):
         held.append(sum(room() is not None for room in rooms))
-        add(self, *args, copy=copy)
+        return keep(*args)
 
     monkeypatch.setattr(stacked, "_aligned", made)
-    monkeypatch.setattr(journal.Journal, "add", added)
+    monkeypatch.setattr(OutputPlace, "keep", kept)
     assert nufilt(*command(shared_models, tmp_path / "out", *FAST, n=1)).code == 0
     assert rooms and held == [0]
 
@@ -149,27 +157,23 @@ def test_the_next_step_takes_the_memory_of_a_state_that_was_written(tmp_path):
     state = rule.update(rule.init(base), {name: x + 1 for name, x in base.items()})
     where = state.delta.stacks[0].unsafe_buffer_pointer()
     place = OutputPlace(tmp_path / "out")
-    with journal.Journal(place, {"steps": []}, {"steps": []}, Clock()) as kept:
-        kept.add({}, {}, state, copy=False)
-        kept.wait()
-        moved = rule.update(state, {name: x + 2 for name, x in base.items()}, donate=True)
-        assert moved.delta.stacks[0].unsafe_buffer_pointer() == where
-        kept.add({}, {}, moved, copy=True)
-        again = rule.update(moved, base, donate=True)
-    assert again.delta.stacks[0].unsafe_buffer_pointer() == where
-    [delta] = place.load_state(2)["delta"].values()
-    np.testing.assert_array_equal(delta, np.full((64, 64), 3, np.float32))
+    kept = place.keep(StoredWindow(place.state, 0, tuple(base), ()), {"delta": state.delta.on_host()})
+    moved = rule.update(state, {name: x + 2 for name, x in base.items()}, donate=True)
+    assert moved.delta.stacks[0].unsafe_buffer_pointer() == where
+    with Stored([kept]) as stored:
+        [delta] = stored.deltas(base).values()
+    np.testing.assert_array_equal(delta, np.full((64, 64), 1, np.float32))
 
 
 def test_a_task_that_cannot_be_read_leaves_the_steps_before_it(models, tmp_path, nufilt, command, monkeypatch):
-    load = engine_run._load
+    load = Walk._load
 
-    def after_removal(plan, base, names, name, stop):
-        if name == "gamma":
+    def after_removal(self, cell, stop):
+        if cell.task == 2:
             shutil.rmtree(models / "gamma")
-        return load(plan, base, names, name, stop)
+        return load(self, cell, stop)
 
-    monkeypatch.setattr(engine_run, "_load", after_removal)
+    monkeypatch.setattr(Walk, "_load", after_removal)
     result = nufilt(*command(models, tmp_path / "out", *FAST))
     assert (result.code, result.out, len(result.lines)) == (1, "", 1)
     assert result.err.startswith(f"nufilt: {models / 'gamma' / 'model.safetensors'}: ")
@@ -183,14 +187,14 @@ def test_a_task_that_cannot_be_read_leaves_the_steps_before_it(models, tmp_path,
 def test_a_state_that_cannot_be_written_ends_the_run_in_one_line(shared_models, tmp_path, nufilt, command, monkeypatch):
     from nufilt_jax.output import place
 
-    save = place.save_state
+    save = place.save_window
 
-    def full(folder, arrays, step):
-        if step == 2:
-            raise OSError(28, "No space left on device", str(folder))
-        save(folder, arrays, step)
+    def full(root, window, arrays):
+        if window.done > 1:
+            raise OSError(28, "No space left on device", str(root))
+        return save(root, window, arrays)
 
-    monkeypatch.setattr(place, "save_state", full)
+    monkeypatch.setattr(place, "save_window", full)
     result = nufilt(*command(shared_models, tmp_path / "out", *FAST))
     assert (result.code, len(result.lines)) == (1, 1) and "No space left on device" in result.err
     monkeypatch.undo()
@@ -213,15 +217,7 @@ def test_a_second_process_compiles_nothing_however_many_tasks(shared_models, tmp
 
 def test_the_recipe_tells_where_the_time_went(shared_models, tmp_path, nufilt, command):
     recipe = nufilt(*command(shared_models, tmp_path / "out", "--json")).json
-    assert recipe["timings"].keys() == {
-        *("plan", "inspect", "copy_state", "write_state", "write_model", "wait_for_state")
-    }
+    assert recipe["timings"].keys() == {*("plan", "inspect", "write_state", "write_model")}
     for step in recipe["steps"]:
         assert step["timings"].keys() == {"read", "put", "wait", "solve"}
         assert step["timings"]["solve"] <= step["seconds"]
-
-
-def test_only_a_long_merge_hides_reading_and_writing():
-    assert engine_run._hides_all(9.0, 4.0, 4.0)
-    assert not engine_run._hides_all(7.0, 4.0, 4.0)
-    assert not engine_run._hides_all(9.0, float("inf"), 0.0)  # nothing has been written yet

@@ -1,4 +1,4 @@
-"""The recipe of a merge, `nufilt.json`: what went in, how, and what each step did."""
+"""What goes into a recipe: what went in, how, and what each step did."""
 
 import importlib.metadata
 import os
@@ -13,51 +13,53 @@ from nufilt_jax import __version__
 from nufilt_jax.checkpoints import Checkpoint
 from nufilt_jax.engine.coverage import coverage
 from nufilt_jax.engine.inspection import Inspection
-from nufilt_jax.engine.job import Source
 from nufilt_jax.engine.plan import Plan
 from nufilt_jax.methods.state import LayerReport
+from nufilt_jax.output.recipe import Model, Recipe, Step
 
 _LIBRARIES = ("jax", "jaxlib", "optax", "orbax-checkpoint", "safetensors", "numpy")
 NEAR_EQUAL = 1e-3  # relative gap at the cut below which the choice of directions is called arbitrary
 
 
-def new_recipe(plan: Plan, inspection: Inspection) -> dict[str, Any]:
+def new_recipe(plan: Plan, inspection: Inspection) -> Recipe:
     """The recipe, with the steps that earlier runs have done marked as resumed."""
     device = jax.devices()[0]
     selected, left = coverage(plan, inspection.changes)
-    return {
-        "base": _opened_entry(plan.base, inspection.base_sha256),
-        "tasks": [_task_entry(source, plan, inspection.task_sha256[source.name]) for source in plan.sources],
-        **plan.settings.as_dict(),
-        "selected": selected,
-        "left": left,
-        "steps": [{**step, "resumed": True} for step in (plan.recorded.steps if plan.recorded else ())],
-        "versions": {"nufilt_jax": __version__, "python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in _LIBRARIES},
-        "device": f"{device.platform}: {device.device_kind}",
-    }
+    recorded = plan.recorded.recipe if plan.recorded else None
+    libraries = {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    return Recipe(
+        base=_opened("base", plan.base, inspection.base_sha256),
+        tasks=tuple(
+            _opened(source.name, plan.tasks[source.name], inspection.task_sha256[source.name])
+            if source.name in plan.tasks
+            else Model(source.name, source.source, source.revision, inspection.task_sha256[source.name])
+            for source in plan.sources
+        ),
+        settings=plan.settings,
+        selected=selected,
+        left=left,
+        steps=tuple(step.as_resumed() for step in (recorded.steps if recorded else ())),
+        windows=recorded.windows if recorded else [],
+        versions={"nufilt_jax": __version__, "python": platform.python_version()} | libraries,
+        device=f"{device.platform}: {device.device_kind}",
+        memory=plan.memory.to_json(),
+    )
 
 
-def _task_entry(source: Source, plan: Plan, sha256: Mapping[str, str]) -> dict[str, Any]:
-    if source.name in plan.tasks:
-        return {"name": source.name, **_opened_entry(plan.tasks[source.name], sha256)}
-    return {"name": source.name, "source": source.source, "revision": source.revision, "sha256": dict(sha256)}
-
-
-def _opened_entry(checkpoint: Checkpoint, sha256: Mapping[str, str]) -> dict[str, Any]:
+def _opened(name: str, checkpoint: Checkpoint, sha256: Mapping[str, str]) -> Model:
     """A checkpoint in the recipe; a local folder with its full path, so that it is found from anywhere."""
     source = os.path.abspath(checkpoint.path) if checkpoint.revision is None else checkpoint.source
-    return {"source": source, "revision": checkpoint.revision, "sha256": dict(sha256)}
+    return Model(name, source, checkpoint.revision, dict(sha256))
 
 
-def step_entry(task: str, seconds: float, report: Mapping[str, LayerReport]) -> dict[str, Any]:
-    """A step in the recipe. Losses are sums over layers, before each Adam step and after the last."""
+def step_of(task: str, seconds: float, report: Mapping[str, LayerReport], timings: Mapping[str, float]) -> Step:
+    """A step. Losses are sums over layers, before each Adam step and after the last."""
     rows = [np.asarray(row.losses, np.float64) for row in report.values()]
-    losses = [_number(loss) for loss in np.sum(rows, axis=0)] if rows else []
-    return {"task": task, "seconds": round(seconds, 3), "losses": losses, "resumed": False}
+    losses = tuple(_number(loss) for loss in np.sum(rows, axis=0)) if rows else ()
+    return Step(task=task, seconds=round(seconds, 3), losses=losses, timings=timings)
 
 
-def forecast_entry(task: str, report: Mapping[str, LayerReport]) -> dict[str, Any]:
+def forecast_entry(report: Mapping[str, LayerReport]) -> dict[str, Any]:
     """A step in `forecast.json`: what can be known of each layer before evaluating anything."""
     layers = {
         name: {
@@ -73,7 +75,7 @@ def forecast_entry(task: str, report: Mapping[str, LayerReport]) -> dict[str, An
         for name, row in report.items()
     }
     near_equal = [name for name, row in report.items() if row.cut_gap < NEAR_EQUAL]
-    return {"task": task, "near_equal_cuts": near_equal, "layers": layers}
+    return {"near_equal_cuts": near_equal, "layers": layers}
 
 
 def _number(value: Any) -> float | None:

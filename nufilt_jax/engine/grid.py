@@ -1,0 +1,156 @@
+"""A merge as a grid: rows are windows of layers, columns tasks; a cell needs only the cell before it in its row.
+
+A layer's new D depends on that layer's earlier D and its τ alone. So some whole layers, a *window*, can be taken
+through all tasks before the next window is looked at, and no more of a model than that needs to be in memory.
+
+Windows are whole chunks of the solver (`linalg.chunks`): then every layer is solved beside the same layers whatever the
+windows are, and on one machine the bits are the same.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, NamedTuple
+
+from nufilt_jax.linalg.chunks import chunk_size
+
+Walk = Literal["rows", "columns"]
+
+
+class Stack(NamedTuple):
+    """Layers of one shape, in order.
+
+    Attributes:
+      layers: their names.
+      n_bytes: of one of them, in float32.
+      chunk: so many are solved at a time, in the whole stack.
+      at_once: so many could be, see `linalg.chunks`; 1 where layers have nothing to do with each other.
+      is_solved: whether the method works on them; else they follow `--other-params`.
+    """
+
+    layers: tuple[str, ...]
+    n_bytes: int
+    chunk: int = 1
+    at_once: int = 1
+    is_solved: bool = True
+
+    @property
+    def total(self) -> int:
+        """Bytes of all of them."""
+        return len(self.layers) * self.n_bytes
+
+    def part(self, start: int, end: int) -> "Stack":
+        """Some of the layers."""
+        return self._replace(layers=self.layers[start:end])
+
+
+class Window(NamedTuple):
+    """A row of the grid.
+
+    Attributes:
+      number: of the window.
+      stacks: its layers.
+      done: number of tasks that are merged into it already.
+    """
+
+    number: int
+    stacks: tuple[Stack, ...]
+    done: int = 0
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of all its layers."""
+        return tuple(name for stack in self.stacks for name in stack.layers)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of its D."""
+        return sum(stack.total for stack in self.stacks)
+
+
+class Cell(NamedTuple):
+    """One task and one window."""
+
+    window: Window
+    task: int
+
+
+def windows(stacks: Sequence[Stack], most_bytes: float) -> list[tuple[Stack, ...]]:
+    """Divides stacks into windows of at most `most_bytes`, or into as many as there can be if that is too little.
+
+    Stacks stay whole where they fit. One that does not is cut into equal windows, so that few programs serve all.
+
+    >>> stack = Stack(tuple("abcdefgh"), n_bytes=10, chunk=2, at_once=2)
+    >>> [[s.layers for s in window] for window in windows([stack], 50)]
+    [[('a', 'b', 'c', 'd')], [('e', 'f', 'g', 'h')]]
+    """
+    found: list[tuple[Stack, ...]] = []
+    filling: tuple[Stack, ...] = ()
+    for stack in stacks:
+        if sum(part.total for part in (*filling, stack)) <= most_bytes:
+            filling = (*filling, stack)
+            continue
+        found += [filling] if filling else []
+        filling = ()
+        if stack.total <= most_bytes:
+            filling = (stack,)
+        else:
+            found += [(part,) for part in pieces(stack, most_bytes)]
+    return [*found, filling] if filling else found
+
+
+def pieces(stack: Stack, most_bytes: float) -> list[Stack]:
+    """A stack in equal pieces of whole chunks, each of at most `most_bytes` if that can be.
+
+    Layers that are left over go with the last piece, and where a piece alone would be cut into other chunks than the
+    stack is, there are fewer.
+    """
+    n_layers, chunk = len(stack.layers), stack.chunk
+    n_chunks = max(1, n_layers // chunk)
+    per_piece = max(1, int(most_bytes // (chunk * stack.n_bytes)))
+    while True:
+        n_pieces = -(-n_chunks // per_piece)
+        per_piece = -(-n_chunks // n_pieces)
+        starts = range(0, n_chunks * chunk, per_piece * chunk)
+        parts = [stack.part(start, end) for start, end in zip(starts, [*starts[1:], n_layers], strict=True)]
+        if all(chunk_size(len(part.layers), stack.at_once) == chunk for part in parts) or n_pieces == 1:
+            return parts
+        per_piece += 1
+
+
+def smallest(stacks: Sequence[Stack]) -> int:
+    """Bytes of the largest window if all are as small as they can be."""
+    return max((part.total for stack in stacks for part in pieces(stack, 0)), default=0)
+
+
+def restarted(stacks: Sequence[Stack], done: Callable[[str], int], most_bytes: float, first: int = 0) -> list[Window]:
+    """The windows of a merge of which something may be done: only layers into which as many tasks are merged share one.
+
+    Args:
+      stacks: all layers.
+      done: number of tasks that are merged into a layer.
+      most_bytes: as in `windows`.
+      first: number of the first window.
+    """
+    counts = sorted({done(layer) for stack in stacks for layer in stack.layers}, reverse=True)
+    found: list[Window] = []
+    for count in counts:
+        alike = (
+            stack._replace(layers=tuple(layer for layer in stack.layers if done(layer) == count)) for stack in stacks
+        )
+        rows = windows([stack for stack in alike if stack.layers], most_bytes)
+        found += [Window(first + len(found) + i, row, count) for i, row in enumerate(rows)]
+    return found
+
+
+def cells(rows: Sequence[Window], n_tasks: int, walk: Walk) -> Iterator[Cell]:
+    """What is left to do, in order: window after window, or task after task.
+
+    >>> rows = [Window(0, (), done=1), Window(1, ())]
+    >>> [(cell.window.number, cell.task) for cell in cells(rows, 2, "columns")]
+    [(1, 0), (0, 1), (1, 1)]
+    """
+    if walk == "rows":
+        for row in rows:
+            yield from (Cell(row, task) for task in range(row.done, n_tasks))
+        return
+    for task in range(n_tasks):
+        yield from (Cell(row, task) for row in rows if row.done <= task)

@@ -1,0 +1,197 @@
+"""How much memory a merge takes, and the windows that keep it under a cap: from shapes, before any work."""
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nufilt_jax.config import MethodConfig, problem
+from nufilt_jax.engine.grid import Stack, Window, restarted, smallest
+from nufilt_jax.errors import ConfigError, Problem
+
+_UNITS = {"": 1, "B": 1}
+_UNITS |= {f"{prefix}B": 10 ** (3 * power) for power, prefix in enumerate("KMGT", 1)}
+_UNITS |= {f"{prefix}iB": 2 ** (10 * power) for power, prefix in enumerate("KMGT", 1)}
+_SIZE = re.compile(r"(?P<number>\d{1,15}(\.\d{1,9})?)\s*(?P<unit>[A-Za-z]*)")
+
+# Of Python, JAX, orbax and a compiler at work, beside what is counted below: measured at 0.62 to 0.70 GB.
+RUNTIME = 750 * 10**6
+_READERS = 4  # files that are looked into at a time, each with two pieces and a tensor of the base
+_PIECE = 2 << 24
+
+
+class Reach(NamedTuple):
+    """What a method needs at a time.
+
+    Attributes:
+      states: arrays of the size of D that it keeps, D included.
+      workspace: times the size of D that an update takes beside these, of the whole window.
+      whole_model: whether a layer's D depends on other layers, so that there can be one window only.
+    """
+
+    states: int = 1
+    workspace: float = 0.0
+    whole_model: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """What a merge may take, and what it will take, in bytes.
+
+    Attributes:
+      allowed: by `--max-memory`, or half of what is free.
+      is_asked_for: whether it was asked for.
+      planned: the most at any time, resident, mapped pages included.
+      read_ahead: whether the next cell's task vector is read while one is merged.
+    """
+
+    allowed: int
+    is_asked_for: bool
+    planned: int
+    read_ahead: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """For plan and recipe."""
+        told = "--max-memory" if self.is_asked_for else "half of what is free"
+        return {"allowed": self.allowed, "by": told, "planned": self.planned}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size as it is given: `8GB` is 8·10⁹, `8GiB` 8·2³⁰.
+
+    Raises:
+      ConfigError: it is no size.
+
+    >>> parse_size("1.5GB"), parse_size("2 GiB"), parse_size("300000000")
+    (1500000000, 2147483648, 300000000)
+    """
+    found = _SIZE.fullmatch(text.strip())
+    units = {unit.upper(): size for unit, size in _UNITS.items()}
+    if found is None or found["unit"].upper() not in units or float(found["number"]) == 0:
+        raise ConfigError(problem("max_memory", f"must be a size as 8GB or 8GiB, got {text[:40]!r}"))
+    return int(float(found["number"]) * units[found["unit"].upper()])
+
+
+def free_memory() -> int:
+    """Bytes that this machine could still give."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # where nobody tells
+
+
+def peak_memory() -> int | None:
+    """The most bytes that were resident in this process at any time; None where nobody tells."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
+    return None
+
+
+def workspace(shape: tuple[int, ...], chunk: int, config: MethodConfig) -> int:
+    """Bytes that the program of a stack takes beside D and τ: it does not grow with the number of layers.
+
+    An upper bound of the compiled programs' own `memory_analysis()`, within a third of it for n from 256 to 8192; a
+    test compares the two.
+    """
+    if len(shape) != 2:
+        return 0
+    m, n = shape
+    ranks = sum(getattr(config, name, 0) for name in ("filter_rank", "adapter_rank", "task_rank"))
+    # Of wide layers no Gram matrix is formed.
+    numbers = 6.9 * m * n if 2 * m < n else 8.3 * m * n + 1.5 * n * n
+    return int(4 * chunk * (numbers + 4 * n * min(ranks, 2 * n)))
+
+
+class Sizes(NamedTuple):
+    """What the memory of a merge depends on besides its windows, in bytes.
+
+    Attributes:
+      workspace: of the largest program.
+      tensor: of the largest touched tensor, in float32.
+      stored: of the largest tensor of any file, as it is stored.
+      model: of the model in float32, if something runs it; else 0.
+    """
+
+    workspace: int
+    tensor: int
+    stored: int
+    model: int
+
+    def peak(self, window: int, n_windows: int, reach: Reach, *, read_ahead: bool) -> int:
+        """The most that a merge takes whose largest window is `window` bytes."""
+        vectors = 2 if read_ahead else 1
+        walk = int((reach.states + vectors + reach.workspace) * window) + self.workspace + 2 * self.tensor
+        # Written are θ0 + D tensor by tensor; of one window D is in memory still.
+        write = (reach.states * window if n_windows == 1 else 0) + 4 * self.tensor
+        inspect = _READERS * (self.stored + _PIECE)
+        return RUNTIME + max(walk, write, inspect) + 3 * self.model
+
+
+def plan_windows(
+    stacks: Sequence[Stack],
+    sizes: Sizes,
+    reach: Reach,
+    cap: int | None,
+    done: Any,
+    first: int,
+) -> tuple[list[Window], Memory]:
+    """The windows of a merge, as large as its memory allows.
+
+    Args:
+      stacks: all layers that the merge touches.
+      sizes: what else takes memory.
+      reach: what the method needs.
+      cap: bytes allowed; None for half of what is free.
+      done: gives the number of tasks that are merged into a layer.
+      first: number of the first window.
+
+    Raises:
+      ConfigError: not even the smallest windows fit; says how much would do.
+    """
+    allowed = free_memory() // 2 if cap is None else cap
+    whole = sum(stack.total for stack in stacks)
+    least = whole if reach.whole_model else smallest(stacks)
+    n_least = 1 if reach.whole_model or least == whole else 2
+    for read_ahead in (True, False):
+        fits = sizes.peak(whole, 1, reach, read_ahead=read_ahead) <= allowed
+        if fits or sizes.peak(least, n_least, reach, read_ahead=read_ahead) <= allowed:
+            most = whole if fits else _most(allowed, sizes, reach, read_ahead=read_ahead)
+            break
+    else:
+        needed = sizes.peak(least, n_least, reach, read_ahead=False)
+        if cap is not None:
+            raise ConfigError(_impossible(cap, needed, reach))
+        most, read_ahead = least, False  # nobody asked for a cap: what there is may do
+    rows = restarted(stacks, done, whole if reach.whole_model else most, first)
+    largest = max((row.n_bytes for row in rows), default=0)
+    planned = sizes.peak(largest, len(rows), reach, read_ahead=read_ahead)
+    return rows, Memory(allowed, cap is not None, planned, read_ahead)
+
+
+def _most(allowed: int, sizes: Sizes, reach: Reach, *, read_ahead: bool) -> int:
+    """Bytes of the largest window that fits."""
+    fixed = sizes.peak(0, 2, reach, read_ahead=read_ahead)
+    walk = RUNTIME + sizes.workspace + 2 * sizes.tensor + 3 * sizes.model
+    return int((allowed - min(walk, fixed)) / (reach.states + reach.workspace + (2 if read_ahead else 1)))
+
+
+def _impossible(cap: int, needed: int, reach: Reach) -> Problem:
+    least = math.ceil(needed / 1e6)
+    why = "with all layers together, as this method needs" if reach.whole_model else "layer by layer"
+    what = f"{cap / 1e9:.2f} GB are too little: {why} this merge takes {least / 1e3:.3f} GB"
+    return problem("max_memory", what, f"at least --max-memory {least}MB")
+
+
+def largest_workspace(shapes: Iterable[tuple[tuple[int, ...], int]], config: MethodConfig) -> int:
+    """Of the programs of some stacks, given by shape and chunk."""
+    return max((workspace(shape, chunk, config) for shape, chunk in shapes), default=0)

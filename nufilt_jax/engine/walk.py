@@ -1,0 +1,387 @@
+"""Walks the grid of a merge: reads ahead, solves cell after cell, and keeps what is done."""
+
+import dataclasses
+import gc
+import hashlib
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
+
+import jax
+
+from nufilt_jax import methods
+from nufilt_jax.anatomy import tensor_of
+from nufilt_jax.checkpoints import Checkpoint
+from nufilt_jax.checkpoints.tensors import PassingTensors
+from nufilt_jax.config import LearningConfig
+from nufilt_jax.engine.ahead import ReadAhead
+from nufilt_jax.engine.grid import Cell, Window, cells
+from nufilt_jax.engine.merged import merged_tensors
+from nufilt_jax.engine.plan import Plan
+from nufilt_jax.engine.records import forecast_entry, step_of
+from nufilt_jax.engine.timing import Clock
+from nufilt_jax.engine.uninterrupted import uninterrupted
+from nufilt_jax.errors import EvaluationError, NufiltError, Problem
+from nufilt_jax.methods.selection import Selection
+from nufilt_jax.methods.stacked import Array, Params, TaskVector, stacked, task_vector
+from nufilt_jax.methods.state import LayerReport, MergeState
+from nufilt_jax.output.place import OutputPlace
+from nufilt_jax.output.recipe import Recipe, Step
+from nufilt_jax.output.state import CellRecord, Stored, StoredWindow
+
+KEPT_EVERY = 60.0  # seconds of work after which a state is written at the latest, if no cell takes longer
+_KEEPING_SHARE = 0.05  # of the time of a run that writing states in between may take
+_WRITE_RATE = 5e8  # bytes of state per second, until one has been written
+
+
+class Evaluation(Protocol):
+    """Scores the merged model; see `engine.evaluation`."""
+
+    def entry(self, params: Mapping[str, Any], task: str) -> dict[str, Any]:
+        """What the recipe's entry of a step gets."""
+        ...
+
+    def covers(self, step: Step) -> bool:
+        """Whether a step holds what `entry` would say."""
+        ...
+
+    def finish(self, folder: Path, recipe: Recipe) -> None:
+        """Adds files to the finished folder before it gets its name."""
+        ...
+
+
+@runtime_checkable
+class Watcher(Protocol):
+    """Is told how a run goes on."""
+
+    def cell(self, task: str, window: str, done: int, total: int) -> None:
+        """A cell begins, after `done` of `total`; `window` is empty if there is one only."""
+        ...
+
+    def stack(self, description: str, report: LayerReport) -> None:
+        """A group of layers is solved."""
+        ...
+
+    def phase(self, description: str) -> None:
+        """Something else begins."""
+        ...
+
+
+class Task(NamedTuple):
+    """A task that is ready to be merged into a window, and the time that reading it took."""
+
+    name: str
+    checkpoint: Checkpoint
+    vector: TaskVector
+    clock: Clock
+
+
+@dataclasses.dataclass
+class Row:
+    """How far a window is.
+
+    Attributes:
+      window: its layers.
+      records: what each task did to it.
+      kept: the window as it is on disk; None if nothing of it is.
+    """
+
+    window: Window
+    records: list[CellRecord]
+    kept: StoredWindow | None = None
+
+    @property
+    def n_kept(self) -> int:
+        """Number of tasks that are merged into it on disk."""
+        return self.kept.done if self.kept else self.window.done
+
+
+class Walk:
+    """One run over the grid of a plan. After `go`, `delta` gives D of every layer, and `rows` what was done.
+
+    One window is in memory at a time. Its D stays on the device until the walk leaves it; between two cells all of
+    it is valid, and then it is kept: at the end of a row, and in between as often as that costs little, at least after
+    `KEPT_EVERY` seconds of work.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        recipe: Recipe,
+        place: OutputPlace,
+        stored: Stored,
+        watcher: Watcher,
+        clock: Clock,
+        evaluation: Evaluation | None,
+        outside: Mapping[str, float],
+    ) -> None:
+        self._outside = outside
+        self._plan, self._recipe, self._place, self._stored = plan, recipe, place, stored
+        self._watcher, self._clock, self._evaluation = watcher, clock, evaluation
+        self._names = [source.name for source in plan.sources]
+        self.rows = [Row(window, list(stored.records(window.layers))) for window in plan.rows]
+        for row in self.rows:
+            row.records = [CellRecord(cell.step.as_resumed(), cell.forecast) for cell in row.records[: row.window.done]]
+        # What a step says of the model as a whole: from the recipe so far, and then as it is found out.
+        self._told = {step.task: step for step in recipe.steps}
+        self._row: Row | None = None
+        self._rule = _rule(plan, plan.rows[0])
+        self._state: MergeState | None = None  # of the row; None while a program is changing it
+        self._since = time.perf_counter()
+        self._write_rate = _WRITE_RATE
+
+    # What a run is.
+
+    def go(self) -> None:
+        """Merges what is not merged yet.
+
+        Raises:
+          NufiltError: a solution is not finite, the state is damaged, or the disk is full.
+        """
+        plan, pending = self._plan, list(cells(self._plan.rows, len(self._names), self._plan.walk))
+        if pending:
+            self._place.record(self.recipe())  # whether the disk takes it is known before any work
+        self._since = time.perf_counter()
+        try:
+            if not pending or (plan.recorded is not None and not plan.recorded.is_written):
+                self._evaluate_column()  # as far as an earlier run came, which may have ended before it did
+            with ReadAhead(self._load, pending) as tasks:
+                for number, cell in enumerate(pending):
+                    self._enter(cell.window)
+                    self._merge(cell, tasks, number, len(pending))
+                    if plan.walk == "columns":
+                        self._evaluate_column()
+                    following = pending[number + 1].window if number + 1 < len(pending) else None
+                    self._keep_if_due(is_last=following is not cell.window)
+        except BaseException as error:
+            # What is merged is kept however a run ends, unless the same command would only fail again.
+            if not isinstance(error, NufiltError) or isinstance(error, EvaluationError):
+                self._keep()
+            raise
+
+    def recipe(self) -> Recipe:
+        """The recipe as far as windows are kept on disk."""
+        windows = [
+            {"layers": len(row.window.layers), "bytes": row.window.n_bytes, "tasks": row.n_kept} for row in self.rows
+        ]
+        done = min(row.n_kept for row in self.rows)
+        return dataclasses.replace(self._recipe, steps=self.steps(done), windows=windows)
+
+    def steps(self, done: int) -> tuple[Step, ...]:
+        """The first steps, of the whole model."""
+        parts = zip(*(row.records[:done] for row in self.rows), strict=True)
+        joined = [Step.joined([cell.step for cell in column]) for column in parts]
+        return tuple(step.told(self._told.get(step.task)) for step in joined)
+
+    def forecast(self) -> dict[str, Any]:
+        """The content of `forecast.json`."""
+        columns = zip(*(row.records for row in self.rows), strict=True)
+        return {"steps": [_joined_forecast([cell for cell in column]) for column in columns]}
+
+    @property
+    def windows(self) -> list[StoredWindow]:
+        """All windows, as they stand on disk."""
+        found = (self._stored.windows_of(row.window.layers) for row in self.rows)
+        return list({window.folder: window for windows in found for window in windows}.values())
+
+    @property
+    def added(self) -> dict[str, Array]:
+        """Parameters that the method adds to the model."""
+        if self._state is not None:
+            return dict(self._state.added)
+        return dict(self._stored.others(self._plan.rows[0].layers).get("added", {}))
+
+    @property
+    def delta(self) -> Mapping[str, Array]:
+        """D of every layer, on the host: of the window in memory, or read from disk when it is asked for."""
+        if self._state is not None and len(self.rows) == 1:
+            return self._state.delta.on_host()
+        return _StoredDelta(self._stored)
+
+    # A window.
+
+    def _enter(self, window: Window) -> None:
+        """Takes a window into memory, as it was left."""
+        if self._row is not None and self._row.window is window:
+            return
+        self._row = next(row for row in self.rows if row.window is window)
+        self._rule = _rule(self._plan, window)
+        state = self._rule.init(self._base(window))
+        done = len(self._row.records)
+        if done:
+            delta = stacked(self._stored.deltas(window.layers), state.delta.names)
+            beside = self._stored.others(window.layers)
+            extra, added = beside.get("extra", {}), beside.get("added", {})
+            state = dataclasses.replace(state, delta=delta, extra=extra, added=added, step=done)
+        self._state = state
+
+    def _base(self, window: Window) -> Params:
+        # Only a rule that runs the model needs the tensors that it does not touch.
+        return self._plan.base.read(None if self._plan.examples else _touched(window))
+
+    def _keep_if_due(self, *, is_last: bool) -> None:
+        work, row = time.perf_counter() - self._since, cast(Row, self._row)
+        cost = row.window.n_bytes / self._write_rate
+        if is_last or work >= KEPT_EVERY or cost <= _KEEPING_SHARE * work:
+            self._keep()
+        if is_last and len(self.rows) > 1:
+            self._row = self._state = None
+            gc.collect(0)
+
+    def _keep(self) -> None:
+        """Makes what the window in memory holds durable."""
+        row, state = self._row, self._state
+        if row is None or state is None or len(row.records) == row.n_kept:
+            return
+        start = time.perf_counter()
+        told = [CellRecord(cell.step.told(self._told.get(cell.step.task)), cell.forecast) for cell in row.records]
+        window = StoredWindow(self._place.state, row.window.number, row.window.layers, tuple(told))
+        arrays = {"delta": state.delta.on_host(), "extra": dict(state.extra), "added": dict(state.added)}
+        row.kept = self._place.keep(window, arrays)
+        self._stored.add(row.kept)
+        self._place.record(self.recipe())
+        self._since = time.perf_counter()
+        self._write_rate = max(1.0, row.window.n_bytes) / (self._since - start)
+        self._clock.add("write_state", self._since - start)
+
+    # A cell.
+
+    def _load(self, cell: Cell, stop: threading.Event) -> Task:
+        """Forms a task vector on the device, tensor by tensor from the mapped base and the task's files."""
+        name = self._names[cell.task]
+        checkpoint, clock, touched = self._plan.tasks[name], Clock(), _touched(cell.window)
+        theirs = checkpoint.unread(touched, stop=stop)
+        with clock.spent_on("read"):
+            base = PassingTensors(self._plan.base.read(touched))
+            vector = task_vector(base, theirs, tuple(stack.layers for stack in cell.window.stacks))
+        with clock.spent_on("put"):
+            jax.block_until_ready(vector.stacks)
+        return Task(name, checkpoint, vector, clock)
+
+    def _merge(self, cell: Cell, tasks: ReadAhead[Cell, Task], number: int, total: int) -> None:
+        row, name = cast(Row, self._row), self._names[cell.task]
+        window = f"window {self._plan.rows.index(cell.window) + 1} of {len(self.rows)}" if len(self.rows) > 1 else ""
+        self._watcher.cell(name, window, number, total)
+        start = time.perf_counter()
+        task = tasks.take()
+        task.clock.add("wait", time.perf_counter() - start)
+        if self._plan.memory.read_ahead:
+            tasks.begin()
+        data = _examples(self._plan, name, cell.task + 1)
+        with uninterrupted():
+            state, self._state = cast(MergeState, self._state), None
+            self._state = state = _update(self._rule, state, task, self._watcher, data)
+            step = step_of(name, time.perf_counter() - start, state.report, task.clock.as_dict())
+            row.records.append(CellRecord(step, forecast_entry(state.report)))
+        self._tell(name, outside=self._outside.get(name))
+        if self._plan.examples:
+            self._tell(name, examples=_file_entry(self._plan.examples[name]))
+        del task, state  # before the next one is read
+        gc.collect(0)  # where JAX lets go of host memory that was the device's too; else when a program runs next
+
+    def _tell(self, task: str, **what: Any) -> None:
+        self._told[task] = dataclasses.replace(self._told.get(task, Step(task=task)), **what)
+
+    # A column.
+
+    def _evaluate_column(self) -> None:
+        """Scores the model if all windows stand after the same task, and that was not done."""
+        done = {len(row.records) for row in self.rows}
+        if self._evaluation is None or len(done) > 1 or done == {0}:
+            return
+        name = self._names[done.pop() - 1]
+        if self._evaluation.covers(self._told.get(name, Step(task=name))):
+            return
+        if len(self.rows) > 1:
+            self._keep()
+        with self._clock.spent_on("evaluate"):
+            self._tell(name, **self._evaluation.entry(self._whole(), name))
+        if len(self.rows) > 1:
+            self._place.record(self.recipe())
+
+    def _whole(self) -> dict[str, Any]:
+        """All parameters of the merged model."""
+        if self._state is None and len(self.rows) == 1:
+            self._enter(self.rows[0].window)
+        touched = merged_tensors(self._plan.base.read(self._plan.selection.touched), self.delta)
+        return {**self._plan.base.read(), **{name: x.made() for name, x in touched.items()}, **self.added}
+
+
+class _StoredDelta(Mapping[str, Any]):  # not of arrays: a type checker at run time would read one
+    """D by layer, each read from disk when it is asked for."""
+
+    def __init__(self, stored: Stored) -> None:
+        self._stored = stored
+
+    def __getitem__(self, layer: str) -> Array:
+        return self._stored.deltas([layer])[layer]
+
+    def __contains__(self, layer: object) -> bool:
+        return isinstance(layer, str) and self._stored.holds(layer)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored.layers)
+
+    def __len__(self) -> int:
+        return len(self._stored.layers)
+
+
+def _rule(plan: Plan, window: Window) -> methods.Merger:
+    """The rule for the layers of a window alone."""
+    settings = plan.settings
+    layers = tuple(name for stack in window.stacks if stack.is_solved for name in stack.layers)
+    others = tuple(name for stack in window.stacks if not stack.is_solved for name in stack.layers)
+    return methods.get(
+        settings.method,
+        settings.config,
+        seed=settings.seed,
+        layers=settings.layers,
+        other_params=settings.other_params,
+        conv=settings.conv,
+        selection=Selection(layers, others),
+    )
+
+
+def _touched(window: Window) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(map(tensor_of, window.layers)))
+
+
+def _update(
+    rule: methods.Merger, state: MergeState, task: Task, watcher: Watcher, data: methods.TaskData | None
+) -> MergeState:
+    try:
+        with task.clock.spent_on("solve"):
+            return jax.block_until_ready(
+                rule.update(state, task.vector, on_stack=watcher.stack, donate=True, data=data)
+            )
+    except NufiltError as error:  # a rule knows canonical names only, and no files
+        raise type(error)(*(_in_file(task.checkpoint, problem) for problem in error.problems)) from error
+
+
+def _in_file(checkpoint: Checkpoint, problem: Problem) -> Problem:
+    info = checkpoint.tensors.get(tensor_of(problem.tensor))
+    return problem if info is None else Problem(str(info.file), problem.what, problem.fix, info.stored_name)
+
+
+def _examples(plan: Plan, name: str, step: int) -> methods.TaskData | None:
+    if not plan.examples:
+        return None
+    from nufilt_jax.engine.examples import drawing_seed, load_examples  # with models, which no other merge needs
+
+    config = cast(LearningConfig, plan.settings.config)
+    seed = drawing_seed(plan.settings.seed, step, name)
+    return load_examples(plan.examples[name], plan.base.config, config, seed)
+
+
+def _file_entry(path: Path) -> dict[str, str]:
+    with path.open("rb") as file:
+        return {"file": str(path), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _joined_forecast(column: list[CellRecord]) -> dict[str, Any]:
+    """A step in `forecast.json`, from those of the windows."""
+    near = [name for cell in column for name in cell.forecast["near_equal_cuts"]]
+    layers = {name: row for cell in column for name, row in cell.forecast["layers"].items()}
+    return {"task": column[0].step.task, "near_equal_cuts": near, "layers": layers}

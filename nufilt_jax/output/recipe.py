@@ -1,0 +1,293 @@
+"""The recipe of a merge, `nufilt.json`: what went in, how, and what each step did. Nobody else knows its keys."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from nufilt_jax.config import MethodConfig, OtherParams, problem
+from nufilt_jax.errors import ConfigError, OutputError, Problem
+
+VERSION = 2  # of the recipe and of the state beside it; the recipes of nufilt_jax 0.1 name none
+_OF_WRITING = ("format", "dtype")  # settings that no number depends on before the model is written
+
+Rows = list[dict[str, Any]]
+ConfigOf = Callable[[str], type[MethodConfig]]  # from a method's name to the class of its settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model as the user names it, or as a recipe does.
+
+    Attributes:
+      name: the task's name; `base` for the base.
+      source: folder or Hub id.
+      revision: of a Hub id.
+      sha256: of its weight files by name, as a recipe recorded them; None if it comes from the command line.
+    """
+
+    name: str
+    source: str
+    revision: str | None = None
+    sha256: Mapping[str, str] | None = None
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any], name: str | None = None) -> Self:
+        """A model from its entry; the base's has no name."""
+        return cls(name or entry["name"], str(entry["source"]), entry["revision"], dict(entry["sha256"]))
+
+    def to_json(self) -> dict[str, Any]:
+        """Its entry, without the name."""
+        return {"source": self.source, "revision": self.revision, "sha256": dict(self.sha256 or {})}
+
+    def changes(self, now: Mapping[str, str], where: str, folder: Path) -> Iterable[Problem]:
+        """Says that a model's files are not those that the merge in `folder` was begun with.
+
+        Args:
+          now: SHA-256 by file name, of the files as they are.
+          where: the model.
+          folder: where the recipe stands.
+        """
+        then = self.sha256 or {}
+        changed = sorted(name for name in {**then, **now} if then.get(name) != now.get(name))
+        if changed:
+            pairs = "; ".join(f"{name} had SHA-256 {then.get(name)} and has {now.get(name)}" for name in changed)
+            fix = "restore the files, or merge into another folder"
+            yield Problem(where, f"has changed since the merge in {folder} began: {pairs}", fix)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How to merge; frozen in the recipe.
+
+    Attributes:
+      method: name of the rule.
+      config: its settings.
+      seed: of the adapter's start.
+      layers: regular expression of the selected layers; None for the published choice.
+      other_params: what becomes of all other parameters.
+      format: of the weight files; None for the base's.
+      dtype: of the stored weights; None for the base's.
+      conv: whether convolutions of blocks are matrices too.
+    """
+
+    method: str
+    config: MethodConfig
+    seed: int = 0
+    layers: str | None = None
+    other_params: OtherParams = "pretrained"
+    format: str | None = None
+    dtype: str | None = None
+    conv: bool = False
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any], config_of: ConfigOf) -> Self:
+        """The settings in a recipe.
+
+        Raises:
+          ConfigError: a value that no settings may have.
+        """
+        values = {field.name: document[field.name] for field in dataclasses.fields(cls) if field.name != "conv"}
+        config = config_of(values["method"])(**values.pop("config"))
+        return cls(config=config, conv=document.get("conv", False), **values)  # which recipes of 0.1 lack
+
+    def to_json(self) -> dict[str, Any]:
+        """As they stand in a recipe, at its top."""
+        return dataclasses.asdict(self)
+
+    def differences(self, other: "Settings", *, is_written: bool = True) -> list[tuple[str, Any, Any]]:
+        """The settings in which another merge differs: name, value here, value there.
+
+        Args:
+          other: the other's settings.
+          is_written: whether the model is there; if not, it may still be written in another format or type.
+        """
+        here, there = self.to_json(), other.to_json()
+        configs = here.pop("config"), there.pop("config")
+        pairs = [(key, here[key], there[key]) for key in there if is_written or key not in _OF_WRITING]
+        if self.method == other.method:
+            pairs += [(key, configs[0].get(key), value) for key, value in configs[1].items()]
+        return [(key, mine, theirs) for key, mine, theirs in pairs if mine != theirs]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step:
+    """What merging one task did; of a whole model, or of some of its layers.
+
+    Attributes:
+      task: its name.
+      seconds: that it took.
+      losses: sums over layers, before each Adam step and after the last; None for what is not finite.
+      resumed: whether an earlier run had done it.
+      outside: the share of the task's squared change that lies in tensors that the merge leaves.
+      timings: seconds by what they were spent on.
+      examples: the file with the examples that the method learned from, and its hash.
+      accuracy: of the merged model on every task, by name; None if it was not evaluated.
+      accuracy_limit: at most so many examples of each task were looked at.
+    """
+
+    task: str
+    seconds: float = 0.0
+    losses: tuple[float | None, ...] = ()
+    resumed: bool = False
+    outside: float | None = None
+    timings: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    examples: Mapping[str, str] | None = None
+    accuracy: Mapping[str, float] | None = None
+    accuracy_limit: int | None = None
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Self:
+        """A step from its entry; what is not known here is not kept."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        values = {key: value for key, value in entry.items() if key in known}
+        return cls(**{**values, "losses": tuple(values["losses"]), "seconds": float(values["seconds"])})
+
+    def to_json(self) -> dict[str, Any]:
+        """Its entry; what was not asked for is left out."""
+        entry: dict[str, Any] = {"task": self.task, "seconds": round(self.seconds, 3)}
+        entry |= {"losses": list(self.losses), "resumed": self.resumed}
+        entry |= {} if self.outside is None else {"outside": round(self.outside, 6)}
+        entry |= {"timings": {what: round(seconds, 3) for what, seconds in self.timings.items()}}
+        entry |= {} if self.examples is None else {"examples": dict(self.examples)}
+        if self.accuracy is not None:
+            entry |= {"accuracy": dict(self.accuracy), "accuracy_limit": self.accuracy_limit}
+        return entry
+
+    def as_resumed(self) -> "Step":
+        """The same, done by an earlier run."""
+        return dataclasses.replace(self, resumed=True)
+
+    def told(self, other: "Step | None") -> "Step":
+        """With what another part of the step says of the model as a whole."""
+        known = {name: x for name in _OF_MODEL if other is not None and (x := getattr(other, name)) is not None}
+        return dataclasses.replace(self, **known)
+
+    @classmethod
+    def joined(cls, parts: Sequence["Step"]) -> Self:
+        """One step of a whole model, from those of its windows."""
+        timings: dict[str, float] = {}
+        for part in parts:
+            for what, seconds in part.timings.items():
+                timings[what] = timings.get(what, 0.0) + seconds
+        with_losses = [part.losses for part in parts if part.losses]
+        return cls(
+            task=parts[0].task,
+            seconds=sum(part.seconds for part in parts),
+            losses=tuple(map(_sum, zip(*with_losses, strict=True))),
+            resumed=all(part.resumed for part in parts),
+            timings=timings,
+            **{name: next((x for part in parts if (x := getattr(part, name)) is not None), None) for name in _OF_MODEL},
+        )
+
+
+_OF_MODEL = ("outside", "examples", "accuracy", "accuracy_limit")  # of a step as a whole: any of its parts may tell
+
+
+def _sum(numbers: Sequence[float | None]) -> float | None:
+    known = [number for number in numbers if number is not None]
+    return sum(known) if len(known) == len(numbers) else None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """All of `nufilt.json`.
+
+    Attributes:
+      base: with its hashes.
+      tasks: in order, with their hashes, those not merged yet included.
+      settings: how.
+      selected: what the method merges, by pattern.
+      left: what it leaves although tasks moved it.
+      steps: those that are done.
+      windows: of the grid: how many layers each has, the bytes of its D, and the tasks that are merged into it.
+      versions: of this program and its libraries.
+      device: where it ran.
+      timings: seconds by what they were spent on, besides the steps.
+      compiled: the programs compiled, and the seconds that took.
+      memory: bytes allowed, planned and measured.
+      version: of the recipe.
+    """
+
+    base: Model
+    tasks: tuple[Model, ...]
+    settings: Settings
+    selected: Rows = dataclasses.field(default_factory=list)
+    left: Rows = dataclasses.field(default_factory=list)
+    steps: tuple[Step, ...] = ()
+    windows: Rows = dataclasses.field(default_factory=list)
+    versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    device: str = ""
+    timings: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    compiled: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    memory: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    version: int = VERSION
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any], folder: Path, config_of: ConfigOf) -> Self:
+        """Checks that a recipe holds what going on needs.
+
+        Args:
+          document: content of `nufilt.json`.
+          folder: where it stands.
+          config_of: gives the class of a method's settings.
+
+        Raises:
+          OutputError: it is damaged, or from a version with other settings.
+        """
+        try:
+            recipe = cls(
+                base=Model.from_json(document["base"], "base"),
+                tasks=tuple(map(Model.from_json, document["tasks"])),
+                settings=Settings.from_json(document, config_of),
+                steps=tuple(map(Step.from_json, document["steps"])),
+                version=document.get("recipe_version", 1),
+                **{name: document[name] for name in _AS_THEY_ARE if name in document},
+            )
+            names = [task.name for task in recipe.tasks]
+            if [step.task for step in recipe.steps] != names[: len(recipe.steps)]:
+                raise ValueError("its steps are not those of its tasks")
+            if recipe.version not in (1, VERSION):
+                raise ValueError(f"it is of version {recipe.version!r}, and this program knows up to {VERSION}")
+        except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
+            reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+            what = f"the recipe nufilt.json is damaged or of another version: {reason}"
+            raise OutputError(Problem(str(folder), what, "merge again into another folder")) from error
+        return recipe
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of `nufilt.json`."""
+        document = {
+            "recipe_version": self.version,
+            "base": self.base.to_json(),
+            "tasks": [{"name": task.name, **task.to_json()} for task in self.tasks],
+            **self.settings.to_json(),
+            "steps": [step.to_json() for step in self.steps],
+        }
+        return document | {name: value for name in _AS_THEY_ARE if (value := getattr(self, name)) or name in _ALWAYS}
+
+    @property
+    def task_names(self) -> list[str]:
+        """Of all tasks, in order."""
+        return [task.name for task in self.tasks]
+
+    def differences(self, settings: Settings, names: list[str], *, is_written: bool) -> list[tuple[str, Any, Any]]:
+        """The settings and task names in which a command differs: name, value here, the command's."""
+        found = self.settings.differences(settings, is_written=is_written)
+        here, there = ", ".join(self.task_names), ", ".join(names)
+        return found if here == there else [*found, ("task", here, there)]
+
+
+_AS_THEY_ARE = ("selected", "left", "windows", "versions", "device", "timings", "compiled", "memory")
+_ALWAYS = ("selected", "left", "windows")
+
+
+def other_merge_problems(
+    recipe: Recipe, folder: Path, settings: Settings, names: list[str], *, is_written: bool
+) -> list[Problem]:
+    """Refuses a command that differs from the merge that stands in its output folder, difference by difference."""
+    fix = f"choose another --out, remove {folder}, or continue it with --add"
+    return [
+        problem(key, f"is {old!r} in the merge in {folder}, got {new!r}", fix)
+        for key, old, new in recipe.differences(settings, names, is_written=is_written)
+    ]
