@@ -61,4 +61,5 @@ RULE = Rule(
     cost="a forward and a backward pass per step",
     source="Yang et al., arXiv:2310.02575",
     needs_data=True,
+    whole_model=True,
 )

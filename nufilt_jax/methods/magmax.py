@@ -20,20 +20,19 @@ def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
     """θ^m_t = θ0 + λ M_t, M the entries of largest magnitude of all tasks; of equal ones the newest.
 
     Nothing is remembered: D is λ M, and λ τ is compared with that, so that M is never found by a division. In the
-    `text` variant θ^m_t = θ^m_{t−1} + λ M_t (Appendix B.3 of arXiv:2509.21413v2), and M_t is kept in `extra`, stack by
-    stack; M_1 = τ_1.
+    `text` variant θ^m_t = θ^m_{t−1} + λ M_t (Appendix B.3 of arXiv:2509.21413v2), and M_t is kept in `extra`, layer by
+    layer; M_1 = τ_1.
     """
     config = cast(MagmaxConfig, context.config)
     scale, names = jnp.float32(config.scale), task.names
     if config.variant == "code":
         return Advance(Stacked(_replace(state.delta.stacks, task.stacks, scale), names))
-    keys = [f"largest {index}" for index in range(len(names))]
     if state.step == 0:
         delta, largest = blend(state.delta, task, keep=0.0, gain=config.scale).stacks, task.stacks
     else:
-        largest = tuple(state.extra[key] for key in keys)
+        largest = tuple(jnp.stack([jnp.asarray(state.extra[name]) for name in members]) for members in names)
         delta, largest = _accumulate(state.delta.stacks, largest, task.stacks, scale)
-    return Advance(Stacked(delta, names), extra=dict(zip(keys, largest, strict=True)))
+    return Advance(Stacked(delta, names), extra=dict(Stacked(largest, names)))
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -117,4 +117,5 @@ RULE = Rule(
     touches="every tensor",
     cost="1 thin SVD",
     source="Tang et al., arXiv:2501.09522",
+    whole_model=True,
 )

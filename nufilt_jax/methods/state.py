@@ -45,7 +45,7 @@ class MergeState:
       delta: D = θ^m − θ0 in float32, for the tensors that the rule touches. Kept instead of θ^m: at small updates,
         rounding θ^m would cost more than everything else together.
       step: number of tasks merged; static, since rules treat the first task otherwise.
-      extra: what else a rule has to remember; empty for most.
+      extra: what else a rule has to remember, by the names of D if it is per layer; empty for most.
       added: parameters that the rule adds to the model, by names that the base does not have; empty for most.
       report: what the last step said about its layers.
     """
@@ -169,6 +169,8 @@ class Rule:
       source: where it was published.
       needs_data: whether it needs unlabelled examples of each task.
       adds_parameters: whether the merged model has more parameters than the base.
+      whole_model: whether a tensor's new D depends on other tensors too, as a threshold or norm of the whole model
+        does. Where it does not, any part of the layers can be merged alone, and the state's `extra` is by layer.
     """
 
     name: str
@@ -181,6 +183,7 @@ class Rule:
     source: str
     needs_data: bool = False
     adds_parameters: bool = False
+    whole_model: bool = False
 
     @property
     def needs(self) -> str:

@@ -131,4 +131,5 @@ RULE = Rule(
     touches="every tensor",
     cost="order statistics of two models, O(mn)",
     source="Yadav et al., arXiv:2306.01708",
+    whole_model=True,
 )

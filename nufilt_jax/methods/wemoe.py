@@ -139,4 +139,5 @@ RULE = Rule(
     source="Tang et al., arXiv:2402.00433",
     needs_data=True,
     adds_parameters=True,
+    whole_model=True,
 )

@@ -34,6 +34,7 @@ from nufilt_jax import methods
 from nufilt_jax.checkpoints import from_flax
 from nufilt_jax.config import KnotsConfig
 from nufilt_jax.errors import SolveError
+from nufilt_jax.methods.selection import Selection
 
 FLOATS = {name for name, x in BASE.items() if x.dtype == np.float32}
 ATTENTION = {name for name in BASE if ".self_attn." in name}
@@ -51,6 +52,11 @@ NOT_HOMOGENEOUS = ("nufilt", "adapter_only", "wudi")
 ROTATES_LEFT = ("sum", "weight_average", "task_arithmetic", "null_space", "iso_c", "tsv_m", "opcm", "knots")
 ROTATES_RIGHT = ROTATES_LEFT[:-1]
 ROTATES_NOT = ("ties", "magmax", "wudi")
+PER_LAYER = [name for name, rule in methods.RULES.items() if not rule.whole_model]
+SETTINGS = [
+    *((name, {}) for name in PER_LAYER),
+    *((name, {"variant": "text"}) for name in PER_LAYER if hasattr(methods.RULES[name].config, "variant")),
+]
 DATA_FREE = [name for name, rule in methods.RULES.items() if not rule.needs_data]
 
 
@@ -90,6 +96,24 @@ def test_a_state_that_went_through_files_continues_alike(name):
     restored = jax.tree.unflatten(structure, [np.array(x) for x in leaves])
     again, straight = (update(name, rule, each, TASKS[2]) for each in (restored, state))
     chex.assert_trees_all_equal(again.merged, straight.merged)
+
+
+@pytest.mark.parametrize(("name", "settings"), SETTINGS)
+def test_halves_of_the_layers_merge_apart_as_together(name, settings, monkeypatch):
+    """To the bit, if stacks stay whole: programs of other sizes round otherwise."""
+    config = CONFIGS.get(name) or methods.RULES[name].config()
+    monkeypatch.setitem(CONFIGS, name, dataclasses.replace(config, **settings))
+    whole = merge(name)
+    for half in (whole.delta.names[::2], whole.delta.names[1::2]):
+        layers = sum(half, ())
+        part = merge(name, base={key: BASE[key] for key in layers}, selection=Selection(layers, ()))
+        assert part.delta.names == half and part.extra.keys() == whole.extra.keys() & set(layers)
+        for got, wanted in ((part.delta, whole.delta), (part.extra, whole.extra)):
+            chex.assert_trees_all_equal(dict(got), {key: wanted[key] for key in got})
+
+
+def test_the_rules_of_whole_models_are_known():
+    assert set(methods.RULES) - set(PER_LAYER) == {"ties", "opcm", "adamerging", "wemoe"}
 
 
 @pytest.mark.parametrize("name", ORDER_FREE)
