@@ -92,7 +92,7 @@ def _told(group: Group, solution: GroupSolution, on_stack: OnStack | None) -> di
     """The reports of a group's layers, fetched in one go; layers whose solution is not finite have none."""
     told = solution.losses, solution.ok, solution.forecast
     losses, ok, forecast = told if is_traced(told) else jax.device_get(told)
-    whole = LayerReport(losses, *forecast)
+    whole = LayerReport(losses, forecast)
     if on_stack is not None:
         on_stack(f"{len(group.names)} layers of width {group.width}", whole)
     return {

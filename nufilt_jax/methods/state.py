@@ -1,7 +1,6 @@
 """What every merging rule shares: a pair of pure functions over one kind of state."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -12,6 +11,7 @@ import numpy as np
 
 from nufilt_jax.anatomy import FLAT, tensor_of
 from nufilt_jax.config import MethodConfig
+from nufilt_jax.core.forecast import Forecast
 from nufilt_jax.errors import CheckpointError, Problem, raise_all
 from nufilt_jax.methods.data import TaskData
 from nufilt_jax.methods.selection import Scope
@@ -19,20 +19,16 @@ from nufilt_jax.methods.stacked import Array, Params, Stacked, TaskVector
 
 
 class LayerReport(NamedTuple):
-    """What one step says about one layer; `core.forecast.Forecast` explains the shares, NaN for rules without a filter.
+    """What one step says about one layer, or about several with a leading layer axis.
 
     Attributes:
       losses: the loss before each Adam step and, where it needs no more examples, after the last; empty for rules
         without one.
+      forecast: what can be told without data; None for rules that look at no directions.
     """
 
     losses: Array
-    removed_share: Array | float = math.nan
-    restored_share: Array | float = math.nan
-    drift: Array | float = math.nan
-    cut_gap: Array | float = math.nan
-    captured: Array | float = math.nan
-    certified: Array | bool = True
+    forecast: Forecast | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -55,7 +55,7 @@ def test_earlier_directions_stay_untouched():
     for name in SELECTED:
         change = np.asarray(second.delta[name]) - np.asarray(first.delta[name])
         assert np.abs(change @ oracle.leading(np.asarray(first.delta[name]), 8)).max() < 1e-5
-        assert second.report[name].drift < 1e-10
+        assert second.report[name].forecast.drift < 1e-10
         assert second.report[name].losses[1] < second.report[name].losses[0]
 
 

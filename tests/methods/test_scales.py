@@ -69,8 +69,8 @@ def test_the_filters_shares_do_not_depend_on_the_scale():
     for scale in (SMALL, LARGE):
         found, wanted = merged("null_space", scale).report, ordinary("null_space").report
         for key in SELECTED:
-            np.testing.assert_allclose(found[key][1:], wanted[key][1:], rtol=1e-3, atol=1e-9)
-            assert 0 < found[key].removed_share < 1 and 0 < found[key].captured < 1
+            np.testing.assert_allclose(found[key].forecast, wanted[key].forecast, rtol=1e-3, atol=1e-9)
+            assert 0 < found[key].forecast.removed_share < 1 and 0 < found[key].forecast.captured < 1
 
 
 @pytest.mark.parametrize("solver", ["adam", "closed_form"])
