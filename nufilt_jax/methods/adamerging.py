@@ -1,6 +1,6 @@
 """Layer-wise AdaMerging (Yang et al., arXiv:2310.02575), one task at a time: a trained coefficient per tensor."""
 
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,9 @@ from nufilt_jax.methods.state import Advance, Context, MergeState, Rule
 Coefficients = tuple[Array, ...]  # one number per tensor, in the stacks of τ
 
 
-def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
+def advance(state: MergeState, task: TaskVector, context: Context[AdaMergingConfig]) -> Advance:
     """`code`: θ^m_t = θ0 + c τ_t, as the authors' program of arXiv:2509.21413v2 does; `text`: θ^m_{t−1} + c τ_t."""
-    config = cast(AdaMergingConfig, context.config)
+    config = context.config
     kept = state.delta if config.variant == "text" else None
     start = tuple(jnp.full(len(members), config.init, jnp.float32) for members in task.names)
     frozen = (model_params(state.base), kept, task)

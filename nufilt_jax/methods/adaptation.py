@@ -46,7 +46,9 @@ def entropy(logits: Float[Array, "examples classes"], kind: Entropy) -> Float[Ar
     return -jnp.mean(jnp.sum(p * jnp.log(p + 1e-8), axis=-1))
 
 
-def adapt(build: Build, variables: Any, frozen: Any, context: Context, description: str) -> tuple[Any, LayerReport]:
+def adapt(
+    build: Build, variables: Any, frozen: Any, context: Context[LearningConfig], description: str
+) -> tuple[Any, LayerReport]:
     """Trains `variables` by Adam for the config's steps, one batch each.
 
     Args:
@@ -63,7 +65,7 @@ def adapt(build: Build, variables: Any, frozen: Any, context: Context, descripti
       ConfigError: there are too few batches.
       SolveError: the result is not finite.
     """
-    config = cast(LearningConfig, context.config)
+    config = context.config
     data = cast(TaskData, context.data)
     moments = optax.adam(config.learning_rate).init(variables)
     losses: list[jax.Array] = []

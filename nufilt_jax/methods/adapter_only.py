@@ -8,7 +8,7 @@ from nufilt_jax.methods.stacked import TaskVector
 from nufilt_jax.methods.state import Advance, Context, MergeState, Rule
 
 
-def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
+def advance(state: MergeState, task: TaskVector, context: Context[AdapterOnlyConfig]) -> Advance:
     """θ^m_1 = θ_1 (Algorithm 1); then θ^m_t = θ^m_{t−1} + τ (I + BA), or + τ B A as the paper's text has it."""
     if state.step == 0:
         return Advance(blend(state.delta, task, keep=0.0, gain=1.0))

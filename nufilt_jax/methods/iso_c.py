@@ -3,8 +3,6 @@
 Settings and the continual form are those of the authors of arXiv:2509.21413v2, whose paper gives no formula.
 """
 
-from typing import cast
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -17,9 +15,9 @@ from nufilt_jax.methods.stacked import TaskVector
 from nufilt_jax.methods.state import Advance, Context, MergeState, Rule
 
 
-def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
+def advance(state: MergeState, task: TaskVector, context: Context[IsoCConfig]) -> Advance:
     """θ0 + λ τ_1 as it is; then θ0 + λ Iso(D + τ) for matrices, θ0 + λ (D + τ)/2 for all other tensors."""
-    config = cast(IsoCConfig, context.config)
+    config = context.config
     if state.step == 0:
         return Advance(blend(state.delta, task, keep=0.0, gain=config.scale))
     return Advance(matrices_or_mean(_isotropic, state.delta, task, scale=config.scale, config=config))

@@ -4,7 +4,7 @@ Which directions count, the kernel and its thresholds are those of the authors' 
 """
 
 import functools
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,13 +29,13 @@ from nufilt_jax.methods.ties import cut_order, ties_at
 REACH = 1e-5
 
 
-def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
+def advance(state: MergeState, task: TaskVector, context: Context[KnotsConfig]) -> Advance:
     """θ0 + λ τ_1, untrimmed; then θ^m_t = θ^m_{t−1} + λ U diag(σ) R, where R is TIES of the halves of Vᵀ.
 
     Raises:
       ConfigError: under `jax.jit`: the decompositions are the host's.
     """
-    config = cast(KnotsConfig, context.config)
+    config = context.config
     if state.step == 0:
         return Advance(blend(state.delta, task, keep=0.0, gain=config.scale))
     if is_traced((state.delta, task)):

@@ -1,7 +1,6 @@
 """MagMax-Ind: Marczak et al., arXiv:2407.06322, one task vector at a time."""
 
 import functools
-from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +15,14 @@ from nufilt_jax.methods.state import Advance, Context, MergeState, Rule
 Stacks = tuple[Float[Array, "..."], ...]
 
 
-def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
+def advance(state: MergeState, task: TaskVector, context: Context[MagmaxConfig]) -> Advance:
     """θ^m_t = θ0 + λ M_t, M the entries of largest magnitude of all tasks; of equal ones the newest.
 
     Nothing is remembered: D is λ M, and λ τ is compared with that, so that M is never found by a division. In the
     `text` variant θ^m_t = θ^m_{t−1} + λ M_t (Appendix B.3 of arXiv:2509.21413v2), and M_t is kept in `extra`, layer by
     layer; M_1 = τ_1.
     """
-    config = cast(MagmaxConfig, context.config)
+    config = context.config
     scale, names = jnp.float32(config.scale), task.names
     if config.variant == "code":
         return Advance(Stacked(_replace(state.delta.stacks, task.stacks, scale), names))

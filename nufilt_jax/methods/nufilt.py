@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -22,21 +22,21 @@ from nufilt_jax.methods.stacked import Array, Group, Stacked, TaskVector, group_
 from nufilt_jax.methods.state import Advance, Context, LayerReport, MergeState, OnStack, Rule
 
 
-def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
+def advance(state: MergeState, task: TaskVector, context: Context[NufiltConfig]) -> Advance:
     """θ^m_1 = θ_1; then θ^m_t = θ^m_{t−1} + τ (P + BA) (Algorithm 1)."""
-    config = cast(NufiltConfig, context.config)
+    config = context.config
     if state.step == 0:
         return Advance(_first(state.delta, task, config))
     return solve_task(state, task, context)
 
 
-def solve_task(state: MergeState, task: TaskVector, context: Context) -> Advance:
+def solve_task(state: MergeState, task: TaskVector, context: Context[SolveConfig]) -> Advance:
     """θ^m_t = θ^m_{t−1} + τ times the right factor of the settings, for any t.
 
     Raises:
       SolveError: layers whose solution is not finite, all listed.
     """
-    config = cast(SolveConfig, context.config)
+    config = context.config
     is_inline = is_traced((state.delta, task))
     merged: list[jax.Array] = []
     waiting: list[_UnderWay] = []

@@ -1,7 +1,6 @@
 """The null-space filter without the adapter: row 2 of Table 4, arXiv:2509.21413v2."""
 
 import dataclasses
-from typing import cast
 
 from nufilt_jax.config import NufiltConfig, NullSpaceConfig
 from nufilt_jax.methods import nufilt
@@ -10,11 +9,11 @@ from nufilt_jax.methods.stacked import TaskVector
 from nufilt_jax.methods.state import Advance, Context, MergeState, Rule
 
 
-def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
+def advance(state: MergeState, task: TaskVector, context: Context[NullSpaceConfig]) -> Advance:
     """θ^m_t = θ^m_{t−1} + τ P: NUFILT with r_l = r_v = 0."""
-    config = cast(NullSpaceConfig, context.config)
+    config = context.config
     bare = NufiltConfig(**dataclasses.asdict(config), adapter_rank=0, task_rank=0, steps=0)
-    return nufilt.advance(state, task, dataclasses.replace(context, config=bare))
+    return nufilt.advance(state, task, Context(bare, context.seed, context.on_stack, context.data))
 
 
 RULE = Rule(

@@ -5,7 +5,6 @@ next step, λ and the sum of the norms stay in the state.
 """
 
 import functools
-from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +22,9 @@ from nufilt_jax.methods.state import Advance, Context, MergeState, Rule
 Stacks = tuple[jax.Array | np.ndarray, ...]
 
 
-def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
+def advance(state: MergeState, task: TaskVector, context: Context[OpcmConfig]) -> Advance:
     """θ^m_1 = θ_1; then θ^m_t = θ0 + (λ_{t−1} D + P(τ)) / λ_t."""
-    config = cast(OpcmConfig, context.config)
+    config = context.config
     copies = tuple(
         np.array([n_copies(name, config.embedding_copies) for name in members], np.float32) for members in task.names
     )

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,10 @@ from nufilt_jax.errors import CheckpointError, Problem, raise_all
 from nufilt_jax.methods.data import TaskData
 from nufilt_jax.methods.selection import Scope
 from nufilt_jax.methods.stacked import Array, Params, Stacked, TaskVector
+
+C = TypeVar("C", bound=MethodConfig)
+# What is only read: a rule's context serves every function that asks for less of it.
+C_co = TypeVar("C_co", bound=MethodConfig, covariant=True)
 
 
 class LayerReport(NamedTuple):
@@ -125,7 +129,7 @@ class Merger(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Context:
+class Context(Generic[C_co]):
     """What a rule is given besides state and task.
 
     Attributes:
@@ -135,7 +139,7 @@ class Context:
       data: of the task, for rules that need it.
     """
 
-    config: MethodConfig
+    config: C_co
     seed: int
     on_stack: OnStack | None
     data: TaskData | None
@@ -151,7 +155,7 @@ class Advance(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Rule:
+class Rule(Generic[C]):
     """One merging rule, as its file states it.
 
     Attributes:
@@ -170,8 +174,8 @@ class Rule:
     """
 
     name: str
-    config: type[MethodConfig]
-    advance: Callable[[MergeState, TaskVector, Context], Advance]
+    config: type[C]
+    advance: Callable[[MergeState, TaskVector, Context[C]], Advance]
     scope: Scope
     update: str
     touches: str

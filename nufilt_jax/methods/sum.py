@@ -7,7 +7,7 @@ from nufilt_jax.methods.stacked import TaskVector
 from nufilt_jax.methods.state import Advance, Context, MergeState, Rule
 
 
-def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
+def advance(state: MergeState, task: TaskVector, context: Context[SumConfig]) -> Advance:
     """θ^m_t = θ^m_{t−1} + τ_t."""
     return Advance(blend(state.delta, task, keep=1.0, gain=1.0))
 

@@ -1,7 +1,5 @@
 """Continual task arithmetic: Ilharco et al., arXiv:2212.04089, one task vector at a time."""
 
-from typing import cast
-
 from nufilt_jax.config import TaskArithmeticConfig
 from nufilt_jax.methods.elementwise import blend
 from nufilt_jax.methods.selection import every_tensor
@@ -9,9 +7,9 @@ from nufilt_jax.methods.stacked import TaskVector
 from nufilt_jax.methods.state import Advance, Context, MergeState, Rule
 
 
-def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
+def advance(state: MergeState, task: TaskVector, context: Context[TaskArithmeticConfig]) -> Advance:
     """θ^m_t = θ^m_{t−1} + λ τ_t."""
-    config = cast(TaskArithmeticConfig, context.config)
+    config = context.config
     return Advance(blend(state.delta, task, keep=float(config.accumulate), gain=config.scale))
 
 

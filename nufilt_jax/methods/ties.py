@@ -5,7 +5,6 @@ The kernel is the authors' program's: thresholds over the whole model, the elect
 
 import functools
 import math
-from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from nufilt_jax.methods.stacked import Stacked, TaskVector
 from nufilt_jax.methods.state import Advance, Context, MergeState, Rule
 
 
-def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
+def advance(state: MergeState, task: TaskVector, context: Context[TiesConfig]) -> Advance:
     """θ^m_1 = θ0 + λ τ_1, untrimmed; then θ^m_t = θ^m_{t−1} + λ TIES_p(D, τ).
 
     In the `text` variant the operand is the previous output instead of D (Appendix B.3 of arXiv:2509.21413v2): at
@@ -27,7 +26,7 @@ def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
     `embedding_copies`, every entry of a T5's token embedding counts c times for thresholds and majority, and what is
     added to it is c λ Z, at t = 1 c λ τ_1.
     """
-    config = cast(TiesConfig, context.config)
+    config = context.config
     scale, names = jnp.float32(config.scale), state.delta.names
     weights = tuple(tuple(n_copies(name, config.embedding_copies) for name in members) for members in names)
     keys = [f"output {index}" for index in range(len(names))] if config.variant == "text" else []

@@ -4,8 +4,6 @@ Settings and the continual form are those of the authors of arXiv:2509.21413v2: 
 step, so older tasks are truncated again each time.
 """
 
-from typing import cast
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -19,9 +17,9 @@ from nufilt_jax.methods.stacked import TaskVector
 from nufilt_jax.methods.state import Advance, Context, MergeState, Rule
 
 
-def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
+def advance(state: MergeState, task: TaskVector, context: Context[TsvMConfig]) -> Advance:
     """θ0 + λ τ_1 as it is; then θ0 + λ U diag(σ) Vᵀ for matrices, θ0 + λ (D + τ)/2 for all other tensors."""
-    config = cast(TsvMConfig, context.config)
+    config = context.config
     if state.step == 0:
         return Advance(blend(state.delta, task, keep=0.0, gain=config.scale))
     return Advance(matrices_or_mean(_merge, state.delta, task, scale=config.scale, config=config))

@@ -7,7 +7,7 @@ from nufilt_jax.methods.stacked import TaskVector
 from nufilt_jax.methods.state import Advance, Context, MergeState, Rule
 
 
-def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
+def advance(state: MergeState, task: TaskVector, context: Context[WeightAverageConfig]) -> Advance:
     """θ^m_t = ((t−1) θ^m_{t−1} + θ_t) / t."""
     t = state.step + 1
     return Advance(blend(state.delta, task, keep=(t - 1) / t, gain=1 / t))

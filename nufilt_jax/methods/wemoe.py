@@ -45,9 +45,9 @@ def is_feed_forward(name: str, shape: tuple[int, ...] = ()) -> bool:
     return _FEED_FORWARD.fullmatch(name) is not None
 
 
-def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
+def advance(state: MergeState, task: TaskVector, context: Context[WemoeConfig]) -> Advance:
     """Attention by task arithmetic, then one more expert and gate row, then all gates trained."""
-    config = cast(WemoeConfig, context.config)
+    config = context.config
     delta, experts = grow(state, task, config)
     new = {name: experts[f"{expert_name(name, state.step)}.a"] for name in task if is_feed_forward(name)}
     broken = [name for name, factor in new.items() if not jnp.isfinite(factor).all()]

@@ -32,9 +32,9 @@ from nufilt_jax.methods.stacked import Stacked, TaskVector
 from nufilt_jax.methods.state import Advance, Context, LayerReport, MergeState, Rule
 
 
-def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
+def advance(state: MergeState, task: TaskVector, context: Context[WudiConfig]) -> Advance:
     """θ^m_1 = θ_1; then θ0 + M for the matrices that `variant` names, θ0 + (D + τ)/2 for all other tensors."""
-    config = cast(WudiConfig, context.config)
+    config = context.config
     if state.step == 0:
         return Advance(blend(state.delta, task, keep=0.0, gain=1.0))
     is_solved = is_matrix if config.variant == "code" else linear_layers
