@@ -77,6 +77,17 @@ def _fault(field: dataclasses.Field, value: object) -> str:
     return f"{broken[0]}, got {value}" if broken else ""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScaledConfig(MethodConfig):
+    """What the methods share that scale what they merge.
+
+    Attributes:
+      scale: λ.
+    """
+
+    scale: float
+
+
 def option(field_name: str) -> str:
     """The command-line spelling of a field: `filter_rank` -> `--filter-rank`."""
     return "--" + field_name.replace("_", "-")
@@ -197,7 +208,7 @@ class WeightAverageConfig(MethodConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TaskArithmeticConfig(MethodConfig):
+class TaskArithmeticConfig(ScaledConfig):
     """Task arithmetic.
 
     Attributes:
@@ -211,7 +222,7 @@ class TaskArithmeticConfig(MethodConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TiesConfig(MethodConfig):
+class TiesConfig(ScaledConfig):
     """TIES-Merging, continual.
 
     Attributes:
@@ -232,7 +243,7 @@ class TiesConfig(MethodConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MagmaxConfig(MethodConfig):
+class MagmaxConfig(ScaledConfig):
     """MagMax-Ind.
 
     Attributes:
@@ -260,7 +271,7 @@ class WudiConfig(MethodConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class IsoCConfig(MethodConfig):
+class IsoCConfig(ScaledConfig):
     """Iso-C, isotropic merging.
 
     Attributes:
@@ -271,7 +282,7 @@ class IsoCConfig(MethodConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class KnotsConfig(MethodConfig):
+class KnotsConfig(ScaledConfig):
     """KnOTS-TIES.
 
     Attributes:
@@ -286,7 +297,7 @@ class KnotsConfig(MethodConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TsvMConfig(MethodConfig):
+class TsvMConfig(ScaledConfig):
     """TSV-M, merging by task singular vectors.
 
     Attributes:

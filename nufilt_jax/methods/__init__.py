@@ -133,7 +133,8 @@ def get(
             task = task_vector(state.base, task, mine + others)
         delta = state.delta if donate else state.delta.copied()
         own = dataclasses.replace(state, delta=delta.only(mine))
-        done = rule.advance(own, task.only(mine), Context(settings, seed, on_stack, data))
+        take = rule.first if state.step == 0 else rule.advance
+        done = take(own, task.only(mine), Context(settings, seed, on_stack, data))
         moved = move_others(delta.only(others), task.only(others), state.step, other_params)
         require_finite(done.delta + moved)
         extra, added, report = dict(done.extra), dict(done.added), dict(done.report)

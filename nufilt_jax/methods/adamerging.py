@@ -54,6 +54,7 @@ def _moved(kept: Stacked | None, task: TaskVector, coefficients: Coefficients) -
 RULE = Rule(
     name="adamerging",
     config=AdaMergingConfig,
+    first=advance,
     advance=advance,
     scope=every_tensor,
     update="θ0 + c τ of the newest task: c, one per tensor, minimises the entropy of the predictions",

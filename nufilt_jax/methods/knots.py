@@ -15,10 +15,9 @@ from nufilt_jax.config import KnotsConfig
 from nufilt_jax.errors import ConfigError, Problem
 from nufilt_jax.linalg.dense import matmul
 from nufilt_jax.linalg.dispatch import each_on_host, is_traced
-from nufilt_jax.methods.elementwise import blend
 from nufilt_jax.methods.selection import linear_layers
 from nufilt_jax.methods.stacked import Stacked, TaskVector
-from nufilt_jax.methods.state import Advance, Context, MergeState, Rule
+from nufilt_jax.methods.state import Advance, Context, MergeState, Rule, scaled
 from nufilt_jax.methods.ties import cut_order, ties_at
 
 # Smallest cutoff, as a share of ‖C‖, for which singular pairs come from C Cᵀ: at a half to a quarter of an SVD's time
@@ -30,14 +29,12 @@ REACH = 1e-5
 
 
 def advance(state: MergeState, task: TaskVector, context: Context[KnotsConfig]) -> Advance:
-    """θ0 + λ τ_1, untrimmed; then θ^m_t = θ^m_{t−1} + λ U diag(σ) R, where R is TIES of the halves of Vᵀ.
+    """θ^m_t = θ^m_{t−1} + λ U diag(σ) R, where R is TIES of the halves of Vᵀ.
 
     Raises:
       ConfigError: under `jax.jit`: the decompositions are the host's.
     """
     config = context.config
-    if state.step == 0:
-        return Advance(blend(state.delta, task, keep=0.0, gain=config.scale))
     if is_traced((state.delta, task)):
         raise ConfigError(
             Problem("knots", "decomposes on the host and cannot be traced", "call update without jax.jit")
@@ -123,6 +120,7 @@ def _add(
 RULE = Rule(
     name="knots",
     config=KnotsConfig,
+    first=scaled,  # untrimmed
     advance=advance,
     scope=linear_layers,
     update="θ + λ U s TIES(V1, V2): D and τ in one basis, [D, τ] = U s [V1, V2]",

@@ -9,29 +9,28 @@ import numpy as np
 from jaxtyping import UInt32
 
 from nufilt_jax.anatomy import FLAT
-from nufilt_jax.config import NufiltConfig, SolveConfig
+from nufilt_jax.config import NufiltConfig, NullSpaceConfig, SolveConfig
 from nufilt_jax.core.adapt import draw_start
 from nufilt_jax.core.filter import authors_first_filter
 from nufilt_jax.core.solve import GroupSolution, mended, solve_group
 from nufilt_jax.errors import Problem, SolveError, raise_all
 from nufilt_jax.linalg.dispatch import is_traced, run_alone
 from nufilt_jax.linalg.subspace import Stacks
-from nufilt_jax.methods.elementwise import blend
 from nufilt_jax.methods.selection import published_layers
 from nufilt_jax.methods.stacked import Array, Group, Stacked, TaskVector, group_layers
-from nufilt_jax.methods.state import Advance, Context, LayerReport, MergeState, OnStack, Rule
+from nufilt_jax.methods.state import Advance, Context, LayerReport, MergeState, OnStack, Rule, as_it_is
 
 
-def advance(state: MergeState, task: TaskVector, context: Context[NufiltConfig]) -> Advance:
-    """θ^m_1 = θ_1; then θ^m_t = θ^m_{t−1} + τ (P + BA) (Algorithm 1)."""
-    config = context.config
-    if state.step == 0:
-        return Advance(_first(state.delta, task, config))
-    return solve_task(state, task, context)
+def first(state: MergeState, task: TaskVector, context: Context[NullSpaceConfig]) -> Advance:
+    """θ^m_1 = θ_1 (Algorithm 1), or what the authors' program leaves of it."""
+    taken, rank = as_it_is(state, task, context), context.config.filter_rank
+    if context.config.first_task == "paper":
+        return taken
+    return Advance(jax.tree.map(jax.vmap(lambda x: authors_first_filter(x, rank)), taken.delta))
 
 
-def solve_task(state: MergeState, task: TaskVector, context: Context[SolveConfig]) -> Advance:
-    """θ^m_t = θ^m_{t−1} + τ times the right factor of the settings, for any t.
+def advance(state: MergeState, task: TaskVector, context: Context[SolveConfig]) -> Advance:
+    """θ^m_t = θ^m_{t−1} + τ (P + BA) (Algorithm 1), or τ times what else the settings name as its right factor.
 
     Raises:
       SolveError: layers whose solution is not finite, all listed.
@@ -81,13 +80,6 @@ def _mended(begun: _UnderWay, config: SolveConfig) -> GroupSolution:
     return mended(begun.found, begun.found.updates, begun.task, begun.keys, again)
 
 
-def _first(delta: Stacked, task: TaskVector, config: NufiltConfig) -> Stacked:
-    first = blend(delta, task, keep=0.0, gain=1.0)
-    if config.first_task == "paper":
-        return first
-    return jax.tree.map(jax.vmap(lambda x: authors_first_filter(x, config.filter_rank)), first)
-
-
 def _told(group: Group, solution: GroupSolution, on_stack: OnStack | None) -> dict[str, LayerReport]:
     """The reports of a group's layers, fetched in one go; layers whose solution is not finite have none."""
     told = solution.losses, solution.ok, solution.forecast
@@ -124,6 +116,7 @@ def adapter_keys(seed: int, step: int, names: tuple[str, ...]) -> UInt32[np.ndar
 RULE = Rule(
     name="nufilt",
     config=NufiltConfig,
+    first=first,
     advance=advance,
     scope=published_layers,
     update="θ + τ (P + BA): P removes the input directions that D uses most, BA is trained without data",

@@ -19,6 +19,7 @@ def advance(state: MergeState, task: TaskVector, context: Context[NullSpaceConfi
 RULE = Rule(
     name="null_space",
     config=NullSpaceConfig,
+    first=nufilt.first,
     advance=advance,
     scope=published_layers,
     update="θ + τ P",

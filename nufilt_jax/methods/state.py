@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from nufilt_jax.anatomy import FLAT, tensor_of
-from nufilt_jax.config import MethodConfig
+from nufilt_jax.config import MethodConfig, ScaledConfig
 from nufilt_jax.core.forecast import Forecast
 from nufilt_jax.errors import CheckpointError, Problem, raise_all
 from nufilt_jax.methods.data import TaskData
+from nufilt_jax.methods.elementwise import blend
 from nufilt_jax.methods.selection import Scope
 from nufilt_jax.methods.stacked import Array, Params, Stacked, TaskVector
 
@@ -154,6 +155,19 @@ class Advance(NamedTuple):
     added: Mapping[str, Array] = MappingProxyType({})
 
 
+Step = Callable[[MergeState, TaskVector, Context[C]], Advance]
+
+
+def as_it_is(state: MergeState, task: TaskVector, context: Context[MethodConfig]) -> Advance:
+    """θ^m_1 = θ_1."""
+    return Advance(blend(state.delta, task, keep=0.0, gain=1.0))
+
+
+def scaled(state: MergeState, task: TaskVector, context: Context[ScaledConfig]) -> Advance:
+    """θ^m_1 = θ0 + λ τ_1."""
+    return Advance(blend(state.delta, task, keep=0.0, gain=context.config.scale))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule(Generic[C]):
     """One merging rule, as its file states it.
@@ -161,7 +175,8 @@ class Rule(Generic[C]):
     Attributes:
       name: as on the command line.
       config: class of its settings.
-      advance: one step, from state and τ of the tensors it works on; may take the memory of the state's D.
+      first: how the first task is taken, from state and τ of the tensors it works on.
+      advance: how every later task is merged, from the same; both may take the memory of the state's D.
       scope: the tensors it works on.
       update: what it does to θ^m, in a line.
       touches: `scope` in words.
@@ -175,7 +190,8 @@ class Rule(Generic[C]):
 
     name: str
     config: type[C]
-    advance: Callable[[MergeState, TaskVector, Context[C]], Advance]
+    first: Step[C] = as_it_is
+    advance: Step[C]
     scope: Scope
     update: str
     touches: str

@@ -4,7 +4,7 @@ from nufilt_jax.config import TaskArithmeticConfig
 from nufilt_jax.methods.elementwise import blend
 from nufilt_jax.methods.selection import every_tensor
 from nufilt_jax.methods.stacked import TaskVector
-from nufilt_jax.methods.state import Advance, Context, MergeState, Rule
+from nufilt_jax.methods.state import Advance, Context, MergeState, Rule, scaled
 
 
 def advance(state: MergeState, task: TaskVector, context: Context[TaskArithmeticConfig]) -> Advance:
@@ -16,6 +16,7 @@ def advance(state: MergeState, task: TaskVector, context: Context[TaskArithmetic
 RULE = Rule(
     name="task_arithmetic",
     config=TaskArithmeticConfig,
+    first=scaled,
     advance=advance,
     scope=every_tensor,
     update="θ + λ τ",

@@ -18,28 +18,39 @@ from nufilt_jax.methods.stacked import Stacked, TaskVector
 from nufilt_jax.methods.state import Advance, Context, MergeState, Rule
 
 
+def first(state: MergeState, task: TaskVector, context: Context[TiesConfig]) -> Advance:
+    """θ^m_1 = θ0 + λ c τ_1, untrimmed, c as in `advance`; θ0 if the first task is left out."""
+    config = context.config
+    outputs = task.stacks if config.merge_first else jax.tree.map(jnp.zeros_like, task.stacks)
+    delta = _add(state.delta.stacks, outputs, jnp.float32(config.scale), weights=_weights(task, config))
+    return Advance(Stacked(delta, task.names), extra=dict(zip(_keys(task, config), outputs, strict=False)))
+
+
 def advance(state: MergeState, task: TaskVector, context: Context[TiesConfig]) -> Advance:
-    """θ^m_1 = θ0 + λ τ_1, untrimmed; then θ^m_t = θ^m_{t−1} + λ TIES_p(D, τ).
+    """θ^m_t = θ^m_{t−1} + λ TIES_p(D, τ).
 
     In the `text` variant the operand is the previous output instead of D (Appendix B.3 of arXiv:2509.21413v2): at
     t = 2 that is τ_1, or zero if the first task is left out; it is kept in `extra`, stack by stack. With c =
     `embedding_copies`, every entry of a T5's token embedding counts c times for thresholds and majority, and what is
-    added to it is c λ Z, at t = 1 c λ τ_1.
+    added to it is c λ Z.
     """
-    config = context.config
-    scale, names = jnp.float32(config.scale), state.delta.names
-    weights = tuple(tuple(n_copies(name, config.embedding_copies) for name in members) for members in names)
-    keys = [f"output {index}" for index in range(len(names))] if config.variant == "text" else []
-    if state.step == 0:
-        outputs = task.stacks if config.merge_first else jax.tree.map(jnp.zeros_like, task.stacks)
-        delta = _add(state.delta.stacks, outputs, scale, weights=weights)
-    else:
-        previous = tuple(state.extra[key] for key in keys)
-        sizes = (math.prod(stack.shape[1:]) for stack in task.stacks)
-        n_entries = sum(size * sum(copies) for size, copies in zip(sizes, weights, strict=True))
-        k = cut_order(n_entries, config.density)
-        delta, outputs = _step(state.delta.stacks, previous, task.stacks, scale, k=k, weights=weights)
-    return Advance(Stacked(delta, names), extra=dict(zip(keys, outputs, strict=False)))
+    config, weights, keys = context.config, _weights(task, context.config), _keys(task, context.config)
+    previous = tuple(state.extra[key] for key in keys)
+    sizes = (math.prod(stack.shape[1:]) for stack in task.stacks)
+    n_entries = sum(size * sum(copies) for size, copies in zip(sizes, weights, strict=True))
+    k, scale = cut_order(n_entries, config.density), jnp.float32(config.scale)
+    delta, outputs = _step(state.delta.stacks, previous, task.stacks, scale, k=k, weights=weights)
+    return Advance(Stacked(delta, task.names), extra=dict(zip(keys, outputs, strict=True)))
+
+
+def _weights(task: TaskVector, config: TiesConfig) -> Weights:
+    """C of every tensor of every stack."""
+    return tuple(tuple(n_copies(name, config.embedding_copies) for name in members) for members in task.names)
+
+
+def _keys(task: TaskVector, config: TiesConfig) -> list[str]:
+    """Under which names a step's outputs are remembered, stack by stack; none if they are not."""
+    return [f"output {index}" for index in range(len(task.names))] if config.variant == "text" else []
 
 
 @functools.partial(jax.jit, static_argnames=("k", "weights"), donate_argnums=0)
@@ -124,6 +135,7 @@ def disjoint_sum(
 RULE = Rule(
     name="ties",
     config=TiesConfig,
+    first=first,
     advance=advance,
     scope=every_tensor,
     update="θ + λ TIES(D, τ): of the model's largest entries of both, those of the elected sign are added",

@@ -131,6 +131,7 @@ def _appended(rows: Array | None, new: Array) -> Array:
 RULE = Rule(
     name="wemoe",
     config=WemoeConfig,
+    first=advance,
     advance=advance,
     scope=attention_and_feed_forward,
     update="attention: θ + λ τ; feed-forward: θ0 + Σ w_i B_i A_i, w from gates trained on the newest task",

@@ -33,10 +33,8 @@ from nufilt_jax.methods.state import Advance, Context, LayerReport, MergeState, 
 
 
 def advance(state: MergeState, task: TaskVector, context: Context[WudiConfig]) -> Advance:
-    """θ^m_1 = θ_1; then θ0 + M for the matrices that `variant` names, θ0 + (D + τ)/2 for all other tensors."""
+    """θ0 + M for the matrices that `variant` names, θ0 + (D + τ)/2 for all other tensors."""
     config = context.config
-    if state.step == 0:
-        return Advance(blend(state.delta, task, keep=0.0, gain=1.0))
     is_solved = is_matrix if config.variant == "code" else linear_layers
     matrices, others = split(state.delta, is_solved)
     merged = blend(state.delta.only(others), task.only(others), keep=0.5, gain=0.5)
