@@ -17,7 +17,6 @@ from nufilt_jax import methods
 from nufilt_jax.anatomy import tensor_of
 from nufilt_jax.checkpoints import Checkpoint, write_added, write_checkpoint
 from nufilt_jax.checkpoints.tensors import PassingTensors
-from nufilt_jax.config import LearningConfig
 from nufilt_jax.engine.ahead import ReadAhead
 from nufilt_jax.engine.coverage import outside_share
 from nufilt_jax.engine.inspection import Inspection
@@ -27,6 +26,7 @@ from nufilt_jax.engine.plan import Plan
 from nufilt_jax.engine.recipe import forecast_entry, new_recipe, step_entry
 from nufilt_jax.engine.timing import Clock, CompileLog
 from nufilt_jax.errors import CheckpointError, EvaluationError, NufiltError, OutputError, Problem
+from nufilt_jax.methods.adaptation import LearningConfig
 from nufilt_jax.methods.stacked import Names, Params, TaskVector, stacked, task_vector
 from nufilt_jax.methods.state import LayerReport, MergeState
 from nufilt_jax.output.card import model_card

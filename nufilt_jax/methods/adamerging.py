@@ -1,16 +1,31 @@
 """Layer-wise AdaMerging (Yang et al., arXiv:2310.02575), one task at a time: a trained coefficient per tensor."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from nufilt_jax.config import AdaMergingConfig
-from nufilt_jax.methods.adaptation import WHOLE_MODEL, adapt, model_params
+from nufilt_jax.config import Variant
+from nufilt_jax.methods.adaptation import WHOLE_MODEL, LearningConfig, adapt, model_params
 from nufilt_jax.methods.selection import every_tensor
 from nufilt_jax.methods.stacked import Array, Params, Stacked, TaskVector
 from nufilt_jax.methods.state import Advance, Context, MergeState, Rule
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdaMergingConfig(LearningConfig):
+    """Layer-wise AdaMerging: one coefficient per tensor, trained on unlabelled examples.
+
+    Attributes:
+      init: start of every coefficient (Table 9).
+      variant: `code` starts from the backbone with the newest task alone; `text` adds to what is merged (§3.2).
+    """
+
+    init: float = 0.3
+    variant: Variant = "code"
+
 
 Coefficients = tuple[Array, ...]  # one number per tensor, in the stacks of τ
 

@@ -3,15 +3,27 @@
 Settings and the continual form are those of the authors of arXiv:2509.21413v2, whose paper gives no formula.
 """
 
+import dataclasses
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from nufilt_jax.config import IsoCConfig
 from nufilt_jax.linalg.dense import matmul, thin_svd
 from nufilt_jax.methods.matrices import matrices_or_mean
 from nufilt_jax.methods.selection import every_tensor
 from nufilt_jax.methods.stacked import TaskVector
-from nufilt_jax.methods.state import Advance, Context, MergeState, Rule, scaled
+from nufilt_jax.methods.state import Advance, Context, MergeState, Rule, ScaledConfig, scaled
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IsoCConfig(ScaledConfig):
+    """Iso-C, isotropic merging.
+
+    Attributes:
+      scale: factor on the isotropic sum; 1 in the authors' settings, absent from Table 9.
+    """
+
+    scale: float = 1.0
 
 
 def advance(state: MergeState, task: TaskVector, context: Context[IsoCConfig]) -> Advance:

@@ -3,6 +3,7 @@
 Which directions count, the kernel and its thresholds are those of the authors' program of arXiv:2509.21413v2.
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -11,14 +12,30 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt32
 
-from nufilt_jax.config import KnotsConfig
+from nufilt_jax.config import number
 from nufilt_jax.errors import ConfigError, Problem
 from nufilt_jax.linalg.dense import matmul
 from nufilt_jax.linalg.dispatch import each_on_host, is_traced
 from nufilt_jax.methods.selection import linear_layers
 from nufilt_jax.methods.stacked import Stacked, TaskVector
-from nufilt_jax.methods.state import Advance, Context, MergeState, Rule, scaled
+from nufilt_jax.methods.state import Advance, Context, MergeState, Rule, ScaledConfig, scaled
 from nufilt_jax.methods.ties import cut_order, ties_at
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KnotsConfig(ScaledConfig):
+    """KnOTS-TIES.
+
+    Attributes:
+      scale: factor on what is added; 0.3 for 8 tasks, 0.1 for 14 and 20 in the authors' settings.
+      density: share of the entries that trimming keeps, as in `TiesConfig`.
+      cutoff: singular values up to this are dropped.
+    """
+
+    scale: float = 0.3
+    density: float = number(0.2, at_least=0, at_most=100)
+    cutoff: float = number(1e-4, at_least=0)
+
 
 # Smallest cutoff, as a share of ‖C‖, for which singular pairs come from C Cᵀ: at a half to a quarter of an SVD's time
 # (CPU: 768 x 1536 in 0.15 instead of 0.35 s, 768 x 6144 in 0.3 instead of 1.1 s). In float64 a pair is then off by

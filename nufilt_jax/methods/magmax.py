@@ -1,15 +1,30 @@
 """MagMax-Ind: Marczak et al., arXiv:2407.06322, one task vector at a time."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from nufilt_jax.config import MagmaxConfig
+from nufilt_jax.config import Variant
 from nufilt_jax.methods.selection import every_tensor
 from nufilt_jax.methods.stacked import Stacked, TaskVector
-from nufilt_jax.methods.state import Advance, Context, MergeState, Rule, scaled
+from nufilt_jax.methods.state import Advance, Context, MergeState, Rule, ScaledConfig, scaled
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MagmaxConfig(ScaledConfig):
+    """MagMax-Ind.
+
+    Attributes:
+      scale: factor on the entries of largest magnitude; 0.5 for all task counts (Table 9).
+      variant: `code` sets D to the running maximum, scaled; `text` adds it at every step (Appendix B.3).
+    """
+
+    scale: float = 0.5
+    variant: Variant = "code"
+
 
 Stacks = tuple[Float[Array, "..."], ...]
 

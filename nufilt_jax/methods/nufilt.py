@@ -1,17 +1,19 @@
 """NUFILT: filter, adapt, fuse (Qiu et al., arXiv:2509.21413v2), one program per input width."""
 
+import dataclasses
 import functools
 import hashlib
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import UInt32
 
 from nufilt_jax.anatomy import FLAT
-from nufilt_jax.config import NufiltConfig, NullSpaceConfig, SolveConfig
+from nufilt_jax.config import number
 from nufilt_jax.core.adapt import draw_start
 from nufilt_jax.core.filter import authors_first_filter
+from nufilt_jax.core.settings import DirectionsConfig, SolveConfig
 from nufilt_jax.core.solve import GroupSolution, mended, solve_group
 from nufilt_jax.errors import Problem, SolveError, raise_all
 from nufilt_jax.linalg.dispatch import is_traced, run_alone
@@ -20,8 +22,49 @@ from nufilt_jax.methods.selection import published_layers
 from nufilt_jax.methods.stacked import Array, Group, Stacked, TaskVector, group_layers
 from nufilt_jax.methods.state import Advance, Context, LayerReport, MergeState, OnStack, Rule, as_it_is
 
+FirstTask = Literal["paper", "authors"]
+Solver = Literal["adam", "closed_form"]
 
-def first(state: MergeState, task: TaskVector, context: Context[NullSpaceConfig]) -> Advance:
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FirstTaskConfig(DirectionsConfig):
+    """What NUFILT shares with its filter alone.
+
+    Attributes:
+      first_task: `paper` takes the first model as it is (Algorithm 1); `authors` also filters it, with the
+        right singular vectors of a zero matrix, which deletes its first r_p input coordinates.
+    """
+
+    first_task: FirstTask = "paper"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NufiltConfig(SolveConfig, FirstTaskConfig):
+    """NUFILT: filter, adapt, fuse; the settings of `FirstTaskConfig`, of `SolveConfig`, and these.
+
+    Attributes:
+      solver: `adam` trains B A. `closed_form` writes down what answers the same loss best in place of τ B A, with no
+        limit of rank (`core.closed_form`); adapter_rank, steps and learning_rate then have no effect.
+      ridge: λ of the closed form, the price of a large correction, beside eigenvalues in [0, 1]; below 1e-4, rounding
+        would decide. No effect on `adam`.
+    """
+
+    solver: Solver = "adam"
+    ridge: float = number(1.0, at_least=1e-4)
+
+    @property
+    def idle(self) -> dict[str, str]:
+        """The fields of the solver that was not chosen."""
+        others = ("ridge",) if self.solver == "adam" else ("adapter_rank", "steps", "learning_rate")
+        return dict.fromkeys(others, f"the solver is {self.solver}")
+
+    @property
+    def closed_form_ridge(self) -> float | None:
+        """λ, if that is the solver."""
+        return self.ridge if self.solver == "closed_form" else None
+
+
+def first(state: MergeState, task: TaskVector, context: Context[FirstTaskConfig]) -> Advance:
     """θ^m_1 = θ_1 (Algorithm 1), or what the authors' program leaves of it."""
     taken, rank = as_it_is(state, task, context), context.config.filter_rank
     if context.config.first_task == "paper":

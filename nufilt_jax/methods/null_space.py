@@ -2,11 +2,16 @@
 
 import dataclasses
 
-from nufilt_jax.config import NufiltConfig, NullSpaceConfig
 from nufilt_jax.methods import nufilt
+from nufilt_jax.methods.nufilt import FirstTaskConfig, NufiltConfig
 from nufilt_jax.methods.selection import published_layers
 from nufilt_jax.methods.stacked import TaskVector
 from nufilt_jax.methods.state import Advance, Context, MergeState, Rule
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NullSpaceConfig(FirstTaskConfig):
+    """The null-space filter alone, row 2 of Table 4: the settings of `FirstTaskConfig`."""
 
 
 def advance(state: MergeState, task: TaskVector, context: Context[NullSpaceConfig]) -> Advance:

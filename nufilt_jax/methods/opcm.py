@@ -4,6 +4,7 @@
 next step, λ and the sum of the norms stay in the state.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -11,12 +12,33 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from nufilt_jax.config import OpcmConfig
+from nufilt_jax.config import MethodConfig, number
 from nufilt_jax.linalg.dense import matmul, thin_svd, unit_scale
 from nufilt_jax.methods.matrices import each_layer, require_finite
 from nufilt_jax.methods.selection import every_tensor, linear_layers, n_copies
 from nufilt_jax.methods.stacked import Stacked, TaskVector
 from nufilt_jax.methods.state import Advance, Context, MergeState, Rule, as_it_is
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OpcmConfig(MethodConfig):
+    """OPCM, orthogonal projection.
+
+    Attributes:
+      alpha: share of the nuclear norm of D whose directions the new task may not touch (Table 9). At 1, rounding
+        would decide.
+      mask_diagonal: also removes the diagonal beyond the leading block, which the authors' program means to do and
+        does not.
+      skip_class_embedding: adds no task to a CLIP's class embedding, as the authors' program does by accident: it
+        keeps the first task's, rescaled.
+      embedding_copies: how often a T5's token embedding counts in the norms; 3 in the authors' program.
+    """
+
+    alpha: float = number(0.5, at_least=0, below=1)
+    mask_diagonal: bool = False
+    skip_class_embedding: bool = True
+    embedding_copies: int = number(1, at_least=1)
+
 
 Stacks = tuple[jax.Array | np.ndarray, ...]
 

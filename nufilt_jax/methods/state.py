@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nufilt_jax.anatomy import FLAT, tensor_of
-from nufilt_jax.config import MethodConfig, ScaledConfig
+from nufilt_jax.config import MethodConfig
 from nufilt_jax.core.forecast import Forecast
 from nufilt_jax.errors import CheckpointError, Problem, raise_all
 from nufilt_jax.methods.data import TaskData
@@ -21,6 +21,17 @@ from nufilt_jax.methods.stacked import Array, Params, Stacked, TaskVector
 C = TypeVar("C", bound=MethodConfig)
 # What is only read: a rule's context serves every function that asks for less of it.
 C_co = TypeVar("C_co", bound=MethodConfig, covariant=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScaledConfig(MethodConfig):
+    """What the methods share that scale what they merge.
+
+    Attributes:
+      scale: λ.
+    """
+
+    scale: float
 
 
 class LayerReport(NamedTuple):

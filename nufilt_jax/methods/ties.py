@@ -3,6 +3,7 @@
 The kernel is the authors' program's: thresholds over the whole model, the elected sign's entries summed, not averaged.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -11,11 +12,32 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, UInt32
 
-from nufilt_jax.config import TiesConfig
+from nufilt_jax.config import Variant, number
 from nufilt_jax.methods.order import Stacks, Weights, count, is_less, kth_smallest_magnitude, magnitude_bits
 from nufilt_jax.methods.selection import every_tensor, n_copies
 from nufilt_jax.methods.stacked import Stacked, TaskVector
-from nufilt_jax.methods.state import Advance, Context, MergeState, Rule
+from nufilt_jax.methods.state import Advance, Context, MergeState, Rule, ScaledConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TiesConfig(ScaledConfig):
+    """TIES-Merging, continual.
+
+    Attributes:
+      scale: factor on what is added; 0.3 for 8 tasks, 0.1 for 14 and 20, 0.3 for Flan-T5 (Table 9).
+      density: share of the entries that trimming keeps (Table 9); above 1 it is read as a percentage.
+      variant: `code` trims and elects between D and τ, as the authors' program does; `text` between the previous
+        TIES output and τ (Appendix B.3), which is one more vector to remember.
+      merge_first: merges the first task. False leaves it out, as the authors' program for Flan-T5 does (Table 2).
+      embedding_copies: how often a T5's token embedding counts and is updated; 3 in that program, which knows it
+        under three names.
+    """
+
+    scale: float = 0.3
+    density: float = number(0.2, at_least=0, at_most=100)
+    variant: Variant = "code"
+    merge_first: bool = True
+    embedding_copies: int = number(1, at_least=1)
 
 
 def first(state: MergeState, task: TaskVector, context: Context[TiesConfig]) -> Advance:

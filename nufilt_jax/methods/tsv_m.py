@@ -4,16 +4,28 @@ Settings and the continual form are those of the authors of arXiv:2509.21413v2: 
 step, so older tasks are truncated again each time.
 """
 
+import dataclasses
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from nufilt_jax.config import TsvMConfig
 from nufilt_jax.linalg.chunks import after
 from nufilt_jax.linalg.dense import matmul, thin_svd
 from nufilt_jax.methods.matrices import matrices_or_mean
 from nufilt_jax.methods.selection import every_tensor
 from nufilt_jax.methods.stacked import TaskVector
-from nufilt_jax.methods.state import Advance, Context, MergeState, Rule, scaled
+from nufilt_jax.methods.state import Advance, Context, MergeState, Rule, ScaledConfig, scaled
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TsvMConfig(ScaledConfig):
+    """TSV-M, merging by task singular vectors.
+
+    Attributes:
+      scale: factor on the merged vector; 1 in the authors' settings, absent from Table 9.
+    """
+
+    scale: float = 1.0
 
 
 def advance(state: MergeState, task: TaskVector, context: Context[TsvMConfig]) -> Advance:

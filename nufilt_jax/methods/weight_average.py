@@ -1,10 +1,17 @@
 """Weight averaging: the running mean of the models."""
 
-from nufilt_jax.config import WeightAverageConfig
+import dataclasses
+
+from nufilt_jax.config import MethodConfig
 from nufilt_jax.methods.elementwise import blend
 from nufilt_jax.methods.selection import every_tensor
 from nufilt_jax.methods.stacked import TaskVector
 from nufilt_jax.methods.state import Advance, Context, MergeState, Rule
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightAverageConfig(MethodConfig):
+    """The running mean of the models has no settings."""
 
 
 def advance(state: MergeState, task: TaskVector, context: Context[WeightAverageConfig]) -> Advance:

@@ -13,6 +13,7 @@ A few Adam steps start at D + τ. For M = D + τ + E and G_X = XᵀX / ‖X‖²
 E is small beside D and τ, so nothing large cancels here, as it does in ∇L = 2 (M H − D G_D − τ G_τ).
 """
 
+import dataclasses
 from typing import NamedTuple, cast
 
 import jax
@@ -21,7 +22,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float
 
-from nufilt_jax.config import WudiConfig
+from nufilt_jax.config import MethodConfig, Variant, number
 from nufilt_jax.linalg.dense import gram, norm
 from nufilt_jax.linalg.dispatch import is_traced
 from nufilt_jax.linalg.grams import Gram, GramFactor, GramMatrix
@@ -30,6 +31,21 @@ from nufilt_jax.methods.matrices import each_layer, is_matrix, require_finite, s
 from nufilt_jax.methods.selection import every_tensor, linear_layers
 from nufilt_jax.methods.stacked import Stacked, TaskVector
 from nufilt_jax.methods.state import Advance, Context, LayerReport, MergeState, Rule
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WudiConfig(MethodConfig):
+    """WUDI-Merging.
+
+    Attributes:
+      learning_rate: Adam's; constant (Table 9).
+      steps: Adam steps (Table 9): an early stop, on which the result depends.
+      variant: `code` optimises every matrix, embeddings included; `text` linear layers alone.
+    """
+
+    learning_rate: float = number(1e-5, above=0)
+    steps: int = 50
+    variant: Variant = "code"
 
 
 def advance(state: MergeState, task: TaskVector, context: Context[WudiConfig]) -> Advance:

@@ -7,8 +7,9 @@ import oracle_adapter_only
 import pytest
 
 from nufilt_jax import methods
-from nufilt_jax.config import AdapterOnlyConfig, NufiltConfig
 from nufilt_jax.methods import nufilt
+from nufilt_jax.methods.adapter_only import AdapterOnlyConfig
+from nufilt_jax.methods.nufilt import NufiltConfig
 
 BLOCK = "vision_model.encoder.layers.0."
 Q, OUT, FC1, FC2 = (

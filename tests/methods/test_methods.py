@@ -8,10 +8,12 @@ import pytest
 from merging import BASE, BIAS, CONFIGS, FC1, FC2, POSITION, RANKS, SELECTED, TASKS, Q, merge, moved, rule_for
 
 from nufilt_jax import methods
-from nufilt_jax.config import NufiltConfig, SumConfig, TaskArithmeticConfig
 from nufilt_jax.errors import CheckpointError, ConfigError
 from nufilt_jax.methods import nufilt
+from nufilt_jax.methods.nufilt import NufiltConfig
 from nufilt_jax.methods.selection import select
+from nufilt_jax.methods.sum import SumConfig
+from nufilt_jax.methods.task_arithmetic import TaskArithmeticConfig
 
 
 def test_closed_forms():

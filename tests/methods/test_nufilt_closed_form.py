@@ -9,8 +9,9 @@ import pytest
 from merging import BASE, SELECTED, TASKS
 
 from nufilt_jax import methods
-from nufilt_jax.config import AdapterOnlyConfig, NufiltConfig
 from nufilt_jax.methods import nufilt
+from nufilt_jax.methods.adapter_only import AdapterOnlyConfig
+from nufilt_jax.methods.nufilt import NufiltConfig
 
 CONFIG = NufiltConfig(filter_rank=8, task_rank=3, solver="closed_form", decomposition="svd")
 

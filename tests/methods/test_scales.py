@@ -12,8 +12,10 @@ from oracle_closed_form import closed_form_update
 from oracle_matrices import wudi
 
 from nufilt_jax import methods
-from nufilt_jax.config import KnotsConfig, NufiltConfig, WudiConfig
 from nufilt_jax.methods import nufilt
+from nufilt_jax.methods.knots import KnotsConfig
+from nufilt_jax.methods.nufilt import NufiltConfig
+from nufilt_jax.methods.wudi import WudiConfig
 
 SMALL, LARGE = 2.0**-73, 2.0**63  # 1.1e-22 and 9.2e18; powers of two, so that scaling the inputs is exact
 HOMOGENEOUS = (
