@@ -28,8 +28,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from nufilt_jax.config import NufiltConfig
 from nufilt_jax.linalg.dispatch import run_alone
+from nufilt_jax.methods.nufilt import NufiltConfig
 
 ADAM_FLOPS = 26  # per trained number: two moments, two corrections, root, quotient, step
 

@@ -14,11 +14,11 @@ from counting import Count
 from measure import Times
 from shapes import Inputs
 
-from nufilt_jax.config import NufiltConfig
 from nufilt_jax.core import solve
 from nufilt_jax.linalg.chunks import in_chunks, layers_at_once
 from nufilt_jax.linalg.dispatch import run_alone
 from nufilt_jax.linalg.grams import GramFactor, gram_of
+from nufilt_jax.methods.nufilt import NufiltConfig
 from nufilt_jax.methods.stacked import Group
 
 STAGES = ("decompose D", "decompose τ", "reduce", "adam", "fuse")

@@ -11,9 +11,10 @@ from measure import Json
 from streams import Params, Stream
 
 from nufilt_jax import methods
-from nufilt_jax.config import LearningConfig, MethodConfig, OtherParams
+from nufilt_jax.config import MethodConfig, OtherParams
 from nufilt_jax.engine.timing import CompileLog
 from nufilt_jax.evaluation import accuracy_matrix, average_accuracy, backward_transfer
+from nufilt_jax.methods.adaptation import LearningConfig
 from nufilt_jax.methods.state import MergeState
 from nufilt_jax.presets import shuffled
 from nufilt_jax.zoo.draws import Split

@@ -23,7 +23,8 @@ from measure import Json, Machine
 from package_solve import DECOMPOSITION, Merge, Stage, stages, to_device
 from shapes import Inputs, Shape
 
-from nufilt_jax.config import Decomposition, NufiltConfig
+from nufilt_jax.config import Decomposition
+from nufilt_jax.methods.nufilt import NufiltConfig
 
 CONTENDERS = ("torch", "torch-released", "torch-batched")
 OURS = "nufilt_jax"

@@ -17,7 +17,7 @@ from package_solve import Merge, stages, to_device
 from shapes import Inputs
 from solve import add_problem_options, merge_inputs
 
-from nufilt_jax.config import NufiltConfig
+from nufilt_jax.methods.nufilt import NufiltConfig
 
 MODEL = "vit-b32"
 ITERATIONS = (25, 50, 100)

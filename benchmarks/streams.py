@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from nufilt_jax.checkpoints import load, open_checkpoint
-from nufilt_jax.config import LearningConfig
 from nufilt_jax.engine.evaluation import open_suite
 from nufilt_jax.engine.examples import load_examples, pixels
 from nufilt_jax.engine.job import EvaluationOptions
@@ -18,6 +17,7 @@ from nufilt_jax.evaluation import Task, evaluate_tasks
 from nufilt_jax.evaluation.seeds import clip_task_data
 from nufilt_jax.evaluation.task_images import TaskImages
 from nufilt_jax.methods import TaskData
+from nufilt_jax.methods.adaptation import LearningConfig
 from nufilt_jax.presets import FLAN_T5, Preset, clip_preset, flan_t5_preset
 from nufilt_jax.zoo import STUDY, Family, evaluation_tasks, load_params
 from nufilt_jax.zoo.draws import Split

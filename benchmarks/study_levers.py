@@ -16,7 +16,8 @@ from runs import Scores, mean_scores, merge
 from streams import Params, Stream, StudyStream
 from study_settings import CLOSED_FORM, ORDERS
 
-from nufilt_jax.config import NufiltConfig, OtherParams
+from nufilt_jax.config import OtherParams
+from nufilt_jax.methods.nufilt import NufiltConfig
 from nufilt_jax.methods.selection import published_layers
 from nufilt_jax.presets import shuffled
 

@@ -13,8 +13,10 @@ import numpy as np
 from rich.console import Console
 
 from nufilt_jax import methods
-from nufilt_jax.config import MethodConfig, NufiltConfig, NullSpaceConfig
+from nufilt_jax.config import MethodConfig
 from nufilt_jax.evaluation import Task, evaluate_tasks
+from nufilt_jax.methods.nufilt import NufiltConfig
+from nufilt_jax.methods.null_space import NullSpaceConfig
 from nufilt_jax.presets import shuffled
 from nufilt_jax.zoo import TASK_NAMES, evaluation_tasks, load_params
 from nufilt_jax.zoo.families import TINY

@@ -11,7 +11,7 @@ import torch  # pyright: ignore[reportMissingImports]
 from shapes import grouped
 from torch_common import Clock, Contender, Outcome, Tensor, Tensors
 
-from nufilt_jax.config import NufiltConfig
+from nufilt_jax.methods.nufilt import NufiltConfig
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # Adam's
 BLOCK, PASSES = 16, 24  # of the block iteration for V1

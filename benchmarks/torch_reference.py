@@ -19,7 +19,7 @@ from shapes import Inputs
 from torch_batched import batched
 from torch_common import Clock, Contender, Outcome, Tensor, Tensors
 
-from nufilt_jax.config import NufiltConfig
+from nufilt_jax.methods.nufilt import NufiltConfig
 
 
 def contender(name: str, inputs: Inputs, config: NufiltConfig, device: str) -> Contender:

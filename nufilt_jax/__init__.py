@@ -9,10 +9,10 @@ if TYPE_CHECKING:
     from nufilt_jax.checkpoints import from_flax as from_flax
     from nufilt_jax.checkpoints import load as load
     from nufilt_jax.checkpoints import save as save
-    from nufilt_jax.config import NufiltConfig as NufiltConfig
     from nufilt_jax.core.solve import LayerSolution as LayerSolution
     from nufilt_jax.core.solve import solve_layer as solve_layer
     from nufilt_jax.core.solve import solve_stack as solve_stack
+    from nufilt_jax.methods.nufilt import NufiltConfig as NufiltConfig
 
 __version__ = "0.1.0"
 
@@ -23,7 +23,7 @@ _HOMES = {
     "from_flax": "nufilt_jax.checkpoints",
     "load": "nufilt_jax.checkpoints",
     "save": "nufilt_jax.checkpoints",
-    "NufiltConfig": "nufilt_jax.config",
+    "NufiltConfig": "nufilt_jax.methods.nufilt",
     "LayerSolution": "nufilt_jax.core.solve",
     "solve_layer": "nufilt_jax.core.solve",
     "solve_stack": "nufilt_jax.core.solve",

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from nufilt_jax.config import RightFactor
+from nufilt_jax.core.settings import RightFactor
 from nufilt_jax.linalg.dense import matmul
 
 

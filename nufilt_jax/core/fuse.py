@@ -5,8 +5,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from nufilt_jax.config import RightFactor
 from nufilt_jax.core.adapt import Adapter
+from nufilt_jax.core.settings import RightFactor
 from nufilt_jax.linalg.dense import gram, matmul, norm, unit_scale
 
 

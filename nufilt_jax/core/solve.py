@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from nufilt_jax.config import NufiltConfig, SolveConfig
 from nufilt_jax.core.forecast import Forecast
+from nufilt_jax.core.settings import SolveConfig
 from nufilt_jax.core.stages import correct, fuse_updates, prior_directions, reduce, task_directions, train
 from nufilt_jax.errors import ConfigError, Problem, raise_all
 from nufilt_jax.linalg import subspace
@@ -179,7 +179,7 @@ def solve_stack(
     merged_delta: Float[Array, "layers m n"],
     task_delta: Float[Array, "layers m n"],
     *,
-    config: NufiltConfig,
+    config: SolveConfig,
     adapter_init: Float[Array, "layers r_l n"],
 ) -> LayerSolution:
     """One NUFILT step for a stack of same-shaped layers, as one compiled program.
@@ -220,7 +220,7 @@ def solve_layer(
     merged_delta: Float[Array, "m n"],
     task_delta: Float[Array, "m n"],
     *,
-    config: NufiltConfig,
+    config: SolveConfig,
     adapter_init: Float[Array, "r_l n"],
 ) -> LayerSolution:
     """One NUFILT step for one layer: `solve_stack` of a stack of one.
@@ -252,7 +252,7 @@ def solve_layer(
     return LayerSolution(*(x[0] for x in found))
 
 
-def _check(merged: Array, task: Array, start: Array, config: NufiltConfig, axes: tuple[str, ...]) -> None:
+def _check(merged: Array, task: Array, start: Array, config: SolveConfig, axes: tuple[str, ...]) -> None:
     arrays = {"merged_delta": merged, "task_delta": task, "adapter_init": start}
     problems = [
         Problem(name, f"must be a floating array, got {x.dtype}")

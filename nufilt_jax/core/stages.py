@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from nufilt_jax.config import RightFactor, SolveConfig
 from nufilt_jax.core import adapt as adapting
 from nufilt_jax.core.closed_form import smallest_correction
 from nufilt_jax.core.filter import Target, null_space_filter, target
 from nufilt_jax.core.forecast import share
 from nufilt_jax.core.fuse import fuse
+from nufilt_jax.core.settings import RightFactor, SolveConfig
 from nufilt_jax.linalg import subspace
 from nufilt_jax.linalg.dense import matmul, norm, unit_scale
 from nufilt_jax.linalg.grams import Gram, gram_of

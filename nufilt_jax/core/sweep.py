@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from nufilt_jax.config import SolveConfig
+from nufilt_jax.core.settings import SolveConfig
 from nufilt_jax.core.stages import fuse_updates, prior_directions, reduce, task_directions, train
 from nufilt_jax.linalg.chunks import LAPACK_BATCH, after, in_chunks, layers_at_once
 from nufilt_jax.linalg.dispatch import run_alone

@@ -15,12 +15,13 @@ from safetensors.numpy import load_file, save_file
 
 from nufilt_jax.checkpoints import Checkpoint
 from nufilt_jax.checkpoints.safetensors_files import Entry, read_header
-from nufilt_jax.config import LearningConfig, problem
+from nufilt_jax.config import problem
 from nufilt_jax.durable import make_folder, replacing
 from nufilt_jax.errors import NotYetError, Problem
 from nufilt_jax.evaluation import Task
 from nufilt_jax.evaluation.seeds import clip_task_data, t5_task_data
 from nufilt_jax.methods import TaskData
+from nufilt_jax.methods.adaptation import LearningConfig
 from nufilt_jax.models.clip_config import parse_vision_config
 
 _IMAGES = {"pixel_values": "[n, 3, h, w]", "prototypes": "[classes, d]"}

@@ -11,6 +11,7 @@ import numpy as np
 
 from nufilt_jax import __version__
 from nufilt_jax.checkpoints import Checkpoint
+from nufilt_jax.core.forecast import Forecast
 from nufilt_jax.engine.coverage import coverage
 from nufilt_jax.engine.inspection import Inspection
 from nufilt_jax.engine.plan import Plan
@@ -61,21 +62,21 @@ def step_of(task: str, seconds: float, report: Mapping[str, LayerReport], timing
 
 def forecast_entry(report: Mapping[str, LayerReport]) -> dict[str, Any]:
     """A step in `forecast.json`: what can be known of each layer before evaluating anything."""
-    layers = {
-        name: {
-            "removed_share": _number(row.removed_share),
-            "restored_share": _number(row.restored_share),
-            "drift": _number(row.drift),
-            "cut_gap": _number(row.cut_gap),
-            "captured_share": _number(row.captured),
-            "certified": bool(row.certified),
-            "loss_before": _number(row.losses[0]) if len(row.losses) else None,
-            "loss_after": _number(row.losses[-1]) if len(row.losses) else None,
-        }
-        for name, row in report.items()
-    }
-    near_equal = [name for name, row in report.items() if row.cut_gap < NEAR_EQUAL]
+    layers = {name: _layer_entry(row) for name, row in report.items()}
+    near_equal = [
+        name for name, row in report.items() if row.forecast is not None and row.forecast.cut_gap < NEAR_EQUAL
+    ]
     return {"near_equal_cuts": near_equal, "layers": layers}
+
+
+def _layer_entry(row: LayerReport) -> dict[str, Any]:
+    told: dict[str, Any] = dict.fromkeys(Forecast._fields) | {"certified": True}  # what needs no directions has them
+    if row.forecast is not None:
+        numbers = {field: _number(value) for field, value in row.forecast._asdict().items()}
+        told = numbers | {"certified": bool(row.forecast.certified)}
+    named = {"captured_share" if field == "captured" else field: value for field, value in told.items()}
+    before, after = (_number(row.losses[i]) if len(row.losses) else None for i in (0, -1))
+    return {**named, "loss_before": before, "loss_after": after}
 
 
 def _number(value: Any) -> float | None:

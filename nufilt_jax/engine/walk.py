@@ -15,7 +15,6 @@ from nufilt_jax import methods
 from nufilt_jax.anatomy import tensor_of
 from nufilt_jax.checkpoints import Checkpoint
 from nufilt_jax.checkpoints.tensors import PassingTensors
-from nufilt_jax.config import LearningConfig
 from nufilt_jax.engine.ahead import ReadAhead
 from nufilt_jax.engine.grid import Cell, Window, cells
 from nufilt_jax.engine.merged import merged_tensors
@@ -24,6 +23,7 @@ from nufilt_jax.engine.records import forecast_entry, step_of
 from nufilt_jax.engine.timing import Clock
 from nufilt_jax.engine.uninterrupted import uninterrupted
 from nufilt_jax.errors import EvaluationError, NufiltError, Problem
+from nufilt_jax.methods.adaptation import LearningConfig
 from nufilt_jax.methods.selection import Selection
 from nufilt_jax.methods.stacked import Array, Params, TaskVector, stacked, task_vector
 from nufilt_jax.methods.state import LayerReport, MergeState

@@ -30,7 +30,7 @@ from nufilt_jax.methods.selection import Selection, select
 from nufilt_jax.methods.stacked import Names, Params, TaskVector, stack_names, task_vector, zeros
 from nufilt_jax.methods.state import Context, Merger, MergeState, OnStack, Rule, check_task
 
-RULES = {
+RULES: dict[str, Rule[Any]] = {
     module.RULE.name: module.RULE
     for module in (
         nufilt,
@@ -52,7 +52,7 @@ RULES = {
 }
 
 
-def find(name: str) -> Rule:
+def find(name: str) -> Rule[Any]:
     """The rule called `name`.
 
     Raises:
@@ -97,9 +97,9 @@ def get(
     16.0
     """
     rule = find(name)
-    config = rule.config() if config is None else config
-    if type(config) is not rule.config:
-        wanted, got = rule.config.__name__, type(config).__name__
+    settings = rule.config() if config is None else config
+    if type(settings) is not rule.config:
+        wanted, got = rule.config.__name__, type(settings).__name__
         raise ConfigError(Problem("config", f"{name} takes a {wanted}, got a {got}"))
     if other_params not in get_args(OtherParams):
         what = f"must be one of {', '.join(get_args(OtherParams))}, got {other_params!r}"
@@ -133,7 +133,8 @@ def get(
             task = task_vector(state.base, task, mine + others)
         delta = state.delta if donate else state.delta.copied()
         own = dataclasses.replace(state, delta=delta.only(mine))
-        done = rule.advance(own, task.only(mine), Context(config, seed, on_stack, data))
+        take = rule.first if state.step == 0 else rule.advance
+        done = take(own, task.only(mine), Context(settings, seed, on_stack, data))
         moved = move_others(delta.only(others), task.only(others), state.step, other_params)
         require_finite(done.delta + moved)
         extra, added, report = dict(done.extra), dict(done.added), dict(done.report)

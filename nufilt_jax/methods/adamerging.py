@@ -1,23 +1,38 @@
 """Layer-wise AdaMerging (Yang et al., arXiv:2310.02575), one task at a time: a trained coefficient per tensor."""
 
-from typing import Any, cast
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from nufilt_jax.config import AdaMergingConfig
-from nufilt_jax.methods.adaptation import WHOLE_MODEL, adapt, model_params
+from nufilt_jax.config import Variant
+from nufilt_jax.methods.adaptation import WHOLE_MODEL, LearningConfig, adapt, model_params
 from nufilt_jax.methods.selection import every_tensor
 from nufilt_jax.methods.stacked import Array, Params, Stacked, TaskVector
 from nufilt_jax.methods.state import Advance, Context, MergeState, Rule
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdaMergingConfig(LearningConfig):
+    """Layer-wise AdaMerging: one coefficient per tensor, trained on unlabelled examples.
+
+    Attributes:
+      init: start of every coefficient (Table 9).
+      variant: `code` starts from the backbone with the newest task alone; `text` adds to what is merged (§3.2).
+    """
+
+    init: float = 0.3
+    variant: Variant = "code"
+
+
 Coefficients = tuple[Array, ...]  # one number per tensor, in the stacks of τ
 
 
-def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
+def advance(state: MergeState, task: TaskVector, context: Context[AdaMergingConfig]) -> Advance:
     """`code`: θ^m_t = θ0 + c τ_t, as the authors' program of arXiv:2509.21413v2 does; `text`: θ^m_{t−1} + c τ_t."""
-    config = cast(AdaMergingConfig, context.config)
+    config = context.config
     kept = state.delta if config.variant == "text" else None
     start = tuple(jnp.full(len(members), config.init, jnp.float32) for members in task.names)
     frozen = (model_params(state.base), kept, task)
@@ -54,6 +69,7 @@ def _moved(kept: Stacked | None, task: TaskVector, coefficients: Coefficients) -
 RULE = Rule(
     name="adamerging",
     config=AdaMergingConfig,
+    first=advance,
     advance=advance,
     scope=every_tensor,
     update="θ0 + c τ of the newest task: c, one per tensor, minimises the entropy of the predictions",

@@ -3,9 +3,10 @@
 Source: Yang et al., arXiv:2310.02575, §3.2; batches and the 1e-8 inside the logarithm are the authors' program's.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +14,34 @@ import numpy as np
 import optax
 from jaxtyping import Float
 
-from nufilt_jax.config import Entropy, LearningConfig
+from nufilt_jax.config import MethodConfig, number
 from nufilt_jax.errors import ConfigError, Problem, SolveError
 from nufilt_jax.methods.data import Batch, Forward, TaskData
 from nufilt_jax.methods.selection import is_float
 from nufilt_jax.methods.stacked import Array, Params
 from nufilt_jax.methods.state import Context, LayerReport
+
+Entropy = Literal["of_each", "of_mean"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LearningConfig(MethodConfig):
+    """What the methods share that learn from unlabelled examples (Table 9).
+
+    Attributes:
+      learning_rate: Adam's; constant; 1e-3 for Flan-T5 in the authors' settings.
+      steps: Adam steps; 100 for Flan-T5.
+      batch_size: examples per step; 8 for Flan-T5.
+      examples_per_class: size of the seed set.
+      entropy: of each example's prediction, or of the batch's mean logits, as the authors' program for Flan-T5 does.
+    """
+
+    learning_rate: float = number(1e-4, above=0)
+    steps: int = 50
+    batch_size: int = number(16, at_least=1)
+    examples_per_class: int = number(5, at_least=1)
+    entropy: Entropy = "of_each"
+
 
 WHOLE_MODEL = "model"  # under this name stands the report of a rule that trains all layers at once
 
@@ -46,7 +69,9 @@ def entropy(logits: Float[Array, "examples classes"], kind: Entropy) -> Float[Ar
     return -jnp.mean(jnp.sum(p * jnp.log(p + 1e-8), axis=-1))
 
 
-def adapt(build: Build, variables: Any, frozen: Any, context: Context, description: str) -> tuple[Any, LayerReport]:
+def adapt(
+    build: Build, variables: Any, frozen: Any, context: Context[LearningConfig], description: str
+) -> tuple[Any, LayerReport]:
     """Trains `variables` by Adam for the config's steps, one batch each.
 
     Args:
@@ -63,7 +88,7 @@ def adapt(build: Build, variables: Any, frozen: Any, context: Context, descripti
       ConfigError: there are too few batches.
       SolveError: the result is not finite.
     """
-    config = cast(LearningConfig, context.config)
+    config = context.config
     data = cast(TaskData, context.data)
     moments = optax.adam(config.learning_rate).init(variables)
     losses: list[jax.Array] = []

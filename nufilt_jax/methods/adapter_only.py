@@ -1,24 +1,34 @@
 """NUFILT's objective without its filter: row 3 of Table 4, arXiv:2509.21413v2."""
 
-from nufilt_jax.config import AdapterOnlyConfig
+import dataclasses
+
+from nufilt_jax.config import Variant
+from nufilt_jax.core.settings import RightFactor, SolveConfig
 from nufilt_jax.methods import nufilt
-from nufilt_jax.methods.elementwise import blend
 from nufilt_jax.methods.selection import published_layers
-from nufilt_jax.methods.stacked import TaskVector
-from nufilt_jax.methods.state import Advance, Context, MergeState, Rule
+from nufilt_jax.methods.state import Rule
 
 
-def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
-    """θ^m_1 = θ_1 (Algorithm 1); then θ^m_t = θ^m_{t−1} + τ (I + BA), or + τ B A as the paper's text has it."""
-    if state.step == 0:
-        return Advance(blend(state.delta, task, keep=0.0, gain=1.0))
-    return nufilt.solve_task(state, task, context)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterOnlyConfig(SolveConfig):
+    """NUFILT's objective without its filter: row 3 of Table 4, arXiv:2509.21413v2.
+
+    Attributes:
+      variant: `code` adds τ (I + BA), what the authors' program does without the filter; `text` adds τ B A.
+    """
+
+    variant: Variant = "code"
+
+    @property
+    def right_factor(self) -> RightFactor:
+        """What τ is multiplied with to give the update."""
+        return "I + BA" if self.variant == "code" else "BA"
 
 
 RULE = Rule(
     name="adapter_only",
     config=AdapterOnlyConfig,
-    advance=advance,
+    advance=nufilt.advance,  # the settings name I + BA, or B A, instead of P + BA
     scope=published_layers,
     update="θ + τ (I + BA): BA is trained as NUFILT's, on a loss that does not know of a filter",
     touches=nufilt.RULE.touches,

@@ -3,25 +3,32 @@
 Settings and the continual form are those of the authors of arXiv:2509.21413v2, whose paper gives no formula.
 """
 
-from typing import cast
+import dataclasses
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from nufilt_jax.config import IsoCConfig
 from nufilt_jax.linalg.dense import matmul, thin_svd
-from nufilt_jax.methods.elementwise import blend
 from nufilt_jax.methods.matrices import matrices_or_mean
 from nufilt_jax.methods.selection import every_tensor
 from nufilt_jax.methods.stacked import TaskVector
-from nufilt_jax.methods.state import Advance, Context, MergeState, Rule
+from nufilt_jax.methods.state import Advance, Context, MergeState, Rule, ScaledConfig, scaled
 
 
-def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
-    """θ0 + λ τ_1 as it is; then θ0 + λ Iso(D + τ) for matrices, θ0 + λ (D + τ)/2 for all other tensors."""
-    config = cast(IsoCConfig, context.config)
-    if state.step == 0:
-        return Advance(blend(state.delta, task, keep=0.0, gain=config.scale))
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IsoCConfig(ScaledConfig):
+    """Iso-C, isotropic merging.
+
+    Attributes:
+      scale: factor on the isotropic sum; 1 in the authors' settings, absent from Table 9.
+    """
+
+    scale: float = 1.0
+
+
+def advance(state: MergeState, task: TaskVector, context: Context[IsoCConfig]) -> Advance:
+    """θ0 + λ Iso(D + τ) for matrices, θ0 + λ (D + τ)/2 for all other tensors."""
+    config = context.config
     return Advance(matrices_or_mean(_isotropic, state.delta, task, scale=config.scale, config=config))
 
 
@@ -37,6 +44,7 @@ def _isotropic(d: Float[Array, "m n"], t: Float[Array, "m n"], *, config: IsoCCo
 RULE = Rule(
     name="iso_c",
     config=IsoCConfig,
+    first=scaled,
     advance=advance,
     scope=every_tensor,
     update="θ0 + λ s U Vᵀ: all singular values of D + τ set to their mean s; vectors: λ (D + τ)/2",

@@ -1,37 +1,54 @@
 """MagMax-Ind: Marczak et al., arXiv:2407.06322, one task vector at a time."""
 
+import dataclasses
 import functools
-from typing import cast
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from nufilt_jax.config import MagmaxConfig
-from nufilt_jax.methods.elementwise import blend
+from nufilt_jax.config import Variant
 from nufilt_jax.methods.selection import every_tensor
 from nufilt_jax.methods.stacked import Stacked, TaskVector
-from nufilt_jax.methods.state import Advance, Context, MergeState, Rule
+from nufilt_jax.methods.state import Advance, Context, MergeState, Rule, ScaledConfig, scaled
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MagmaxConfig(ScaledConfig):
+    """MagMax-Ind.
+
+    Attributes:
+      scale: factor on the entries of largest magnitude; 0.5 for all task counts (Table 9).
+      variant: `code` sets D to the running maximum, scaled; `text` adds it at every step (Appendix B.3).
+    """
+
+    scale: float = 0.5
+    variant: Variant = "code"
+
 
 Stacks = tuple[Float[Array, "..."], ...]
 
 
-def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
-    """θ^m_t = θ0 + λ M_t, M the entries of largest magnitude of all tasks; of equal ones the newest.
+def first(state: MergeState, task: TaskVector, context: Context[MagmaxConfig]) -> Advance:
+    """θ^m_1 = θ0 + λ M_1 with M_1 = τ_1."""
+    if context.config.variant == "code":
+        return advance(state, task, context)  # D is zero
+    return scaled(state, task, context)._replace(extra=dict(task))
+
+
+def advance(state: MergeState, task: TaskVector, context: Context[MagmaxConfig]) -> Advance:
+    """θ^m_t = θ0 + λ M_t, M_t the entries of largest magnitude of all tasks; of equal ones the newest.
 
     Nothing is remembered: D is λ M, and λ τ is compared with that, so that M is never found by a division. In the
     `text` variant θ^m_t = θ^m_{t−1} + λ M_t (Appendix B.3 of arXiv:2509.21413v2), and M_t is kept in `extra`, layer by
-    layer; M_1 = τ_1.
+    layer.
     """
-    config = cast(MagmaxConfig, context.config)
+    config = context.config
     scale, names = jnp.float32(config.scale), task.names
     if config.variant == "code":
         return Advance(Stacked(_replace(state.delta.stacks, task.stacks, scale), names))
-    if state.step == 0:
-        delta, largest = blend(state.delta, task, keep=0.0, gain=config.scale).stacks, task.stacks
-    else:
-        largest = tuple(jnp.stack([jnp.asarray(state.extra[name]) for name in members]) for members in names)
-        delta, largest = _accumulate(state.delta.stacks, largest, task.stacks, scale)
+    largest = tuple(jnp.stack([jnp.asarray(state.extra[name]) for name in members]) for members in names)
+    delta, largest = _accumulate(state.delta.stacks, largest, task.stacks, scale)
     return Advance(Stacked(delta, names), extra=dict(Stacked(largest, names)))
 
 
@@ -56,6 +73,7 @@ def _larger(old: Array, new: Array) -> Array:
 RULE = Rule(
     name="magmax",
     config=MagmaxConfig,
+    first=first,
     advance=advance,
     scope=every_tensor,
     update="θ0 + λ M: M are the entries of largest magnitude of all tasks",

@@ -1,42 +1,84 @@
 """NUFILT: filter, adapt, fuse (Qiu et al., arXiv:2509.21413v2), one program per input width."""
 
+import dataclasses
 import functools
 import hashlib
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import UInt32
 
 from nufilt_jax.anatomy import FLAT
-from nufilt_jax.config import NufiltConfig, SolveConfig
+from nufilt_jax.config import number
 from nufilt_jax.core.adapt import draw_start
 from nufilt_jax.core.filter import authors_first_filter
+from nufilt_jax.core.settings import DirectionsConfig, SolveConfig
 from nufilt_jax.core.solve import GroupSolution, mended, solve_group
 from nufilt_jax.errors import Problem, SolveError, raise_all
 from nufilt_jax.linalg.dispatch import is_traced, run_alone
 from nufilt_jax.linalg.subspace import Stacks
-from nufilt_jax.methods.elementwise import blend
 from nufilt_jax.methods.selection import published_layers
 from nufilt_jax.methods.stacked import Array, Group, Stacked, TaskVector, group_layers
-from nufilt_jax.methods.state import Advance, Context, LayerReport, MergeState, OnStack, Rule
+from nufilt_jax.methods.state import Advance, Context, LayerReport, MergeState, OnStack, Rule, as_it_is
+
+FirstTask = Literal["paper", "authors"]
+Solver = Literal["adam", "closed_form"]
 
 
-def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
-    """θ^m_1 = θ_1; then θ^m_t = θ^m_{t−1} + τ (P + BA) (Algorithm 1)."""
-    config = cast(NufiltConfig, context.config)
-    if state.step == 0:
-        return Advance(_first(state.delta, task, config))
-    return solve_task(state, task, context)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FirstTaskConfig(DirectionsConfig):
+    """What NUFILT shares with its filter alone.
+
+    Attributes:
+      first_task: `paper` takes the first model as it is (Algorithm 1); `authors` also filters it, with the
+        right singular vectors of a zero matrix, which deletes its first r_p input coordinates.
+    """
+
+    first_task: FirstTask = "paper"
 
 
-def solve_task(state: MergeState, task: TaskVector, context: Context) -> Advance:
-    """θ^m_t = θ^m_{t−1} + τ times the right factor of the settings, for any t.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NufiltConfig(SolveConfig, FirstTaskConfig):
+    """NUFILT: filter, adapt, fuse; the settings of `FirstTaskConfig`, of `SolveConfig`, and these.
+
+    Attributes:
+      solver: `adam` trains B A. `closed_form` writes down what answers the same loss best in place of τ B A, with no
+        limit of rank (`core.closed_form`); adapter_rank, steps and learning_rate then have no effect.
+      ridge: λ of the closed form, the price of a large correction, beside eigenvalues in [0, 1]; below 1e-4, rounding
+        would decide. No effect on `adam`.
+    """
+
+    solver: Solver = "adam"
+    ridge: float = number(1.0, at_least=1e-4)
+
+    @property
+    def idle(self) -> dict[str, str]:
+        """The fields of the solver that was not chosen."""
+        others = ("ridge",) if self.solver == "adam" else ("adapter_rank", "steps", "learning_rate")
+        return dict.fromkeys(others, f"the solver is {self.solver}")
+
+    @property
+    def closed_form_ridge(self) -> float | None:
+        """λ, if that is the solver."""
+        return self.ridge if self.solver == "closed_form" else None
+
+
+def first(state: MergeState, task: TaskVector, context: Context[FirstTaskConfig]) -> Advance:
+    """θ^m_1 = θ_1 (Algorithm 1), or what the authors' program leaves of it."""
+    taken, rank = as_it_is(state, task, context), context.config.filter_rank
+    if context.config.first_task == "paper":
+        return taken
+    return Advance(jax.tree.map(jax.vmap(lambda x: authors_first_filter(x, rank)), taken.delta))
+
+
+def advance(state: MergeState, task: TaskVector, context: Context[SolveConfig]) -> Advance:
+    """θ^m_t = θ^m_{t−1} + τ (P + BA) (Algorithm 1), or τ times what else the settings name as its right factor.
 
     Raises:
       SolveError: layers whose solution is not finite, all listed.
     """
-    config = cast(SolveConfig, context.config)
+    config = context.config
     is_inline = is_traced((state.delta, task))
     merged: list[jax.Array] = []
     waiting: list[_UnderWay] = []
@@ -81,18 +123,11 @@ def _mended(begun: _UnderWay, config: SolveConfig) -> GroupSolution:
     return mended(begun.found, begun.found.updates, begun.task, begun.keys, again)
 
 
-def _first(delta: Stacked, task: TaskVector, config: NufiltConfig) -> Stacked:
-    first = blend(delta, task, keep=0.0, gain=1.0)
-    if config.first_task == "paper":
-        return first
-    return jax.tree.map(jax.vmap(lambda x: authors_first_filter(x, config.filter_rank)), first)
-
-
 def _told(group: Group, solution: GroupSolution, on_stack: OnStack | None) -> dict[str, LayerReport]:
     """The reports of a group's layers, fetched in one go; layers whose solution is not finite have none."""
     told = solution.losses, solution.ok, solution.forecast
     losses, ok, forecast = told if is_traced(told) else jax.device_get(told)
-    whole = LayerReport(losses, *forecast)
+    whole = LayerReport(losses, forecast)
     if on_stack is not None:
         on_stack(f"{len(group.names)} layers of width {group.width}", whole)
     return {
@@ -124,6 +159,7 @@ def adapter_keys(seed: int, step: int, names: tuple[str, ...]) -> UInt32[np.ndar
 RULE = Rule(
     name="nufilt",
     config=NufiltConfig,
+    first=first,
     advance=advance,
     scope=published_layers,
     update="θ + τ (P + BA): P removes the input directions that D uses most, BA is trained without data",

@@ -1,25 +1,30 @@
 """The null-space filter without the adapter: row 2 of Table 4, arXiv:2509.21413v2."""
 
 import dataclasses
-from typing import cast
 
-from nufilt_jax.config import NufiltConfig, NullSpaceConfig
 from nufilt_jax.methods import nufilt
+from nufilt_jax.methods.nufilt import FirstTaskConfig, NufiltConfig
 from nufilt_jax.methods.selection import published_layers
 from nufilt_jax.methods.stacked import TaskVector
 from nufilt_jax.methods.state import Advance, Context, MergeState, Rule
 
 
-def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NullSpaceConfig(FirstTaskConfig):
+    """The null-space filter alone, row 2 of Table 4: the settings of `FirstTaskConfig`."""
+
+
+def advance(state: MergeState, task: TaskVector, context: Context[NullSpaceConfig]) -> Advance:
     """θ^m_t = θ^m_{t−1} + τ P: NUFILT with r_l = r_v = 0."""
-    config = cast(NullSpaceConfig, context.config)
+    config = context.config
     bare = NufiltConfig(**dataclasses.asdict(config), adapter_rank=0, task_rank=0, steps=0)
-    return nufilt.advance(state, task, dataclasses.replace(context, config=bare))
+    return nufilt.advance(state, task, Context(bare, context.seed, context.on_stack, context.data))
 
 
 RULE = Rule(
     name="null_space",
     config=NullSpaceConfig,
+    first=nufilt.first,
     advance=advance,
     scope=published_layers,
     update="θ + τ P",

@@ -4,34 +4,54 @@
 next step, λ and the sum of the norms stay in the state.
 """
 
+import dataclasses
 import functools
-from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from nufilt_jax.config import OpcmConfig
+from nufilt_jax.config import MethodConfig, number
 from nufilt_jax.linalg.dense import matmul, thin_svd, unit_scale
-from nufilt_jax.methods.elementwise import blend
 from nufilt_jax.methods.matrices import each_layer, require_finite
 from nufilt_jax.methods.selection import every_tensor, linear_layers, n_copies
 from nufilt_jax.methods.stacked import Stacked, TaskVector
-from nufilt_jax.methods.state import Advance, Context, MergeState, Rule
+from nufilt_jax.methods.state import Advance, Context, MergeState, Rule, as_it_is
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OpcmConfig(MethodConfig):
+    """OPCM, orthogonal projection.
+
+    Attributes:
+      alpha: share of the nuclear norm of D whose directions the new task may not touch (Table 9). At 1, rounding
+        would decide.
+      mask_diagonal: also removes the diagonal beyond the leading block, which the authors' program means to do and
+        does not.
+      skip_class_embedding: adds no task to a CLIP's class embedding, as the authors' program does by accident: it
+        keeps the first task's, rescaled.
+      embedding_copies: how often a T5's token embedding counts in the norms; 3 in the authors' program.
+    """
+
+    alpha: float = number(0.5, at_least=0, below=1)
+    mask_diagonal: bool = False
+    skip_class_embedding: bool = True
+    embedding_copies: int = number(1, at_least=1)
+
 
 Stacks = tuple[jax.Array | np.ndarray, ...]
 
 
-def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
-    """θ^m_1 = θ_1; then θ^m_t = θ0 + (λ_{t−1} D + P(τ)) / λ_t."""
-    config = cast(OpcmConfig, context.config)
-    copies = tuple(
-        np.array([n_copies(name, config.embedding_copies) for name in members], np.float32) for members in task.names
-    )
-    norm = _norm(task.stacks, copies)
-    if state.step == 0:
-        return Advance(blend(state.delta, task, keep=0.0, gain=1.0), extra={"scale": jnp.float32(1), "norms": norm})
+def first(state: MergeState, task: TaskVector, context: Context[OpcmConfig]) -> Advance:
+    """θ^m_1 = θ_1, with λ_1 = 1."""
+    extra = {"scale": jnp.float32(1), "norms": _norm(task.stacks, _copies(task, context.config))}
+    return as_it_is(state, task, context)._replace(extra=extra)
+
+
+def advance(state: MergeState, task: TaskVector, context: Context[OpcmConfig]) -> Advance:
+    """θ^m_t = θ0 + (λ_{t−1} D + P(τ)) / λ_t."""
+    config, copies = context.config, _copies(task, context.config)
     sums = []
     for members, d, t in zip(task.names, state.delta.stacks, task.stacks, strict=True):
         scales = jnp.repeat(jnp.asarray(state.extra["scale"])[None], len(members))
@@ -42,9 +62,16 @@ def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
         else:
             sums.append(each_layer(_add, d, t, scales, skipped, config=config))
     require_finite(Stacked(tuple(sums), task.names))  # before one layer's NaN is in the norm of all
-    norms = jnp.asarray(state.extra["norms"]) + norm
+    norms = jnp.asarray(state.extra["norms"]) + _norm(task.stacks, copies)
     stacks, scale = _rescale(tuple(sums), copies, norms / jnp.float32(state.step + 1))
     return Advance(Stacked(stacks, task.names), extra={"scale": scale, "norms": norms})
+
+
+def _copies(task: TaskVector, config: OpcmConfig) -> Stacks:
+    """How often every tensor of every stack counts."""
+    return tuple(
+        np.array([n_copies(name, config.embedding_copies) for name in members], np.float32) for members in task.names
+    )
 
 
 def _add(
@@ -111,6 +138,7 @@ def _rescale(stacks: Stacks, copies: Stacks, mean: Float[Array, ""]) -> tuple[tu
 RULE = Rule(
     name="opcm",
     config=OpcmConfig,
+    first=first,
     advance=advance,
     scope=every_tensor,
     update="θ0 + (λ' D + P(τ)) / λ: P removes D's leading block, λ keeps the norm at the tasks' mean",

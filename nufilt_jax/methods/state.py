@@ -1,10 +1,9 @@
 """What every merging rule shares: a pair of pure functions over one kind of state."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -12,27 +11,40 @@ import numpy as np
 
 from nufilt_jax.anatomy import FLAT, tensor_of
 from nufilt_jax.config import MethodConfig
+from nufilt_jax.core.forecast import Forecast
 from nufilt_jax.errors import CheckpointError, Problem, raise_all
 from nufilt_jax.methods.data import TaskData
+from nufilt_jax.methods.elementwise import blend
 from nufilt_jax.methods.selection import Scope
 from nufilt_jax.methods.stacked import Array, Params, Stacked, TaskVector
 
+C = TypeVar("C", bound=MethodConfig)
+# What is only read: a rule's context serves every function that asks for less of it.
+C_co = TypeVar("C_co", bound=MethodConfig, covariant=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScaledConfig(MethodConfig):
+    """What the methods share that scale what they merge.
+
+    Attributes:
+      scale: λ.
+    """
+
+    scale: float
+
 
 class LayerReport(NamedTuple):
-    """What one step says about one layer; `core.forecast.Forecast` explains the shares, NaN for rules without a filter.
+    """What one step says about one layer, or about several with a leading layer axis.
 
     Attributes:
       losses: the loss before each Adam step and, where it needs no more examples, after the last; empty for rules
         without one.
+      forecast: what can be told without data; None for rules that look at no directions.
     """
 
     losses: Array
-    removed_share: Array | float = math.nan
-    restored_share: Array | float = math.nan
-    drift: Array | float = math.nan
-    cut_gap: Array | float = math.nan
-    captured: Array | float = math.nan
-    certified: Array | bool = True
+    forecast: Forecast | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -45,7 +57,7 @@ class MergeState:
       delta: D = θ^m − θ0 in float32, for the tensors that the rule touches. Kept instead of θ^m: at small updates,
         rounding θ^m would cost more than everything else together.
       step: number of tasks merged; static, since rules treat the first task otherwise.
-      extra: what else a rule has to remember; empty for most.
+      extra: what else a rule has to remember, by the names of D if it is per layer; empty for most.
       added: parameters that the rule adds to the model, by names that the base does not have; empty for most.
       report: what the last step said about its layers.
     """
@@ -129,7 +141,7 @@ class Merger(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Context:
+class Context(Generic[C_co]):
     """What a rule is given besides state and task.
 
     Attributes:
@@ -139,7 +151,7 @@ class Context:
       data: of the task, for rules that need it.
     """
 
-    config: MethodConfig
+    config: C_co
     seed: int
     on_stack: OnStack | None
     data: TaskData | None
@@ -154,14 +166,28 @@ class Advance(NamedTuple):
     added: Mapping[str, Array] = MappingProxyType({})
 
 
+Step = Callable[[MergeState, TaskVector, Context[C]], Advance]
+
+
+def as_it_is(state: MergeState, task: TaskVector, context: Context[MethodConfig]) -> Advance:
+    """θ^m_1 = θ_1."""
+    return Advance(blend(state.delta, task, keep=0.0, gain=1.0))
+
+
+def scaled(state: MergeState, task: TaskVector, context: Context[ScaledConfig]) -> Advance:
+    """θ^m_1 = θ0 + λ τ_1."""
+    return Advance(blend(state.delta, task, keep=0.0, gain=context.config.scale))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Rule:
+class Rule(Generic[C]):
     """One merging rule, as its file states it.
 
     Attributes:
       name: as on the command line.
       config: class of its settings.
-      advance: one step, from state and τ of the tensors it works on; may take the memory of the state's D.
+      first: how the first task is taken, from state and τ of the tensors it works on.
+      advance: how every later task is merged, from the same; both may take the memory of the state's D.
       scope: the tensors it works on.
       update: what it does to θ^m, in a line.
       touches: `scope` in words.
@@ -169,14 +195,16 @@ class Rule:
       source: where it was published.
       needs_data: whether it needs unlabelled examples of each task.
       adds_parameters: whether the merged model has more parameters than the base.
-      whole_model: whether a tensor's new D depends on other tensors too, as a threshold or norm of all does.
+      whole_model: whether a tensor's new D depends on other tensors too, as a threshold or norm of the whole model
+        does. Where it does not, any part of the layers can be merged alone, and the state's `extra` is by layer.
       states: arrays of the size of D that are kept from task to task, D included.
       workspace: memory that an update takes beside these, τ and what programs need for a few layers, in sizes of D.
     """
 
     name: str
-    config: type[MethodConfig]
-    advance: Callable[[MergeState, TaskVector, Context], Advance]
+    config: type[C]
+    first: Step[C] = as_it_is
+    advance: Step[C]
     scope: Scope
     update: str
     touches: str

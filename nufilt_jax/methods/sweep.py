@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from nufilt_jax.anatomy import shape_in
-from nufilt_jax.config import NufiltConfig, problem
+from nufilt_jax.config import problem
 from nufilt_jax.core.adapt import draw_start
 from nufilt_jax.core.sweep import solve_settings
 from nufilt_jax.errors import ConfigError
 from nufilt_jax.methods.matrices import require_finite
-from nufilt_jax.methods.nufilt import adapter_keys
+from nufilt_jax.methods.nufilt import NufiltConfig, adapter_keys
 from nufilt_jax.methods.selection import select
 from nufilt_jax.methods.stacked import Array, Params, Stacked, stack_names, task_vector
 from nufilt_jax.methods.state import MergeState

@@ -3,44 +3,76 @@
 The kernel is the authors' program's: thresholds over the whole model, the elected sign's entries summed, not averaged.
 """
 
+import dataclasses
 import functools
 import math
-from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, UInt32
 
-from nufilt_jax.config import TiesConfig
+from nufilt_jax.config import Variant, number
 from nufilt_jax.methods.order import Stacks, Weights, count, is_less, kth_smallest_magnitude, magnitude_bits
 from nufilt_jax.methods.selection import every_tensor, n_copies
 from nufilt_jax.methods.stacked import Stacked, TaskVector
-from nufilt_jax.methods.state import Advance, Context, MergeState, Rule
+from nufilt_jax.methods.state import Advance, Context, MergeState, Rule, ScaledConfig
 
 
-def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
-    """θ^m_1 = θ0 + λ τ_1, untrimmed; then θ^m_t = θ^m_{t−1} + λ TIES_p(D, τ).
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TiesConfig(ScaledConfig):
+    """TIES-Merging, continual.
+
+    Attributes:
+      scale: factor on what is added; 0.3 for 8 tasks, 0.1 for 14 and 20, 0.3 for Flan-T5 (Table 9).
+      density: share of the entries that trimming keeps (Table 9); above 1 it is read as a percentage.
+      variant: `code` trims and elects between D and τ, as the authors' program does; `text` between the previous
+        TIES output and τ (Appendix B.3), which is one more vector to remember.
+      merge_first: merges the first task. False leaves it out, as the authors' program for Flan-T5 does (Table 2).
+      embedding_copies: how often a T5's token embedding counts and is updated; 3 in that program, which knows it
+        under three names.
+    """
+
+    scale: float = 0.3
+    density: float = number(0.2, at_least=0, at_most=100)
+    variant: Variant = "code"
+    merge_first: bool = True
+    embedding_copies: int = number(1, at_least=1)
+
+
+def first(state: MergeState, task: TaskVector, context: Context[TiesConfig]) -> Advance:
+    """θ^m_1 = θ0 + λ c τ_1, untrimmed, c as in `advance`; θ0 if the first task is left out."""
+    config = context.config
+    outputs = task.stacks if config.merge_first else jax.tree.map(jnp.zeros_like, task.stacks)
+    delta = _add(state.delta.stacks, outputs, jnp.float32(config.scale), weights=_weights(task, config))
+    return Advance(Stacked(delta, task.names), extra=dict(zip(_keys(task, config), outputs, strict=False)))
+
+
+def advance(state: MergeState, task: TaskVector, context: Context[TiesConfig]) -> Advance:
+    """θ^m_t = θ^m_{t−1} + λ TIES_p(D, τ).
 
     In the `text` variant the operand is the previous output instead of D (Appendix B.3 of arXiv:2509.21413v2): at
     t = 2 that is τ_1, or zero if the first task is left out; it is kept in `extra`, stack by stack. With c =
     `embedding_copies`, every entry of a T5's token embedding counts c times for thresholds and majority, and what is
-    added to it is c λ Z, at t = 1 c λ τ_1.
+    added to it is c λ Z.
     """
-    config = cast(TiesConfig, context.config)
-    scale, names = jnp.float32(config.scale), state.delta.names
-    weights = tuple(tuple(n_copies(name, config.embedding_copies) for name in members) for members in names)
-    keys = [f"output {index}" for index in range(len(names))] if config.variant == "text" else []
-    if state.step == 0:
-        outputs = task.stacks if config.merge_first else jax.tree.map(jnp.zeros_like, task.stacks)
-        delta = _add(state.delta.stacks, outputs, scale, weights=weights)
-    else:
-        previous = tuple(state.extra[key] for key in keys)
-        sizes = (math.prod(stack.shape[1:]) for stack in task.stacks)
-        n_entries = sum(size * sum(copies) for size, copies in zip(sizes, weights, strict=True))
-        k = cut_order(n_entries, config.density)
-        delta, outputs = _step(state.delta.stacks, previous, task.stacks, scale, k=k, weights=weights)
-    return Advance(Stacked(delta, names), extra=dict(zip(keys, outputs, strict=False)))
+    config, weights, keys = context.config, _weights(task, context.config), _keys(task, context.config)
+    previous = tuple(state.extra[key] for key in keys)
+    sizes = (math.prod(stack.shape[1:]) for stack in task.stacks)
+    n_entries = sum(size * sum(copies) for size, copies in zip(sizes, weights, strict=True))
+    k, scale = cut_order(n_entries, config.density), jnp.float32(config.scale)
+    delta, outputs = _step(state.delta.stacks, previous, task.stacks, scale, k=k, weights=weights)
+    return Advance(Stacked(delta, task.names), extra=dict(zip(keys, outputs, strict=True)))
+
+
+def _weights(task: TaskVector, config: TiesConfig) -> Weights:
+    """C of every tensor of every stack."""
+    return tuple(tuple(n_copies(name, config.embedding_copies) for name in members) for members in task.names)
+
+
+def _keys(task: TaskVector, config: TiesConfig) -> list[str]:
+    """Under which names a step's outputs are remembered, stack by stack; none if they are not."""
+    return [f"output {index}" for index in range(len(task.names))] if config.variant == "text" else []
 
 
 @functools.partial(jax.jit, static_argnames=("k", "weights"), donate_argnums=0)
@@ -125,6 +157,7 @@ def disjoint_sum(
 RULE = Rule(
     name="ties",
     config=TiesConfig,
+    first=first,
     advance=advance,
     scope=every_tensor,
     update="θ + λ TIES(D, τ): of the model's largest entries of both, those of the elected sign are added",

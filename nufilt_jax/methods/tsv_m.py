@@ -4,26 +4,33 @@ Settings and the continual form are those of the authors of arXiv:2509.21413v2: 
 step, so older tasks are truncated again each time.
 """
 
-from typing import cast
+import dataclasses
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from nufilt_jax.config import TsvMConfig
 from nufilt_jax.linalg.chunks import after
 from nufilt_jax.linalg.dense import matmul, thin_svd
-from nufilt_jax.methods.elementwise import blend
 from nufilt_jax.methods.matrices import matrices_or_mean
 from nufilt_jax.methods.selection import every_tensor
 from nufilt_jax.methods.stacked import TaskVector
-from nufilt_jax.methods.state import Advance, Context, MergeState, Rule
+from nufilt_jax.methods.state import Advance, Context, MergeState, Rule, ScaledConfig, scaled
 
 
-def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
-    """θ0 + λ τ_1 as it is; then θ0 + λ U diag(σ) Vᵀ for matrices, θ0 + λ (D + τ)/2 for all other tensors."""
-    config = cast(TsvMConfig, context.config)
-    if state.step == 0:
-        return Advance(blend(state.delta, task, keep=0.0, gain=config.scale))
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TsvMConfig(ScaledConfig):
+    """TSV-M, merging by task singular vectors.
+
+    Attributes:
+      scale: factor on the merged vector; 1 in the authors' settings, absent from Table 9.
+    """
+
+    scale: float = 1.0
+
+
+def advance(state: MergeState, task: TaskVector, context: Context[TsvMConfig]) -> Advance:
+    """θ0 + λ U diag(σ) Vᵀ for matrices, θ0 + λ (D + τ)/2 for all other tensors."""
+    config = context.config
     return Advance(matrices_or_mean(_merge, state.delta, task, scale=config.scale, config=config))
 
 
@@ -70,6 +77,7 @@ def _polar(x: Float[Array, "m k"]) -> Float[Array, "m k"]:
 RULE = Rule(
     name="tsv_m",
     config=TsvMConfig,
+    first=scaled,
     advance=advance,
     scope=every_tensor,
     update="θ0 + λ U S Vᵀ: half of D's and of τ's singular triples, made orthogonal; vectors: λ (D + τ)/2",

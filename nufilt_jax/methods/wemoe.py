@@ -5,6 +5,7 @@ feed-forward matrix a frozen low-rank copy of τ, the expert; per block one line
 weighs the experts.
 """
 
+import dataclasses
 import re
 from typing import cast
 
@@ -14,15 +15,30 @@ import numpy as np
 from jaxtyping import Float
 
 from nufilt_jax.anatomy import Family
-from nufilt_jax.config import WemoeConfig
 from nufilt_jax.errors import Problem, SolveError, raise_all
 from nufilt_jax.linalg.dense import thin_svd
-from nufilt_jax.methods.adaptation import WHOLE_MODEL, adapt, model_params
+from nufilt_jax.methods.adaptation import WHOLE_MODEL, LearningConfig, adapt, model_params
 from nufilt_jax.methods.elementwise import blend
 from nufilt_jax.methods.matrices import each_layer, split
 from nufilt_jax.methods.nufilt import adapter_keys
 from nufilt_jax.methods.stacked import Array, Params, Stacked, TaskVector
 from nufilt_jax.methods.state import Advance, Context, MergeState, Rule
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WemoeConfig(LearningConfig):
+    """LoRA-WEMoE: attention by task arithmetic, feed-forward weights as gated low-rank experts.
+
+    Attributes:
+      scale: factor on the attention's task vectors, and start of the gates (Table 9).
+      first_rank: r_l of the first task's experts (Table 9).
+      later_rank: of all later ones. Table 9 says 64; the authors' program takes 16, and Table 5 counts so.
+    """
+
+    scale: float = 0.3
+    first_rank: int = 64
+    later_rank: int = 16
+
 
 GATE_STD = 0.01  # of a new gate row's entries, in the authors' program
 
@@ -45,9 +61,9 @@ def is_feed_forward(name: str, shape: tuple[int, ...] = ()) -> bool:
     return _FEED_FORWARD.fullmatch(name) is not None
 
 
-def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
+def advance(state: MergeState, task: TaskVector, context: Context[WemoeConfig]) -> Advance:
     """Attention by task arithmetic, then one more expert and gate row, then all gates trained."""
-    config = cast(WemoeConfig, context.config)
+    config = context.config
     delta, experts = grow(state, task, config)
     new = {name: experts[f"{expert_name(name, state.step)}.a"] for name in task if is_feed_forward(name)}
     broken = [name for name, factor in new.items() if not jnp.isfinite(factor).all()]
@@ -131,6 +147,7 @@ def _appended(rows: Array | None, new: Array) -> Array:
 RULE = Rule(
     name="wemoe",
     config=WemoeConfig,
+    first=advance,
     advance=advance,
     scope=attention_and_feed_forward,
     update="attention: θ + λ τ; feed-forward: θ0 + Σ w_i B_i A_i, w from gates trained on the newest task",

@@ -13,6 +13,7 @@ A few Adam steps start at D + τ. For M = D + τ + E and G_X = XᵀX / ‖X‖²
 E is small beside D and τ, so nothing large cancels here, as it does in ∇L = 2 (M H − D G_D − τ G_τ).
 """
 
+import dataclasses
 from typing import NamedTuple, cast
 
 import jax
@@ -21,7 +22,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float
 
-from nufilt_jax.config import WudiConfig
+from nufilt_jax.config import MethodConfig, Variant, number
 from nufilt_jax.linalg.dense import gram, norm
 from nufilt_jax.linalg.dispatch import is_traced
 from nufilt_jax.linalg.grams import Gram, GramFactor, GramMatrix
@@ -32,11 +33,24 @@ from nufilt_jax.methods.stacked import Stacked, TaskVector
 from nufilt_jax.methods.state import Advance, Context, LayerReport, MergeState, Rule
 
 
-def advance(state: MergeState, task: TaskVector, context: Context) -> Advance:
-    """θ^m_1 = θ_1; then θ0 + M for the matrices that `variant` names, θ0 + (D + τ)/2 for all other tensors."""
-    config = cast(WudiConfig, context.config)
-    if state.step == 0:
-        return Advance(blend(state.delta, task, keep=0.0, gain=1.0))
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WudiConfig(MethodConfig):
+    """WUDI-Merging.
+
+    Attributes:
+      learning_rate: Adam's; constant (Table 9).
+      steps: Adam steps (Table 9): an early stop, on which the result depends.
+      variant: `code` optimises every matrix, embeddings included; `text` linear layers alone.
+    """
+
+    learning_rate: float = number(1e-5, above=0)
+    steps: int = 50
+    variant: Variant = "code"
+
+
+def advance(state: MergeState, task: TaskVector, context: Context[WudiConfig]) -> Advance:
+    """θ0 + M for the matrices that `variant` names, θ0 + (D + τ)/2 for all other tensors."""
+    config = context.config
     is_solved = is_matrix if config.variant == "code" else linear_layers
     matrices, others = split(state.delta, is_solved)
     merged = blend(state.delta.only(others), task.only(others), keep=0.5, gain=0.5)

@@ -11,8 +11,8 @@ import pytest
 import shapes
 from counting import Count, counted, product
 
-from nufilt_jax.config import NufiltConfig
 from nufilt_jax.core import solve
+from nufilt_jax.methods.nufilt import NufiltConfig
 
 CONFIG = NufiltConfig(filter_rank=6, adapter_rank=5, task_rank=2, steps=3, decomposition="svd")
 

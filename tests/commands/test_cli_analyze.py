@@ -13,7 +13,7 @@ import pytest
 from nufilt_jax import load
 from nufilt_jax.analysis.document import as_array
 from nufilt_jax.cli import main
-from nufilt_jax.config import AdaMergingConfig
+from nufilt_jax.methods.adamerging import AdaMergingConfig
 from nufilt_jax.output.place import OutputPlace
 from nufilt_jax.zoo import draw, materialise
 from nufilt_jax.zoo.families import IMAGE_MEAN, IMAGE_STD

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import nufilt_jax as nj
-from nufilt_jax.config import NullSpaceConfig
+from nufilt_jax.methods.null_space import NullSpaceConfig
 
 CONFIG = nj.NufiltConfig(filter_rank=4, adapter_rank=2, task_rank=2, steps=4)
 

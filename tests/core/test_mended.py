@@ -8,9 +8,9 @@ import pytest
 
 import nufilt_jax as nj
 from nufilt_jax import methods
-from nufilt_jax.config import NullSpaceConfig
 from nufilt_jax.core import solve
 from nufilt_jax.methods import nufilt
+from nufilt_jax.methods.null_space import NullSpaceConfig
 
 N, RANK = 32, 8
 CONFIG = nj.NufiltConfig(filter_rank=RANK, adapter_rank=2, task_rank=2, steps=3)
@@ -75,7 +75,7 @@ def test_a_merge_solves_hard_layers_from_the_d_before():
     nufilt._step.clear_cache()
     state = rule.update(rule.init(base), first)
     state = rule.update(state, second, donate=True)
-    assert [bool(row.certified) for row in state.report.values()] == [True, False, True]
+    assert [bool(row.forecast.certified) for row in state.report.values()] == [True, False, True]
     assert nufilt._step._cache_size() == 2
     for name, hard in zip(names, (False, True, False), strict=True):
         update = np.asarray(state.delta[name], np.float64) - first[name]

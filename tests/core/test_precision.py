@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from nufilt_jax import NufiltConfig, methods
-from nufilt_jax.config import NullSpaceConfig
 from nufilt_jax.core import solve
 from nufilt_jax.linalg import chebyshev
 from nufilt_jax.linalg.refine import refine
+from nufilt_jax.methods.null_space import NullSpaceConfig
 
 HIGHEST = jax.lax.Precision.HIGHEST
 SMALL = {"filter_rank": 4, "adapter_rank": 2, "task_rank": 2, "steps": 2}

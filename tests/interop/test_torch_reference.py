@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from nufilt_jax.config import NufiltConfig
 from nufilt_jax.core.solve import solve_group
+from nufilt_jax.methods.nufilt import NufiltConfig
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import shapes

@@ -4,13 +4,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from nufilt_jax import methods
-from nufilt_jax.config import (
-    AdapterOnlyConfig,
-    NufiltConfig,
-    NullSpaceConfig,
-    TaskArithmeticConfig,
-    WemoeConfig,
-)
+from nufilt_jax.methods.adapter_only import AdapterOnlyConfig
+from nufilt_jax.methods.nufilt import NufiltConfig
+from nufilt_jax.methods.null_space import NullSpaceConfig
+from nufilt_jax.methods.task_arithmetic import TaskArithmeticConfig
+from nufilt_jax.methods.wemoe import WemoeConfig
 
 WIDTH, INNER, BLOCKS = 32, 64, 2
 Q = "vision_model.encoder.layers.{}.self_attn.q_proj.weight"

@@ -7,9 +7,9 @@ import oracle_adaptation as oracle
 import pytest
 
 from nufilt_jax import methods
-from nufilt_jax.config import AdaMergingConfig
 from nufilt_jax.errors import ConfigError, SolveError
 from nufilt_jax.methods import adamerging, adaptation
+from nufilt_jax.methods.adamerging import AdaMergingConfig
 from nufilt_jax.methods.stacked import stack_names, task_vector
 
 SHAPES = {"head.weight": (4, 6), "head.bias": (4,), "gain": (6,)}

@@ -7,8 +7,9 @@ import oracle_adapter_only
 import pytest
 
 from nufilt_jax import methods
-from nufilt_jax.config import AdapterOnlyConfig, NufiltConfig
 from nufilt_jax.methods import nufilt
+from nufilt_jax.methods.adapter_only import AdapterOnlyConfig
+from nufilt_jax.methods.nufilt import NufiltConfig
 
 BLOCK = "vision_model.encoder.layers.0."
 Q, OUT, FC1, FC2 = (
@@ -136,7 +137,7 @@ def test_tasks_that_learned_nothing_leave_everything(variant):
         np.testing.assert_array_equal(after_nothing.delta[name], tau)
         if variant == "code":  # nothing is missing, so that B stays zero
             np.testing.assert_array_equal(beside_nothing.delta[name], tau)
-            assert beside_nothing.report[name].captured == 1
+            assert beside_nothing.report[name].forecast.captured == 1
         assert np.isfinite(beside_nothing.delta[name]).all()
 
 
@@ -149,10 +150,10 @@ def test_the_forecast_says_what_the_step_did(variant):
         d, tau = np.asarray(first.delta[name]), TASKS[1][name] - BASE[name]
         v2, change, row = oracle.leading(d, 4), np.asarray(second.delta[name]) - d, second.report[name]
         restored = change - tau if variant == "code" else change
-        assert row.removed_share == 0
-        assert float(row.restored_share) == pytest.approx(np.sum(restored**2) / np.sum(tau**2), rel=1e-3)
-        assert float(row.drift) == pytest.approx(np.sum((change @ v2) ** 2) / np.sum((d @ v2) ** 2), rel=1e-3)
-        assert float(row.captured) == pytest.approx(np.sum((d @ v2) ** 2) / np.sum(d**2), rel=1e-5)
+        assert row.forecast.removed_share == 0
+        assert float(row.forecast.restored_share) == pytest.approx(np.sum(restored**2) / np.sum(tau**2), rel=1e-3)
+        assert float(row.forecast.drift) == pytest.approx(np.sum((change @ v2) ** 2) / np.sum((d @ v2) ** 2), rel=1e-3)
+        assert float(row.forecast.captured) == pytest.approx(np.sum((d @ v2) ** 2) / np.sum(d**2), rel=1e-5)
         assert row.losses[-1] < row.losses[0]
 
 

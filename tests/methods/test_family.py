@@ -32,8 +32,8 @@ from merging import (
 
 from nufilt_jax import methods
 from nufilt_jax.checkpoints import from_flax
-from nufilt_jax.config import KnotsConfig
 from nufilt_jax.errors import SolveError
+from nufilt_jax.methods.knots import KnotsConfig
 from nufilt_jax.methods.selection import Selection
 
 FLOATS = {name for name, x in BASE.items() if x.dtype == np.float32}

@@ -15,8 +15,8 @@ from matrix_models import (
     states,
 )
 
-from nufilt_jax.config import IsoCConfig
 from nufilt_jax.methods import matrices
+from nufilt_jax.methods.iso_c import IsoCConfig
 
 CONFIG = IsoCConfig(scale=1.3)
 ONE = IsoCConfig()

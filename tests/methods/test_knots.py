@@ -6,9 +6,9 @@ import oracle_ties
 import pytest
 
 from nufilt_jax import methods
-from nufilt_jax.config import KnotsConfig
 from nufilt_jax.errors import SolveError
 from nufilt_jax.methods import knots
+from nufilt_jax.methods.knots import KnotsConfig
 
 BLOCK = "vision_model.encoder.layers.0."
 Q, OUT, FC1, FC2 = (

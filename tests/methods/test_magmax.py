@@ -7,8 +7,8 @@ import oracle_magmax as oracle
 import pytest
 
 from nufilt_jax import methods
-from nufilt_jax.config import MagmaxConfig
 from nufilt_jax.methods import magmax as rule_file
+from nufilt_jax.methods.magmax import MagmaxConfig
 
 EPS = np.finfo(np.float32).eps
 SHAPES = {

@@ -8,10 +8,12 @@ import pytest
 from merging import BASE, BIAS, CONFIGS, FC1, FC2, POSITION, RANKS, SELECTED, TASKS, Q, merge, moved, rule_for
 
 from nufilt_jax import methods
-from nufilt_jax.config import NufiltConfig, SumConfig, TaskArithmeticConfig
 from nufilt_jax.errors import CheckpointError, ConfigError
 from nufilt_jax.methods import nufilt
+from nufilt_jax.methods.nufilt import NufiltConfig
 from nufilt_jax.methods.selection import select
+from nufilt_jax.methods.sum import SumConfig
+from nufilt_jax.methods.task_arithmetic import TaskArithmeticConfig
 
 
 def test_closed_forms():
@@ -160,9 +162,9 @@ def test_the_forecast_says_what_the_step_did():
         d, tau = np.asarray(first.delta[name]), TASKS[1][name] - BASE[name]
         v2, change, row = oracle.leading(d, 8), np.asarray(second.delta[name]) - d, second.report[name]
         restored = change - tau @ oracle.projector(d, 8)
-        assert float(row.removed_share) == pytest.approx(np.sum((tau @ v2) ** 2) / np.sum(tau**2), rel=1e-3)
-        assert float(row.restored_share) == pytest.approx(np.sum(restored**2) / np.sum(tau**2), rel=1e-3)
-        assert float(row.drift) == pytest.approx(np.sum((change @ v2) ** 2) / np.sum((d @ v2) ** 2), rel=1e-3)
+        assert float(row.forecast.removed_share) == pytest.approx(np.sum((tau @ v2) ** 2) / np.sum(tau**2), rel=1e-3)
+        assert float(row.forecast.restored_share) == pytest.approx(np.sum(restored**2) / np.sum(tau**2), rel=1e-3)
+        assert float(row.forecast.drift) == pytest.approx(np.sum((change @ v2) ** 2) / np.sum((d @ v2) ** 2), rel=1e-3)
 
 
 def test_misfitting_tasks_are_refused_with_every_tensor():

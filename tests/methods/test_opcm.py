@@ -27,8 +27,8 @@ from matrix_models import (
 )
 
 from nufilt_jax import methods
-from nufilt_jax.config import OpcmConfig
 from nufilt_jax.methods import matrices, opcm
+from nufilt_jax.methods.opcm import OpcmConfig
 
 CONFIG = OpcmConfig()
 MASKED = OpcmConfig(mask_diagonal=True)

@@ -8,10 +8,9 @@ import oracle_ties as oracle
 import pytest
 
 from nufilt_jax import methods
-from nufilt_jax.config import TiesConfig
 from nufilt_jax.methods import ties as rule_file
 from nufilt_jax.methods.order import kth_smallest_magnitude
-from nufilt_jax.methods.ties import cut_order, ties, ties_at
+from nufilt_jax.methods.ties import TiesConfig, cut_order, ties, ties_at
 
 EPS = np.finfo(np.float32).eps
 BLOCK = "encoder.block.0.layer.{}"

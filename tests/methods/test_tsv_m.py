@@ -19,8 +19,8 @@ from matrix_models import (
     states,
 )
 
-from nufilt_jax.config import TsvMConfig
 from nufilt_jax.methods import matrices, tsv_m
+from nufilt_jax.methods.tsv_m import TsvMConfig
 
 CONFIG = TsvMConfig(scale=1.3)
 ONE = TsvMConfig()

@@ -9,11 +9,11 @@ import oracle_wemoe as oracle
 import pytest
 
 from nufilt_jax import methods
-from nufilt_jax.config import WemoeConfig
 from nufilt_jax.errors import SolveError
 from nufilt_jax.methods import adaptation, matrices, wemoe
 from nufilt_jax.methods.selection import select
 from nufilt_jax.methods.stacked import TaskVector, stack_names
+from nufilt_jax.methods.wemoe import WemoeConfig
 from nufilt_jax.models import canonical_shapes, parse_vision_config
 from nufilt_jax.models.experts import gate_weights, mixed_dense
 

@@ -25,9 +25,9 @@ from matrix_models import (
 )
 
 from nufilt_jax import methods
-from nufilt_jax.config import WudiConfig
 from nufilt_jax.errors import SolveError
 from nufilt_jax.methods import matrices, wudi
+from nufilt_jax.methods.wudi import WudiConfig
 
 RATE, STEPS = 1e-5, 50
 CONFIG = WudiConfig(learning_rate=RATE, steps=STEPS)

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from nufilt_jax import methods
-from nufilt_jax.config import AdaMergingConfig, WemoeConfig
 from nufilt_jax.errors import CheckpointError, ConfigError
 from nufilt_jax.evaluation.seeds import T5_EXAMPLES, t5_task_data
+from nufilt_jax.methods.adamerging import AdaMergingConfig
+from nufilt_jax.methods.wemoe import WemoeConfig
 from nufilt_jax.models import parse_t5_config, t5_logits, t5_shapes
 
 GATED = {
