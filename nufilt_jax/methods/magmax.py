@@ -5,11 +5,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from nufilt_jax.config import Variant
 from nufilt_jax.methods.selection import every_tensor
-from nufilt_jax.methods.stacked import Stacked, TaskVector
+from nufilt_jax.methods.stacked import Array, Stacked, Stacks, TaskVector
 from nufilt_jax.methods.state import Advance, Context, MergeState, Rule, ScaledConfig, scaled
 
 
@@ -24,9 +24,6 @@ class MagmaxConfig(ScaledConfig):
 
     scale: float = 0.5
     variant: Variant = "code"
-
-
-Stacks = tuple[Float[Array, "..."], ...]
 
 
 def first(state: MergeState, task: TaskVector, context: Context[MagmaxConfig]) -> Advance:

@@ -12,7 +12,7 @@ from nufilt_jax.errors import Problem, SolveError, raise_all
 from nufilt_jax.linalg.chunks import LAPACK_BATCH, in_chunks, layers_at_once
 from nufilt_jax.linalg.dispatch import is_traced, run_alone
 from nufilt_jax.methods.elementwise import blend
-from nufilt_jax.methods.stacked import Array, Names, Stacked, TaskVector
+from nufilt_jax.methods.stacked import Array, Names, Stacked, Stacks, TaskVector
 
 # The mathematics of one layer: arrays in, a pytree of arrays out, its config by keyword.
 LayerRule = Callable[..., Any]
@@ -64,7 +64,7 @@ def require_finite(merged: Stacked, fix: str = "") -> None:
 
 
 @jax.jit
-def _is_finite(stacks: tuple[Array, ...]) -> tuple[Array, ...]:
+def _is_finite(stacks: Stacks) -> Stacks:
     """Of every tensor of every stack, whether all its numbers are finite.
 
     All zeros but for what is not finite: adding them up needs no array of truths as large as the stack.

@@ -15,8 +15,8 @@ from jaxtyping import Array, Bool, Float
 from nufilt_jax.config import MethodConfig, number
 from nufilt_jax.linalg.dense import matmul, thin_svd, unit_scale
 from nufilt_jax.methods.matrices import each_layer, require_finite
-from nufilt_jax.methods.selection import every_tensor, linear_layers, n_copies
-from nufilt_jax.methods.stacked import Stacked, TaskVector
+from nufilt_jax.methods.selection import every_tensor, is_linear_layer, n_copies
+from nufilt_jax.methods.stacked import Stacked, Stacks, TaskVector
 from nufilt_jax.methods.state import Advance, Context, MergeState, Rule, as_it_is
 
 
@@ -40,9 +40,6 @@ class OpcmConfig(MethodConfig):
     embedding_copies: int = number(1, at_least=1)
 
 
-Stacks = tuple[jax.Array | np.ndarray, ...]
-
-
 def first(state: MergeState, task: TaskVector, context: Context[OpcmConfig]) -> Advance:
     """θ^m_1 = θ_1, with λ_1 = 1."""
     extra = {"scale": jnp.float32(1), "norms": _norm(task.stacks, _copies(task, context.config))}
@@ -56,7 +53,7 @@ def advance(state: MergeState, task: TaskVector, context: Context[OpcmConfig]) -
     for members, d, t in zip(task.names, state.delta.stacks, task.stacks, strict=True):
         scales = jnp.repeat(jnp.asarray(state.extra["scale"])[None], len(members))
         skipped = np.array([config.skip_class_embedding and name.endswith("class_embedding") for name in members])
-        linear = np.array([linear_layers(name, t.shape[1:]) for name in members])
+        linear = np.array([is_linear_layer(name, t.shape[1:]) for name in members])
         if linear.any():
             sums.append(each_layer(_add_projected, d, t, scales, skipped, linear, config=config))
         else:

@@ -34,7 +34,7 @@ def published_layers(name: str, shape: tuple[int, ...], family: Family = "other"
     return anatomy.is_linear(name, shape)
 
 
-def linear_layers(name: str, shape: tuple[int, ...], family: Family = "other") -> bool:
+def is_linear_layer(name: str, shape: tuple[int, ...], family: Family = "other") -> bool:
     """Weights of linear layers: matrices that are no embeddings."""
     return (len(shape) == 2 or anatomy.is_experts(name, shape)) and not anatomy.is_lookup(name)
 
@@ -129,7 +129,7 @@ def wanted_by(
             return is_matrix and pattern.search(name) is not None
 
         return matches
-    flat = conv and scope in (published_layers, linear_layers)
+    flat = conv and scope in (published_layers, is_linear_layer)
     return lambda name, shape: scope(name, shape, family) or (flat and anatomy.is_convolution(name, shape))
 
 

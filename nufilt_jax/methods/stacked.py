@@ -13,8 +13,9 @@ import numpy as np
 
 from nufilt_jax.anatomy import layer_shape, part_of
 
-Array = jax.Array | np.ndarray
+Array = jax.Array | np.ndarray  # of host or device; inside one layer's program it is jaxtyping's, a `jax.Array`
 Params = Mapping[str, Array]
+Stacks = tuple[Array, ...]  # of any shapes, each with a leading axis over its tensors
 Names = tuple[tuple[str, ...], ...]
 
 _ALIGNMENT = 64  # bytes; a host array that starts on such a boundary becomes a CPU device's without a copy
@@ -30,7 +31,7 @@ class Stacked(Mapping[str, Array]):
       names: of each stack's tensors.
     """
 
-    stacks: tuple[Array, ...]
+    stacks: Stacks
     names: Names = dataclasses.field(metadata={"static": True})
 
     @functools.cached_property

@@ -10,12 +10,12 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, UInt32
+from jaxtyping import Bool, Float, UInt32
 
 from nufilt_jax.config import Variant, number
-from nufilt_jax.methods.order import Stacks, Weights, count, is_less, kth_smallest_magnitude, magnitude_bits
+from nufilt_jax.methods.order import Weights, count, is_less, kth_smallest_magnitude, magnitude_bits
 from nufilt_jax.methods.selection import every_tensor, n_copies
-from nufilt_jax.methods.stacked import Stacked, TaskVector
+from nufilt_jax.methods.stacked import Array, Stacked, Stacks, TaskVector
 from nufilt_jax.methods.state import Advance, Context, MergeState, Rule, ScaledConfig
 
 
@@ -94,7 +94,7 @@ def _add(delta: Stacks, outputs: Stacks, scale: Float[Array, ""], *, weights: We
     return tuple(merged)
 
 
-def ties(x: Float[Array, "*shape"], y: Float[Array, "*shape"], density: float) -> Float[Array, "*shape"]:
+def ties(x: Float[Array, "*shape"], y: Float[Array, "*shape"], density: float) -> Float[jax.Array, "*shape"]:
     """Z = TIES_p(x, y) of one pair of arrays: trim each, elect a sign for every entry, sum the entries that have it.
 
     Args:
@@ -106,7 +106,9 @@ def ties(x: Float[Array, "*shape"], y: Float[Array, "*shape"], density: float) -
     return ties_at(x, y, cut_order(x.size, density))
 
 
-def ties_at(x: Float[Array, "*shape"], y: Float[Array, "*shape"], k: int | UInt32[Array, ""]) -> Float[Array, "*shape"]:
+def ties_at(
+    x: Float[Array, "*shape"], y: Float[Array, "*shape"], k: int | UInt32[Array, ""]
+) -> Float[jax.Array, "*shape"]:
     """`ties` with the order k of the thresholds, which may be known only while the program runs."""
     return ties_of_stacks((x[None],), (y[None],), k)[0][0]
 
@@ -116,7 +118,9 @@ def cut_order(n_entries: int, density: float) -> int:
     return n_entries - int(n_entries * (density / 100 if density > 1 else density))
 
 
-def ties_of_stacks(xs: Stacks, ys: Stacks, k: int | UInt32[Array, ""], weights: Weights | None = None) -> Stacks:
+def ties_of_stacks(
+    xs: Stacks, ys: Stacks, k: int | UInt32[Array, ""], weights: Weights | None = None
+) -> tuple[jax.Array, ...]:
     """`ties_at` of two models, each one vector in the eyes of threshold and election.
 
     Args:
@@ -147,7 +151,7 @@ def trim(x: Float[Array, "*shape"], cut: Float[Array, ""]) -> Float[Array, "*sha
 
 def disjoint_sum(
     x: Float[Array, "*shape"], y: Float[Array, "*shape"], majority: Bool[Array, ""]
-) -> Float[Array, "*shape"]:
+) -> Float[jax.Array, "*shape"]:
     """The sum of those of x and y that have the sign of x + y; where they cancel, the majority's: positive if true."""
     total = x + y
     is_positive = (total > 0) | ((total == 0) & majority)

@@ -28,7 +28,7 @@ from nufilt_jax.linalg.dispatch import is_traced
 from nufilt_jax.linalg.grams import Gram, GramFactor, GramMatrix
 from nufilt_jax.methods.elementwise import blend
 from nufilt_jax.methods.matrices import each_layer, is_matrix, require_finite, split
-from nufilt_jax.methods.selection import every_tensor, linear_layers
+from nufilt_jax.methods.selection import every_tensor, is_linear_layer
 from nufilt_jax.methods.stacked import Stacked, TaskVector
 from nufilt_jax.methods.state import Advance, Context, LayerReport, MergeState, Rule
 
@@ -51,7 +51,7 @@ class WudiConfig(MethodConfig):
 def advance(state: MergeState, task: TaskVector, context: Context[WudiConfig]) -> Advance:
     """θ0 + M for the matrices that `variant` names, θ0 + (D + τ)/2 for all other tensors."""
     config = context.config
-    is_solved = is_matrix if config.variant == "code" else linear_layers
+    is_solved = is_matrix if config.variant == "code" else is_linear_layer
     matrices, others = split(state.delta, is_solved)
     merged = blend(state.delta.only(others), task.only(others), keep=0.5, gain=0.5)
     report: dict[str, LayerReport] = {}
