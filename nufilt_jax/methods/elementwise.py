@@ -17,6 +17,7 @@ def _blend(delta: Stacks, task: Stacks, keep: Array, gain: Array) -> tuple[jax.A
 
 def blend(delta: Stacked, task: TaskVector, *, keep: float, gain: float) -> Stacked:
     """keep·D + gain·τ; takes the memory of D."""
+    # Factors as arrays: as constants they would be a new program at every t of a running mean.
     return Stacked(_blend(delta.stacks, task.stacks, jnp.float32(keep), jnp.float32(gain)), delta.names)
 
 

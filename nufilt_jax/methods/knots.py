@@ -33,6 +33,7 @@ class KnotsConfig(ScaledConfig):
     """
 
     scale: float = 0.3
+    # Neither this nor the cutoff is in Table 9: both are the authors' settings.
     density: float = number(0.2, at_least=0, at_most=100)
     cutoff: float = number(1e-4, at_least=0)
 

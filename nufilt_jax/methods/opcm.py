@@ -34,6 +34,7 @@ class OpcmConfig(MethodConfig):
       embedding_copies: how often a T5's token embedding counts in the norms; 3 in the authors' program.
     """
 
+    # One value for all task counts and for Flan-T5 (Table 9).
     alpha: float = number(0.5, at_least=0, below=1)
     mask_diagonal: bool = False
     skip_class_embedding: bool = True
@@ -42,6 +43,7 @@ class OpcmConfig(MethodConfig):
 
 def first(state: MergeState, task: TaskVector, context: Context[OpcmConfig]) -> Advance:
     """θ^m_1 = θ_1, with λ_1 = 1."""
+    # The sum of the norms, of which every step takes the mean.
     extra = {"scale": jnp.float32(1), "norms": _norm(task.stacks, _copies(task, context.config))}
     return as_it_is(state, task, context)._replace(extra=extra)
 
@@ -102,8 +104,10 @@ def _projected(d: Float[Array, "m n"], t: Float[Array, "m n"], config: OpcmConfi
     The cut is documented as ρ + 1; the authors' program takes ρ, and of the diagonal of Uᵀ τ V, which it means to
     remove whole, only the part in the block. τ itself for D = 0.
     """
+    # The thin factors do: what is removed lies within their span, and all else of τ is left alone.
     u, s, vt = thin_svd(d)
     mass = jnp.cumsum(s)
+    # Zero singular values count as none, so that D = 0 removes nothing.
     leading = (mass <= config.alpha * mass[-1]) & (s > 0)
     removed = leading[:, None] & leading[None]
     if config.mask_diagonal:

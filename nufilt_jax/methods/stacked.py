@@ -166,8 +166,10 @@ def task_vector(base: Params, task: Params, names: Names) -> TaskVector:
 def _difference(base: Params, task: Params, members: tuple[str, ...]) -> jax.Array:
     pairs = ((layer_of(task, name), layer_of(base, name)) for name in members)
     first = next(pairs)
+    # What a device holds already is subtracted there.
     if any(isinstance(x, jax.Array) for x in first):
         return _subtract([first, *pairs])
+    # One tensor at a time, into the stack's own memory: no second copy of a model is ever held.
     changes = (_change(*pair) for pair in itertools.chain([first], pairs))
     return jax.device_put(_stack(changes, len(members)))
 

@@ -43,6 +43,7 @@ class TiesConfig(ScaledConfig):
 def first(state: MergeState, task: TaskVector, context: Context[TiesConfig]) -> Advance:
     """θ^m_1 = θ0 + λ c τ_1, untrimmed, c as in `advance`; θ0 if the first task is left out."""
     config = context.config
+    # The program for Flan-T5 computes its first step and never applies it.
     outputs = task.stacks if config.merge_first else jax.tree.map(jnp.zeros_like, task.stacks)
     delta = _add(state.delta.stacks, outputs, jnp.float32(config.scale), weights=_weights(task, config))
     return Advance(Stacked(delta, task.names), extra=dict(zip(_keys(task, config), outputs, strict=False)))
@@ -89,6 +90,7 @@ def _add(delta: Stacks, outputs: Stacks, scale: Float[Array, ""], *, weights: We
     """D + λ c Z, c the copies of each tensor; takes the memory of D."""
     merged = []
     for d, z, copies in zip(delta, outputs, weights, strict=True):
+        # A tensor known under three names is moved three times.
         c = np.array(copies, np.float32).reshape((-1,) + (1,) * (d.ndim - 1))
         merged.append(d + scale * c * z)
     return tuple(merged)
@@ -115,6 +117,7 @@ def ties_at(
 
 def cut_order(n_entries: int, density: float) -> int:
     """The place q = d − ⌊p d⌋ of the threshold among d magnitudes in rising order; 0 if nothing is trimmed."""
+    # The authors' settings write 20 for 0.2; 1 is a share, so that percentages begin above it.
     return n_entries - int(n_entries * (density / 100 if density > 1 else density))
 
 
@@ -146,6 +149,7 @@ def ties_of_stacks(
 
 def trim(x: Float[Array, "*shape"], cut: Float[Array, ""]) -> Float[Array, "*shape"]:
     """Sets the entries of magnitude below `cut` to zero."""
+    # All that equal the threshold stay, so that the order of entries never matters.
     return jnp.where(magnitude_bits(x) >= magnitude_bits(cut), x, 0)
 
 
@@ -154,6 +158,7 @@ def disjoint_sum(
 ) -> Float[jax.Array, "*shape"]:
     """The sum of those of x and y that have the sign of x + y; where they cancel, the majority's: positive if true."""
     total = x + y
+    # A sum: the mean of the original paper is not what the authors' program takes.
     is_positive = (total > 0) | ((total == 0) & majority)
     return jnp.where(is_positive, jnp.maximum(x, 0) + jnp.maximum(y, 0), jnp.minimum(x, 0) + jnp.minimum(y, 0))
 
