@@ -64,6 +64,7 @@ def _fault(field: dataclasses.Field, value: object) -> str:
         return "" if value in choices else f"one of {', '.join(choices)}, got {value!r}"
     if field.type is bool:
         return "" if isinstance(value, bool) else f"true or false, got {value!r}"
+    # To Python, True is the number 1.
     if field.type is int and (isinstance(value, bool) or not isinstance(value, int)):
         return f"a whole number, got {value!r}"
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):

@@ -98,6 +98,7 @@ def get(
     """
     rule = find(name)
     settings = rule.config() if config is None else config
+    # No subclass either: it belongs to another rule, and its further fields would be dropped unseen.
     if type(settings) is not rule.config:
         wanted, got = rule.config.__name__, type(settings).__name__
         raise ConfigError(Problem("config", f"{name} takes a {wanted}, got a {got}"))
@@ -131,11 +132,13 @@ def get(
         if not isinstance(task, TaskVector):
             check_task(state.base, task, state.touched)
             task = task_vector(state.base, task, mine + others)
+        # Rules overwrite D.
         delta = state.delta if donate else state.delta.copied()
         own = dataclasses.replace(state, delta=delta.only(mine))
         take = rule.first if state.step == 0 else rule.advance
         done = take(own, task.only(mine), Context(settings, seed, on_stack, data))
         moved = move_others(delta.only(others), task.only(others), state.step, other_params)
+        # For all rules alike; those that know a remedy have refused before.
         require_finite(done.delta + moved)
         extra, added, report = dict(done.extra), dict(done.added), dict(done.report)
         return MergeState(state.base, done.delta + moved, state.step + 1, extra, added, report)

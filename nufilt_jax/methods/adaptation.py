@@ -39,7 +39,7 @@ class LearningConfig(MethodConfig):
     learning_rate: float = number(1e-4, above=0)
     steps: int = 50
     batch_size: int = number(16, at_least=1)
-    examples_per_class: int = number(5, at_least=1)
+    examples_per_class: int = number(5, at_least=1)  # labels balance the seed set and are used for nothing else
     entropy: Entropy = "of_each"
 
 
@@ -65,6 +65,7 @@ def entropy(logits: Float[Array, "examples classes"], kind: Entropy) -> Float[Ar
     """
     if kind == "of_mean":
         logits = jnp.mean(logits, axis=0, keepdims=True)
+    # With 1e-8 in the logarithm, a class that is none adds 0 and not 0 · ∞.
     p = jax.nn.softmax(logits, axis=-1)
     return -jnp.mean(jnp.sum(p * jnp.log(p + 1e-8), axis=-1))
 
@@ -104,6 +105,7 @@ def adapt(
             kind=config.entropy,
         )
         losses.append(loss)
+        # Dispatch returns at once: unbounded, it would have every batch on the device.
         losses[-_AHEAD:][0].block_until_ready()
     report = LayerReport(np.array(jax.device_get(losses), np.float32))
     if not all(np.isfinite(x).all() for x in (report.losses, *jax.device_get(jax.tree.leaves(variables)))):

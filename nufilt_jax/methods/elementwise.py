@@ -6,17 +6,18 @@ import jax
 import jax.numpy as jnp
 
 from nufilt_jax.config import OtherParams
-from nufilt_jax.methods.stacked import Array, Stacked, TaskVector
+from nufilt_jax.methods.stacked import Array, Stacked, Stacks, TaskVector
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _blend(delta: tuple[Array, ...], task: tuple[Array, ...], keep: Array, gain: Array) -> tuple[jax.Array, ...]:
+def _blend(delta: Stacks, task: Stacks, keep: Array, gain: Array) -> tuple[jax.Array, ...]:
     pairs = zip(delta, task, strict=True)
     return tuple(jnp.asarray(keep) * jnp.asarray(d) + jnp.asarray(gain) * jnp.asarray(t) for d, t in pairs)
 
 
 def blend(delta: Stacked, task: TaskVector, *, keep: float, gain: float) -> Stacked:
     """keep·D + gain·τ; takes the memory of D."""
+    # Factors as arrays: as constants they would be a new program at every t of a running mean.
     return Stacked(_blend(delta.stacks, task.stacks, jnp.float32(keep), jnp.float32(gain)), delta.names)
 
 

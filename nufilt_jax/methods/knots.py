@@ -16,7 +16,7 @@ from nufilt_jax.config import number
 from nufilt_jax.errors import ConfigError, Problem
 from nufilt_jax.linalg.dense import matmul
 from nufilt_jax.linalg.dispatch import each_on_host, is_traced
-from nufilt_jax.methods.selection import linear_layers
+from nufilt_jax.methods.selection import is_linear_layer
 from nufilt_jax.methods.stacked import Stacked, TaskVector
 from nufilt_jax.methods.state import Advance, Context, MergeState, Rule, ScaledConfig, scaled
 from nufilt_jax.methods.ties import cut_order, ties_at
@@ -33,6 +33,7 @@ class KnotsConfig(ScaledConfig):
     """
 
     scale: float = 0.3
+    # Neither this nor the cutoff is in Table 9: both are the authors' settings.
     density: float = number(0.2, at_least=0, at_most=100)
     cutoff: float = number(1e-4, at_least=0)
 
@@ -139,7 +140,7 @@ RULE = Rule(
     config=KnotsConfig,
     first=scaled,  # untrimmed
     advance=advance,
-    scope=linear_layers,
+    scope=is_linear_layer,
     update="θ + λ U s TIES(V1, V2): D and τ in one basis, [D, τ] = U s [V1, V2]",
     touches="linear layers",
     cost="1 float64 decomposition of [D, τ], on the host",

@@ -12,7 +12,7 @@ from nufilt_jax.errors import Problem, SolveError, raise_all
 from nufilt_jax.linalg.chunks import LAPACK_BATCH, in_chunks, layers_at_once
 from nufilt_jax.linalg.dispatch import is_traced, run_alone
 from nufilt_jax.methods.elementwise import blend
-from nufilt_jax.methods.stacked import Array, Names, Stacked, TaskVector
+from nufilt_jax.methods.stacked import Array, Names, Stacked, Stacks, TaskVector
 
 # The mathematics of one layer: arrays in, a pytree of arrays out, its config by keyword.
 LayerRule = Callable[..., Any]
@@ -64,7 +64,7 @@ def require_finite(merged: Stacked, fix: str = "") -> None:
 
 
 @jax.jit
-def _is_finite(stacks: tuple[Array, ...]) -> tuple[Array, ...]:
+def _is_finite(stacks: Stacks) -> Stacks:
     """Of every tensor of every stack, whether all its numbers are finite.
 
     All zeros but for what is not finite: adding them up needs no array of truths as large as the stack.
@@ -75,12 +75,14 @@ def _is_finite(stacks: tuple[Array, ...]) -> tuple[Array, ...]:
 def split(delta: Stacked, is_first: Callable[[str, tuple[int, ...]], bool]) -> tuple[Names, Names]:
     """The stacks that hold a tensor of which `is_first(name, shape)` is true, and the others."""
     shapes = delta.shapes
+    # Never within a stack, which one program takes whole; a rule masks what in it is not its own.
     first = tuple(members for members in delta.names if any(is_first(name, shapes[name]) for name in members))
     return first, tuple(members for members in delta.names if members not in first)
 
 
 def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
     """Any tensor of two dimensions, embeddings included."""
+    # The authors' programs ask for the number of dimensions, not for the kind of layer.
     return len(shape) == 2
 
 
@@ -100,4 +102,5 @@ def matrices_or_mean(
     matrices, others = split(delta, is_matrix)
     pairs = zip(delta.only(matrices).stacks, task.only(matrices).stacks, strict=True)
     merged = Stacked(tuple(each_layer(rule, d, t, config=config) for d, t in pairs), matrices)
+    # The mean of two operands at every step: of older tasks a half is lost each time.
     return merged + blend(delta.only(others), task.only(others), keep=scale / 2, gain=scale / 2)

@@ -22,6 +22,7 @@ from nufilt_jax.methods.selection import published_layers
 from nufilt_jax.methods.stacked import Array, Group, Stacked, TaskVector, group_layers
 from nufilt_jax.methods.state import Advance, Context, LayerReport, MergeState, OnStack, Rule, as_it_is
 
+# The text's θ_1 (Algorithm 1), or what the program makes of it; which one Table 4 was measured with is open.
 FirstTask = Literal["paper", "authors"]
 Solver = Literal["adam", "closed_form"]
 
@@ -95,6 +96,7 @@ def advance(state: MergeState, task: TaskVector, context: Context[SolveConfig]) 
         d, t = (part.only(group.stacks).stacks for part in (state.delta, task))
         program = functools.partial(_step, config=config, until_certified=is_inline)
         waiting.append(_UnderWay(group, t, keys, run_alone(program, d, t, keys)))
+        # What is through is fetched and told of while the next groups run.
         while waiting and not is_inline and all(x.is_ready() for x in jax.tree.leaves(waiting[0].found)):
             finish(waiting.pop(0))
     for begun in waiting:  # where programs do not block, all are under way before the first is waited for
@@ -143,6 +145,7 @@ def _step(
     width = deltas[0].shape[-1]
     start = jax.vmap(lambda key: draw_start(key, config.trained_rank, width))(keys)
     solution = solve_group(deltas, task, start, config=config, add=True, until_certified=until_certified)
+    # An objective that nothing was fitted to has no losses worth telling.
     solves = config.trained_rank > 0 or config.closed_form_ridge is not None
     return solution if solves else solution._replace(losses=solution.losses[:, :0])
 
@@ -152,6 +155,7 @@ def adapter_keys(seed: int, step: int, names: tuple[str, ...]) -> UInt32[np.ndar
 
     So that grouping, batching, sharding and the order of files never change a result.
     """
+    # A raw threefry key is two words of 32 bits: the first 8 bytes, in one order on all machines.
     digests = [hashlib.sha256(f"{seed}\0{step}\0{name}".encode()).digest()[:8] for name in names]
     return np.frombuffer(b"".join(digests), dtype="<u4").reshape(-1, 2).astype(np.uint32)
 

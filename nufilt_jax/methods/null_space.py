@@ -17,6 +17,7 @@ class NullSpaceConfig(FirstTaskConfig):
 def advance(state: MergeState, task: TaskVector, context: Context[NullSpaceConfig]) -> Advance:
     """θ^m_t = θ^m_{t−1} + τ P: NUFILT with r_l = r_v = 0."""
     config = context.config
+    # Without an adapter, what is left of Eq. (10) is τ P.
     bare = NufiltConfig(**dataclasses.asdict(config), adapter_rank=0, task_rank=0, steps=0)
     return nufilt.advance(state, task, Context(bare, context.seed, context.on_stack, context.data))
 

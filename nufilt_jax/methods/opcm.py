@@ -15,8 +15,8 @@ from jaxtyping import Array, Bool, Float
 from nufilt_jax.config import MethodConfig, number
 from nufilt_jax.linalg.dense import matmul, thin_svd, unit_scale
 from nufilt_jax.methods.matrices import each_layer, require_finite
-from nufilt_jax.methods.selection import every_tensor, linear_layers, n_copies
-from nufilt_jax.methods.stacked import Stacked, TaskVector
+from nufilt_jax.methods.selection import every_tensor, is_linear_layer, n_copies
+from nufilt_jax.methods.stacked import Stacked, Stacks, TaskVector
 from nufilt_jax.methods.state import Advance, Context, MergeState, Rule, as_it_is
 
 
@@ -34,17 +34,16 @@ class OpcmConfig(MethodConfig):
       embedding_copies: how often a T5's token embedding counts in the norms; 3 in the authors' program.
     """
 
+    # One value for all task counts and for Flan-T5 (Table 9).
     alpha: float = number(0.5, at_least=0, below=1)
     mask_diagonal: bool = False
     skip_class_embedding: bool = True
     embedding_copies: int = number(1, at_least=1)
 
 
-Stacks = tuple[jax.Array | np.ndarray, ...]
-
-
 def first(state: MergeState, task: TaskVector, context: Context[OpcmConfig]) -> Advance:
     """θ^m_1 = θ_1, with λ_1 = 1."""
+    # The sum of the norms, of which every step takes the mean.
     extra = {"scale": jnp.float32(1), "norms": _norm(task.stacks, _copies(task, context.config))}
     return as_it_is(state, task, context)._replace(extra=extra)
 
@@ -56,7 +55,7 @@ def advance(state: MergeState, task: TaskVector, context: Context[OpcmConfig]) -
     for members, d, t in zip(task.names, state.delta.stacks, task.stacks, strict=True):
         scales = jnp.repeat(jnp.asarray(state.extra["scale"])[None], len(members))
         skipped = np.array([config.skip_class_embedding and name.endswith("class_embedding") for name in members])
-        linear = np.array([linear_layers(name, t.shape[1:]) for name in members])
+        linear = np.array([is_linear_layer(name, t.shape[1:]) for name in members])
         if linear.any():
             sums.append(each_layer(_add_projected, d, t, scales, skipped, linear, config=config))
         else:
@@ -105,8 +104,10 @@ def _projected(d: Float[Array, "m n"], t: Float[Array, "m n"], config: OpcmConfi
     The cut is documented as ρ + 1; the authors' program takes ρ, and of the diagonal of Uᵀ τ V, which it means to
     remove whole, only the part in the block. τ itself for D = 0.
     """
+    # The thin factors do: what is removed lies within their span, and all else of τ is left alone.
     u, s, vt = thin_svd(d)
     mass = jnp.cumsum(s)
+    # Zero singular values count as none, so that D = 0 removes nothing.
     leading = (mass <= config.alpha * mass[-1]) & (s > 0)
     removed = leading[:, None] & leading[None]
     if config.mask_diagonal:

@@ -6,9 +6,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, UInt32
+from jaxtyping import Bool, Float, UInt32
 
-Stacks = tuple[Float[Array, "..."], ...]
+from nufilt_jax.methods.stacked import Array, Stacks
+
 Weights = tuple[tuple[int, ...], ...]
 
 # Bits of the answer found in one pass over the model. 2 is the fastest on CPU: with 1 the compiler writes down what it

@@ -34,8 +34,9 @@ def published_layers(name: str, shape: tuple[int, ...], family: Family = "other"
     return anatomy.is_linear(name, shape)
 
 
-def linear_layers(name: str, shape: tuple[int, ...], family: Family = "other") -> bool:
+def is_linear_layer(name: str, shape: tuple[int, ...], family: Family = "other") -> bool:
     """Weights of linear layers: matrices that are no embeddings."""
+    # What is looked up multiplies no input: the authors' programs go by the kind of module here.
     return (len(shape) == 2 or anatomy.is_experts(name, shape)) and not anatomy.is_lookup(name)
 
 
@@ -100,6 +101,7 @@ def select(
       ConfigError: a broken expression, or one that selects nothing.
     """
     can_reach = reach_of(base, layers)
+    # Sorted: the order in which files hold their tensors never matters.
     reach = [name for name in sorted(base) if can_reach(name) and is_mergeable(name, base[name])]
     wanted = wanted_by(base, layers=layers, scope=scope, conv=conv)
     chosen = [name for name in reach if wanted(name, base[name].shape)]
@@ -129,7 +131,7 @@ def wanted_by(
             return is_matrix and pattern.search(name) is not None
 
         return matches
-    flat = conv and scope in (published_layers, linear_layers)
+    flat = conv and scope in (published_layers, is_linear_layer)
     return lambda name, shape: scope(name, shape, family) or (flat and anatomy.is_convolution(name, shape))
 
 

@@ -13,8 +13,9 @@ import numpy as np
 
 from nufilt_jax.anatomy import layer_shape, part_of
 
-Array = jax.Array | np.ndarray
+Array = jax.Array | np.ndarray  # of host or device; inside one layer's program it is jaxtyping's, a `jax.Array`
 Params = Mapping[str, Array]
+Stacks = tuple[Array, ...]  # of any shapes, each with a leading axis over its tensors
 Names = tuple[tuple[str, ...], ...]
 
 _ALIGNMENT = 64  # bytes; a host array that starts on such a boundary becomes a CPU device's without a copy
@@ -30,7 +31,7 @@ class Stacked(Mapping[str, Array]):
       names: of each stack's tensors.
     """
 
-    stacks: tuple[Array, ...]
+    stacks: Stacks
     names: Names = dataclasses.field(metadata={"static": True})
 
     @functools.cached_property
@@ -165,8 +166,10 @@ def task_vector(base: Params, task: Params, names: Names) -> TaskVector:
 def _difference(base: Params, task: Params, members: tuple[str, ...]) -> jax.Array:
     pairs = ((layer_of(task, name), layer_of(base, name)) for name in members)
     first = next(pairs)
+    # What a device holds already is subtracted there.
     if any(isinstance(x, jax.Array) for x in first):
         return _subtract([first, *pairs])
+    # One tensor at a time, into the stack's own memory: no second copy of a model is ever held.
     changes = (_change(*pair) for pair in itertools.chain([first], pairs))
     return jax.device_put(_stack(changes, len(members)))
 

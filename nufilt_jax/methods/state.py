@@ -89,6 +89,7 @@ def joined(delta: Mapping[str, Array], name: str, base: Array) -> Array:
     if name + FLAT in delta:
         return delta[name + FLAT].reshape(base.shape)
     parts = [delta[f"{name}[{i}]"] for i in range(base.shape[0])]
+    # On the host what is there already: whole tensors of experts are large.
     return np.stack(parts) if isinstance(parts[0], np.ndarray) else jnp.stack(parts)
 
 
@@ -203,7 +204,7 @@ class Rule(Generic[C]):
 
     name: str
     config: type[C]
-    first: Step[C] = as_it_is
+    first: Step[C] = as_it_is  # Eq. (1) of arXiv:2509.21413v2; not so for half of its baselines
     advance: Step[C]
     scope: Scope
     update: str

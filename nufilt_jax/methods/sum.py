@@ -23,6 +23,7 @@ RULE = Rule(
     name="sum",
     config=SumConfig,
     advance=advance,
+    # Not said in Table 4; taken to be the layers of its rows 2 and 3.
     scope=published_layers,
     update="θ + τ",
     touches="the blocks' linear layers",

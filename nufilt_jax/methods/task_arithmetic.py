@@ -19,6 +19,7 @@ class TaskArithmeticConfig(ScaledConfig):
     """
 
     scale: float = 0.3
+    # In Table 2 this row is the pre-trained model's on CoLA, the first task: nothing was added up.
     accumulate: bool = True
 
 

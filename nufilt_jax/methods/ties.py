@@ -10,12 +10,12 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, UInt32
+from jaxtyping import Bool, Float, UInt32
 
 from nufilt_jax.config import Variant, number
-from nufilt_jax.methods.order import Stacks, Weights, count, is_less, kth_smallest_magnitude, magnitude_bits
+from nufilt_jax.methods.order import Weights, count, is_less, kth_smallest_magnitude, magnitude_bits
 from nufilt_jax.methods.selection import every_tensor, n_copies
-from nufilt_jax.methods.stacked import Stacked, TaskVector
+from nufilt_jax.methods.stacked import Array, Stacked, Stacks, TaskVector
 from nufilt_jax.methods.state import Advance, Context, MergeState, Rule, ScaledConfig
 
 
@@ -43,6 +43,7 @@ class TiesConfig(ScaledConfig):
 def first(state: MergeState, task: TaskVector, context: Context[TiesConfig]) -> Advance:
     """θ^m_1 = θ0 + λ c τ_1, untrimmed, c as in `advance`; θ0 if the first task is left out."""
     config = context.config
+    # The program for Flan-T5 computes its first step and never applies it.
     outputs = task.stacks if config.merge_first else jax.tree.map(jnp.zeros_like, task.stacks)
     delta = _add(state.delta.stacks, outputs, jnp.float32(config.scale), weights=_weights(task, config))
     return Advance(Stacked(delta, task.names), extra=dict(zip(_keys(task, config), outputs, strict=False)))
@@ -89,12 +90,13 @@ def _add(delta: Stacks, outputs: Stacks, scale: Float[Array, ""], *, weights: We
     """D + λ c Z, c the copies of each tensor; takes the memory of D."""
     merged = []
     for d, z, copies in zip(delta, outputs, weights, strict=True):
+        # A tensor known under three names is moved three times.
         c = np.array(copies, np.float32).reshape((-1,) + (1,) * (d.ndim - 1))
         merged.append(d + scale * c * z)
     return tuple(merged)
 
 
-def ties(x: Float[Array, "*shape"], y: Float[Array, "*shape"], density: float) -> Float[Array, "*shape"]:
+def ties(x: Float[Array, "*shape"], y: Float[Array, "*shape"], density: float) -> Float[jax.Array, "*shape"]:
     """Z = TIES_p(x, y) of one pair of arrays: trim each, elect a sign for every entry, sum the entries that have it.
 
     Args:
@@ -106,17 +108,22 @@ def ties(x: Float[Array, "*shape"], y: Float[Array, "*shape"], density: float) -
     return ties_at(x, y, cut_order(x.size, density))
 
 
-def ties_at(x: Float[Array, "*shape"], y: Float[Array, "*shape"], k: int | UInt32[Array, ""]) -> Float[Array, "*shape"]:
+def ties_at(
+    x: Float[Array, "*shape"], y: Float[Array, "*shape"], k: int | UInt32[Array, ""]
+) -> Float[jax.Array, "*shape"]:
     """`ties` with the order k of the thresholds, which may be known only while the program runs."""
     return ties_of_stacks((x[None],), (y[None],), k)[0][0]
 
 
 def cut_order(n_entries: int, density: float) -> int:
     """The place q = d − ⌊p d⌋ of the threshold among d magnitudes in rising order; 0 if nothing is trimmed."""
+    # The authors' settings write 20 for 0.2; 1 is a share, so that percentages begin above it.
     return n_entries - int(n_entries * (density / 100 if density > 1 else density))
 
 
-def ties_of_stacks(xs: Stacks, ys: Stacks, k: int | UInt32[Array, ""], weights: Weights | None = None) -> Stacks:
+def ties_of_stacks(
+    xs: Stacks, ys: Stacks, k: int | UInt32[Array, ""], weights: Weights | None = None
+) -> tuple[jax.Array, ...]:
     """`ties_at` of two models, each one vector in the eyes of threshold and election.
 
     Args:
@@ -142,14 +149,16 @@ def ties_of_stacks(xs: Stacks, ys: Stacks, k: int | UInt32[Array, ""], weights: 
 
 def trim(x: Float[Array, "*shape"], cut: Float[Array, ""]) -> Float[Array, "*shape"]:
     """Sets the entries of magnitude below `cut` to zero."""
+    # All that equal the threshold stay, so that the order of entries never matters.
     return jnp.where(magnitude_bits(x) >= magnitude_bits(cut), x, 0)
 
 
 def disjoint_sum(
     x: Float[Array, "*shape"], y: Float[Array, "*shape"], majority: Bool[Array, ""]
-) -> Float[Array, "*shape"]:
+) -> Float[jax.Array, "*shape"]:
     """The sum of those of x and y that have the sign of x + y; where they cancel, the majority's: positive if true."""
     total = x + y
+    # A sum: the mean of the original paper is not what the authors' program takes.
     is_positive = (total > 0) | ((total == 0) & majority)
     return jnp.where(is_positive, jnp.maximum(x, 0) + jnp.maximum(y, 0), jnp.minimum(x, 0) + jnp.minimum(y, 0))
 

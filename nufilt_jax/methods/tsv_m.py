@@ -40,6 +40,7 @@ def _merge(d: Float[Array, "m n"], t: Float[Array, "m n"], *, config: TsvMConfig
     The published zero column that fills up an odd min(m, n) is left out: its singular value is zero. A matrix of one
     row or column has no half to keep and becomes zero.
     """
+    # Half of each, whatever the step: there are always two operands.
     k = min(d.shape) // 2
     if k == 0:
         return jnp.zeros_like(d)
@@ -77,7 +78,7 @@ def _polar(x: Float[Array, "m k"]) -> Float[Array, "m k"]:
 RULE = Rule(
     name="tsv_m",
     config=TsvMConfig,
-    first=scaled,
+    first=scaled,  # nothing truncated
     advance=advance,
     scope=every_tensor,
     update="θ0 + λ U S Vᵀ: half of D's and of τ's singular triples, made orthogonal; vectors: λ (D + τ)/2",

@@ -16,6 +16,7 @@ class WeightAverageConfig(MethodConfig):
 
 def advance(state: MergeState, task: TaskVector, context: Context[WeightAverageConfig]) -> Advance:
     """θ^m_t = ((t−1) θ^m_{t−1} + θ_t) / t."""
+    # The mean of the models is θ0 plus the mean of the τ.
     t = state.step + 1
     return Advance(blend(state.delta, task, keep=(t - 1) / t, gain=1 / t))
 

@@ -37,6 +37,7 @@ class WemoeConfig(LearningConfig):
 
     scale: float = 0.3
     first_rank: int = 64
+    # ViT-B/32 after 8 tasks: 103.7 M parameters, as Table 5 says; with 64 throughout they would be 134.7 M.
     later_rank: int = 16
 
 
@@ -141,13 +142,14 @@ def grow_gates(state: MergeState, task: TaskVector, config: WemoeConfig, seed: i
 
 
 def _appended(rows: Array | None, new: Array) -> Array:
+    # Older rows are trained on with the new one: what they knew of their tasks is not kept.
     return new if rows is None else jnp.concatenate([jnp.asarray(rows), new])
 
 
 RULE = Rule(
     name="wemoe",
     config=WemoeConfig,
-    first=advance,
+    first=advance,  # an expert of a higher rank, else no exception
     advance=advance,
     scope=attention_and_feed_forward,
     update="attention: θ + λ τ; feed-forward: θ0 + Σ w_i B_i A_i, w from gates trained on the newest task",
