@@ -23,6 +23,8 @@ class Stack(NamedTuple):
       n_bytes: of one of them, in float32.
       chunk: so many are solved at a time, in the whole stack.
       at_once: so many could be, see `linalg.chunks`; 1 where layers have nothing to do with each other.
+      fewest: chunks that a piece must have, unless it is the whole: of one chunk the compiler makes no loop, and rounds
+        otherwise than within one.
       is_solved: whether the method works on them; else they follow `--other-params`.
     """
 
@@ -30,6 +32,7 @@ class Stack(NamedTuple):
     n_bytes: int
     chunk: int = 1
     at_once: int = 1
+    fewest: int = 1
     is_solved: bool = True
 
     @property
@@ -100,20 +103,24 @@ def windows(stacks: Sequence[Stack], most_bytes: float) -> list[tuple[Stack, ...
 def pieces(stack: Stack, most_bytes: float) -> list[Stack]:
     """A stack in equal pieces of whole chunks, each of at most `most_bytes` if that can be.
 
-    Layers that are left over go with the last piece, and where a piece alone would be cut into other chunks than the
+    Layers that are left over go with the last piece, and where a piece alone would be solved in other chunks than the
     stack is, there are fewer.
     """
     n_layers, chunk = len(stack.layers), stack.chunk
     n_chunks = max(1, n_layers // chunk)
-    per_piece = max(1, int(most_bytes // (chunk * stack.n_bytes)))
-    while True:
-        n_pieces = -(-n_chunks // per_piece)
-        per_piece = -(-n_chunks // n_pieces)
-        starts = range(0, n_chunks * chunk, per_piece * chunk)
+    at_most = max(1, int(most_bytes // (chunk * stack.n_bytes)))
+    for n_pieces in range(-(-n_chunks // at_most), 1, -1):
+        starts = [chunk * -(-i * n_chunks // n_pieces) for i in range(n_pieces)]
         parts = [stack.part(start, end) for start, end in zip(starts, [*starts[1:], n_layers], strict=True)]
-        if all(chunk_size(len(part.layers), stack.at_once) == chunk for part in parts) or n_pieces == 1:
+        if all(_is_alike(part) for part in parts):
             return parts
-        per_piece += 1
+    return [stack]
+
+
+def _is_alike(part: Stack) -> bool:
+    """Whether a piece is solved in the chunks of the stack that it is of."""
+    n_layers = len(part.layers)
+    return chunk_size(n_layers, part.at_once) == part.chunk and -(-n_layers // part.chunk) >= part.fewest
 
 
 def smallest(stacks: Sequence[Stack]) -> int:

@@ -186,7 +186,8 @@ def _windows(
             shape = shapes[members[0]]
             most = at_once if is_solved and len(shape) == 2 else 1
             chunk = chunk_size(len(members), most)
-            stacks.append(Stack(members, 4 * math.prod(shape), chunk, most, is_solved))
+            fewest = 2 if is_solved and len(shape) == 2 else 1
+            stacks.append(Stack(members, 4 * math.prod(shape), chunk, most, fewest, is_solved))
             programs += [(shape, chunk)] if is_solved else []
     runs_model = job.evaluation is not None or rule.needs_data
     everything = [info for model in (base, *tasks) for info in model.tensors.values()]

@@ -1,0 +1,148 @@
+"""A merge in windows: the same bits as in one, however it is walked, stopped and gone on with."""
+
+import json
+import signal
+
+import model_builders as build
+import numpy as np
+import pytest
+
+from nufilt_jax.engine import plan as engine_plan
+from nufilt_jax.engine import walk
+from nufilt_jax.engine.grid import restarted
+from nufilt_jax.engine.walk import Walk
+
+SMALL = 5000  # bytes of a window: the towers' stacks of 16 x 16 and 24 x 16 make 3 of 2 to 5 layers
+
+
+@pytest.fixture
+def in_windows(monkeypatch):
+    """Cuts merges into windows of at most so many bytes; the models are far too small for a cap to do that."""
+    plan_windows = engine_plan.plan_windows
+
+    def cut(most):
+        def planned(stacks, sizes, reach, cap, done, first):
+            rows, memory = plan_windows(stacks, sizes, reach, cap, done, first)
+            return (rows if reach.whole_model else restarted(stacks, done, most, first)), memory
+
+        monkeypatch.setattr(engine_plan, "plan_windows", planned)
+
+    return cut
+
+
+def recipe(folder):
+    return json.loads((folder / "nufilt.json").read_text())
+
+
+def forecast(folder):
+    return json.loads((folder / "forecast.json").read_text())
+
+
+METHODS = [
+    (),
+    ("--other-params", "average"),
+    ("--method", "null_space"),
+    ("--method", "weight_average"),
+    ("--method", "magmax", "--method-args", "variant=text"),
+    ("--method", "tsv_m"),
+    ("--method", "ties"),
+]
+
+
+@pytest.mark.parametrize("options", METHODS, ids=lambda options: " ".join(options) or "nufilt")
+@pytest.mark.parametrize("most", [0, SMALL])
+def test_windows_give_the_same_bits(shared_models, tmp_path, nufilt, command, in_windows, options, most):
+    assert nufilt(*command(shared_models, tmp_path / "whole", *options)).code == 0
+    in_windows(most)
+    result = nufilt(*command(shared_models, tmp_path / "out", *options, "--json"))
+    assert result.code == 0, result.err
+    assert len(result.json["windows"]) > 1 or "ties" in options
+    assert {row["tasks"] for row in result.json["windows"]} == {3}
+    assert build.weight_bytes(tmp_path / "out") == build.weight_bytes(tmp_path / "whole")
+    assert forecast(tmp_path / "out") == forecast(tmp_path / "whole")
+    for mine, whole in zip(result.json["steps"], recipe(tmp_path / "whole")["steps"], strict=True):
+        np.testing.assert_allclose(mine["losses"], whole["losses"], rtol=1e-6)
+        assert mine["outside"] == whole["outside"]
+
+
+def test_one_window_or_several_can_be_added_to(shared_models, tmp_path, nufilt, command, in_windows):
+    assert nufilt(*command(shared_models, tmp_path / "whole", n=4)).code == 0
+    for name, before, after in (("a", SMALL, 1 << 30), ("b", 1 << 30, 0), ("c", SMALL, 0), ("d", 0, SMALL)):
+        out = tmp_path / name
+        in_windows(before)
+        assert nufilt(*command(shared_models, out)).code == 0
+        in_windows(after)
+        result = nufilt("add", out, "--task", f"delta={shared_models / 'delta'}", "--json")
+        assert (result.code, [step["resumed"] for step in result.json["steps"]]) == (0, [True] * 3 + [False])
+        assert build.weight_bytes(out) == build.weight_bytes(tmp_path / "whole"), name
+        assert forecast(out) == forecast(tmp_path / "whole")
+        assert {path.name for path in (out / "state").iterdir()} == {
+            f"window-{number:04}" for number in range(len(result.json["windows"]))
+        }
+
+
+@pytest.mark.parametrize("cell", range(1, 12))
+def test_a_run_stopped_at_any_cell_goes_on_where_it_was(
+    shared_models, tmp_path, nufilt, command, in_windows, monkeypatch, cell
+):
+    assert nufilt(*command(shared_models, tmp_path / "whole", n=4)).code == 0
+    in_windows(SMALL)
+    merge, merged = Walk._merge, []
+
+    def stopped(self, *args):
+        if len(merged) == cell:
+            raise KeyboardInterrupt
+        merged.append(args[0])
+        return merge(self, *args)
+
+    monkeypatch.setattr(Walk, "_merge", stopped)
+    assert nufilt(*command(shared_models, tmp_path / "out", n=4)).code == 130
+    kept = recipe(tmp_path / "out.partial")["windows"]
+    assert sum(row["tasks"] for row in kept) == cell
+    before, again = len(merged), []
+    monkeypatch.setattr(
+        Walk, "_merge", lambda self, *args: merge(self, *args) if again.append(args[0]) is None else None
+    )
+    result = nufilt(*command(shared_models, tmp_path / "out", "--json", n=4))
+    assert result.code == 0, result.err
+    assert before + len(again) == len(kept) * 4
+    assert build.weight_bytes(tmp_path / "out") == build.weight_bytes(tmp_path / "whole")
+    assert forecast(tmp_path / "out") == forecast(tmp_path / "whole")
+
+
+def test_a_stopped_run_in_other_windows(shared_models, tmp_path, nufilt, command, in_windows, monkeypatch):
+    assert nufilt(*command(shared_models, tmp_path / "whole", n=4)).code == 0
+    merge, left = Walk._merge, []
+
+    def stopped(self, *args):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        return merge(self, *args)
+
+    monkeypatch.setattr(Walk, "_merge", stopped)
+    for most, n_cells in ((SMALL, 3), (0, 2), (1 << 30, 1), (SMALL, 1)):
+        in_windows(most)
+        left[:] = range(n_cells)
+        assert nufilt(*command(shared_models, tmp_path / "out", n=4)).code == 130
+    monkeypatch.undo()
+    assert nufilt(*command(shared_models, tmp_path / "out", n=4)).code == 0
+    assert build.weight_bytes(tmp_path / "out") == build.weight_bytes(tmp_path / "whole")
+    assert forecast(tmp_path / "out") == forecast(tmp_path / "whole")
+
+
+def test_ctrl_c_waits_for_the_cell(shared_models, tmp_path, nufilt, command, monkeypatch):
+    """D is being written over by the program: what is kept is what it makes of it."""
+    update, calls = walk._update, []
+
+    def struck(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return update(*args)
+
+    monkeypatch.setattr(walk, "_update", struck)
+    assert nufilt(*command(shared_models, tmp_path / "out")).code == 130
+    monkeypatch.undo()
+    result = nufilt(*command(shared_models, tmp_path / "out", "--json"))
+    assert [step["resumed"] for step in result.json["steps"]] == [True, True, False]
