@@ -129,7 +129,8 @@ def _refined(stacks: Stacks, blocks: Float[Array, "layers n b"], rank: int) -> D
     """Whole blocks, refined, with the gap and certificate of their leading directions."""
 
     def one(x: Float[Array, "layers m n"], i: int, j: int) -> Directions:
-        return Directions(*jax.vmap(lambda x, block: refine(x, block, rank))(x, blocks[i:j]))
+        found = jax.vmap(lambda x, block: refine(x, block, rank))(x, blocks[i:j])
+        return Directions(found.block, found.sizes, found.gap, found.certificate.holds)
 
     return _in_turn(one, stacks)
 

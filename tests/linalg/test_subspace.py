@@ -9,8 +9,9 @@ from nufilt_jax.core.adapt import Adapter, draw_start, loss_and_gradients, reduc
 from nufilt_jax.core.filter import authors_first_filter, null_space_filter, target
 from nufilt_jax.core.fuse import fuse
 from nufilt_jax.linalg import chunks, dense, subspace
+from nufilt_jax.linalg.certificate import CERTIFIED_ANGLE, separated, spectrum_of
 from nufilt_jax.linalg.grams import GramFactor, GramMatrix, gram_of
-from nufilt_jax.linalg.refine import CERTIFIED_ANGLE, refine
+from nufilt_jax.linalg.refine import refine
 from nufilt_jax.methods.stacked import group_layers
 
 ROUTES = ["eigh", "svd", "subspace"]
@@ -121,12 +122,44 @@ def blocks_of_a_matrix_of_rank_10():
     return x, {"right": right, "skewed": skewed, "mixed": mixed, "missing": missing}
 
 
-@pytest.mark.parametrize("name", ["right", "skewed", "mixed", "missing"])
-def test_only_the_right_block_is_certified(name):
+def refused(x, block, rank):
+    """The inequalities of the certificate that do not hold."""
+    found = jax.jit(refine, static_argnums=2)(jnp.asarray(x), jnp.asarray(block, jnp.float32), rank).certificate
+    failed = [name for name in found._fields if not getattr(found, name)]
+    assert bool(found.holds) == (not failed)
+    return failed
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("right", []), ("skewed", ["orthonormal"]), ("mixed", ["independent"]), ("missing", ["complete"])],
+)
+def test_each_wrong_block_is_refused_for_what_is_wrong_with_it(name, expected):
     x, blocks = blocks_of_a_matrix_of_rank_10()
-    block = jnp.asarray(blocks[name], jnp.float32)
-    *_, certified = jax.jit(refine, static_argnums=2)(jnp.asarray(x), block, 60)
-    assert bool(certified) == (name == "right")
+    assert refused(x, blocks[name], 60) == expected
+
+
+def test_a_block_that_still_couples_is_refused():
+    """With the outside alone, to which the sweeps are blind; and within, which no correction mends."""
+    rng = np.random.default_rng(0)
+    x = matrices.power_law((64, 64), seed=1, exponent=0.5)
+    v = np.linalg.svd(x.astype(float))[2].T
+    assert refused(x, v[:, :44], 20) == []
+    tilted, _ = np.linalg.qr(v[:, :44] + 0.01 * rng.normal(size=(64, 44)) / 8)
+    assert refused(x, tilted, 20) == ["corrected"]
+    turned, _ = np.linalg.qr(v + rng.normal(size=v.shape) / 8)
+    assert "separated" in refused(x, turned, 20)
+
+
+@pytest.mark.parametrize(
+    ("squares", "rotation", "expected"),
+    [([9, 4, 1], 1.4e-5, True), ([9, 4, 1], 1.5e-5, False), ([9, 1, 4], 0, False)],
+    ids=["apart", "turned too far", "wrong order"],
+)
+def test_separated_asks_for_the_angle_and_the_order(squares, rotation, expected):
+    """√2 1e-5 and little rounding are allowed for two directions."""
+    spectrum = spectrum_of(jnp.asarray(squares, jnp.float32), 2, 1e-6)
+    assert bool(separated(jnp.float32(rotation), spectrum)) == expected
 
 
 def test_a_neighbour_without_certificate_changes_nothing():
