@@ -17,11 +17,10 @@ from nufilt_jax.config import NufiltConfig, SolveConfig
 from nufilt_jax.core.forecast import Forecast
 from nufilt_jax.core.stages import correct, fuse_updates, prior_directions, reduce, task_directions, train
 from nufilt_jax.errors import ConfigError, Problem, raise_all
-from nufilt_jax.linalg import subspace
 from nufilt_jax.linalg.chunks import after, in_chunks, layers_at_once
 from nufilt_jax.linalg.dispatch import is_traced, run_alone
 from nufilt_jax.linalg.grams import gram_of
-from nufilt_jax.linalg.subspace import Stacks
+from nufilt_jax.linalg.stacks import Stacks, bounds, joined
 
 
 class LayerSolution(NamedTuple):
@@ -89,7 +88,7 @@ def _solve_in_turn(
     """`solve_group`, one stack after another, chunk by chunk."""
     stacks: list[Array] = []
     parts: list[GroupSolution] = []
-    for d, t, (i, j) in zip(merged, task, subspace.bounds(merged), strict=True):
+    for d, t, (i, j) in zip(merged, task, bounds(merged), strict=True):
         # No two LAPACK calls at once; at rank 0 the updates or the losses alone may wait for none.
         done = [jnp.ravel(x)[-1] for x in (stacks[-1], parts[-1].losses)] if parts else []
 
@@ -100,8 +99,7 @@ def _solve_in_turn(
         updates, rest = in_chunks(one, (d, t, jnp.arange(i, j)), layers_at_once(), in_place=True)
         stacks.append(updates)
         parts.append(rest)
-    joined = jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
-    return joined._replace(updates=tuple(stacks))
+    return joined(parts)._replace(updates=tuple(stacks))
 
 
 def _solve_at_once(
@@ -113,9 +111,9 @@ def _solve_at_once(
     grams = gram_of(task)
     new = task_directions(task, grams, config=config, until_certified=until_certified)
     certified = prior.certified & new.certified
-    parts, problems = reduce(merged, task, grams, prior, new, right_factor=config.right_factor)
+    parts, objectives = reduce(merged, task, grams, prior, new, right_factor=config.right_factor)
     if config.closed_form_ridge is None:
-        adapters, losses = train(problems, start, config=config)
+        adapters, losses = train(objectives, start, config=config)
         updates, shares = fuse_updates(task, parts, adapters, right_factor=config.right_factor)
     else:
         updates, shares, losses = correct(task, parts, ridge=config.closed_form_ridge)
@@ -125,13 +123,13 @@ def _solve_at_once(
     finite = [jnp.sum(0 * update, axis=(1, 2)) == 0 for update in updates]
     if add:
         summed = []
-        for d, update, (i, j) in zip(merged, updates, subspace.bounds(merged), strict=True):
+        for d, update, (i, j) in zip(merged, updates, bounds(merged), strict=True):
             is_final = until_certified | certified[i:j, None, None]
             summed.append(d + jnp.where(is_final, update, 0))
         updates = tuple(summed)
     return GroupSolution(
         updates=updates,
-        losses=losses / problems.unit[:, None] ** 2,
+        losses=losses / objectives.unit[:, None] ** 2,
         ok=jnp.concatenate(finite) & ok,
         forecast=Forecast(removed, restored, drift, prior.gap, captured, certified),
     )
@@ -154,7 +152,7 @@ def mended(
       again: `solve_group` with `until_certified` on, of the same settings; may take the memory of its first argument.
     """
     certified = np.asarray(found.forecast.certified)
-    for index, (i, j) in enumerate(subspace.bounds(tuple(task))):
+    for index, (i, j) in enumerate(bounds(tuple(task))):
         rows = np.flatnonzero(~certified[i:j])
         if rows.size == 0:
             continue

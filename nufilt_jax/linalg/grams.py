@@ -4,13 +4,13 @@ Each up to a factor of its own, a power of two, without which the squares of lar
 ones vanish.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from nufilt_jax.linalg.dense import gram, matmul, transpose, unit_scale
+from nufilt_jax.linalg.stacks import Stacks
 
 
 class GramMatrix(NamedTuple):
@@ -72,7 +72,7 @@ class GramFactor(NamedTuple):
 Gram = GramMatrix | GramFactor
 
 
-def gram_of(stacks: Sequence[Float[Array, "_ _ n"]]) -> Gram:
+def gram_of(stacks: Stacks) -> Gram:
     """The Gram matrices of all layers of stacks of one width, in units in which no entry of X is large or small."""
     _, m, n = stacks[0].shape
     units = [unit_scale(x) for x in stacks]

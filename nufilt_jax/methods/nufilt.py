@@ -15,7 +15,7 @@ from nufilt_jax.core.filter import authors_first_filter
 from nufilt_jax.core.solve import GroupSolution, mended, solve_group
 from nufilt_jax.errors import Problem, SolveError, raise_all
 from nufilt_jax.linalg.dispatch import is_traced, run_alone
-from nufilt_jax.linalg.subspace import Stacks
+from nufilt_jax.linalg.stacks import Stacks
 from nufilt_jax.methods.elementwise import blend
 from nufilt_jax.methods.selection import published_layers
 from nufilt_jax.methods.stacked import Array, Group, Stacked, TaskVector, group_layers

@@ -5,7 +5,7 @@ import numpy as np
 import oracle
 import pytest
 
-from nufilt_jax.core.adapt import Adapter, draw_start, loss_and_gradients, reduce
+from nufilt_jax.core.adapt import Adapter, draw_start, loss_and_gradients, reduced_objective
 from nufilt_jax.core.filter import authors_first_filter, null_space_filter, target
 from nufilt_jax.core.fuse import fuse
 from nufilt_jax.linalg import chunks, dense, subspace
@@ -224,8 +224,8 @@ def test_gradients_are_those_of_the_unreduced_objective(held, unit, right_factor
     merged, task, prior, new = (jnp.asarray(x, jnp.float32) for x in (d, tau, v2, v1))
     wanted = unit * target(right_factor, merged, task, prior, new).wanted
     gram = held(task, jnp.full((1, 1), 2.0, jnp.float32))  # in a unit of its own
-    problem = reduce(gram, task, wanted, prior, new, jnp.float32(unit))
-    loss, found = loss_and_gradients(problem, Adapter(jnp.asarray(a.T, jnp.float32), jnp.asarray(b, jnp.float32)))
+    objective = reduced_objective(gram, task, wanted, prior, new, jnp.float32(unit))
+    loss, found = loss_and_gradients(objective, Adapter(jnp.asarray(a.T, jnp.float32), jnp.asarray(b, jnp.float32)))
     loss, found = loss / unit**2, [x / unit**2 for x in found]
     assert float(loss) == pytest.approx(oracle.loss(d, tau, p, b, a, v1, v2), rel=1e-5)
     for one, other in zip(found, (grad_a.T, grad_b), strict=True):
