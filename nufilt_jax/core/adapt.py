@@ -22,8 +22,9 @@ from jaxtyping import Array, Float, UInt32
 from nufilt_jax.linalg.dense import matmul
 from nufilt_jax.linalg.grams import Gram
 
-EPSILON = 1e-8  # Adam's
-# Least ε of a scaled loss: where squares of gradients vanish in float32, the steps must too.
+EPSILON = 1e-8  # Adam's, of the loss as it is
+# Least ε of a scaled loss: where squares of gradients vanish in float32, the steps must too. That is below 1e-19: such
+# gradients move nothing by more than a thousandth of the learning rate.
 LEAST_EPSILON = 1e-16
 START_STD = 0.02  # of A's entries; B starts at zero (arXiv:2509.21413v2, §4)
 
@@ -84,6 +85,7 @@ def reduced_objective(
 
 def draw_start(key: UInt32[Array, "2"], rank: int, width: int) -> Float[Array, "r_l n"]:
     """A's start, N(0, 0.02²) from a layer's own raw threefry key."""
+    # Named: the default generator is the user's to configure, and a merge must not depend on it.
     wrapped = jax.random.wrap_key_data(key, impl="threefry2x32")
     return START_STD * jax.random.normal(wrapped, (rank, width), jnp.float32)
 
@@ -98,6 +100,7 @@ def loss_and_gradients(objective: Objective, adapter: Adapter) -> tuple[Float[Ar
     gb = objective.gram.times(adapter.b)
     bgb = matmul(adapter.b.T, gb)
     b_pull = matmul(objective.pull.T, adapter.b)
+    # Near its minimum a small difference of large numbers, good to eps ‖C‖²: no gradient is taken through it.
     loss = objective.constant - 2 * jnp.sum(b_pull * z_pulled) + jnp.sum(bgb * overlap)
     grad_b = matmul(gb, 2 * overlap) - matmul(objective.pull, 2 * z_pulled)
     grad_z = matmul(z, bgb) - jnp.pad(b_pull, ((free, 0), (0, 0)))
@@ -112,9 +115,12 @@ def adapt(
     Returns:
       The adapter, and the loss, times c, before every step and after the last one.
     """
+    # With B at zero the first update is that of the filter alone, and the first loss needs no adapter.
     adapter = Adapter(start.T, jnp.zeros_like(start.T))
     if start.shape[0] == 0:
+        # The ablation of r_l = 0; as many losses as ever, so that reports keep their shape.
         return adapter, jnp.full(steps + 1, objective.constant)
+    # Gradients of c L are c times those of L: so is the ε that leaves the steps as they were.
     epsilon = jnp.maximum(EPSILON * objective.unit**2, LEAST_EPSILON)
     optimizer = optax.adam(learning_rate, eps=cast(float, epsilon))
 
@@ -125,5 +131,6 @@ def adapt(
         return (optax.apply_updates(adapter, updates), moments), loss
 
     (adapter, _), losses = jax.lax.scan(step, (adapter, optimizer.init(adapter)), length=steps)
+    # The compiler drops what only the gradients need.
     last, _ = loss_and_gradients(objective, adapter)
     return adapter, jnp.append(losses, last)

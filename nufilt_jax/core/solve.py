@@ -79,6 +79,7 @@ def solve_group(
         Without it, D stays as it is in these layers if the updates are to be added: `mended` comes next.
     """
     solve = functools.partial(_solve_at_once, config=config, add=add, until_certified=until_certified)
+    # Chosen when lowered: while tracing, nobody knows where the arrays of a caller's `jit` will be.
     return jax.lax.platform_dependent(merged, task, start, cpu=functools.partial(_solve_in_turn, solve), default=solve)
 
 
@@ -96,6 +97,7 @@ def _solve_in_turn(
             found = solve((after(d, *done),), (after(t, *done),), start[rows])
             return found.updates[0], found._replace(updates=())
 
+        # The updates take the place of D's stack: nothing of its size is allocated.
         updates, rest = in_chunks(one, (d, t, jnp.arange(i, j)), layers_at_once(), in_place=True)
         stacks.append(updates)
         parts.append(rest)
@@ -124,6 +126,7 @@ def _solve_at_once(
     if add:
         summed = []
         for d, update, (i, j) in zip(merged, updates, bounds(merged), strict=True):
+            # What `mended` solves again has to start from D as it was, which may live in this memory alone.
             is_final = until_certified | certified[i:j, None, None]
             summed.append(d + jnp.where(is_final, update, 0))
         updates = tuple(summed)
@@ -151,6 +154,7 @@ def mended(
       start: of every layer, as `again` takes it.
       again: `solve_group` with `until_certified` on, of the same settings; may take the memory of its first argument.
     """
+    # Looking at numbers waits for the program, on any device.
     certified = np.asarray(found.forecast.certified)
     for index, (i, j) in enumerate(bounds(tuple(task))):
         rows = np.flatnonzero(~certified[i:j])
@@ -158,6 +162,7 @@ def mended(
             continue
         # Copies of the last one make their number a power of two, so that few programs serve all numbers.
         some = np.pad(rows, (0, (1 << int(rows.size - 1).bit_length()) - rows.size), mode="edge")
+        # A copied layer is solved twice, to the same bits; `[: rows.size]` below drops it.
         new = run_alone(again, (merged[index][some],), (task[index][some],), start[i + some])
         stack = found.updates[index].at[rows].set(new.updates[0][: rows.size])
         updates = (*found.updates[:index], stack, *found.updates[index + 1 :])
@@ -170,6 +175,7 @@ def mended(
     return found
 
 
+# Nothing donated: `mended` reads D again, and the arrays are the caller's. `methods.nufilt` has a program that does.
 _solve_group = jax.jit(solve_group, static_argnames=("config", "add", "until_certified"))
 
 

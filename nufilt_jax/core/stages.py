@@ -30,6 +30,7 @@ def prior_directions(merged: Stacks, *, config: SolveConfig, until_certified: bo
 
 def task_directions(task: Stacks, grams: Gram, *, config: SolveConfig, until_certified: bool = True) -> Directions:
     """Stage 2, V1: the leading directions of τ, from τᵀτ, which the adapter needs anyway."""
+    # r_v is 8: this costs a fraction of V2's, though from the same routes.
     chosen = subspace.route(config.decomposition, task[0].shape[-1])
     return subspace.leading(task, grams, config.task_rank, chosen, until_certified=until_certified)
 
@@ -60,6 +61,7 @@ def train(
     objectives: Objective, start: Float[Array, "layers r_l n"], *, config: SolveConfig
 ) -> tuple[Adapter, Float[Array, "layers steps_and_one"]]:
     """Stage 4: all Adam steps of all layers; the losses in the objectives' units."""
+    # Every layer by itself: Adam is element by element and the paper's loss a sum over layers, so nothing is lost.
     return jax.vmap(functools.partial(adapt, steps=config.steps, learning_rate=config.learning_rate))(objectives, start)
 
 
@@ -103,12 +105,14 @@ def _reduce_layer(
     *,
     right_factor: RightFactor,
 ) -> _Reduced:
+    # Here, not where directions are found: what counts depends on m, and stacks of one width differ in it.
     prior, new = rank_mask(prior, len(merged)), rank_mask(new, len(merged))
     goal = target(right_factor, merged, task, prior.vectors, new.vectors)
     # Small weights need no unit: beside Adam's ε, their gradients are nothing.
     unit = jnp.minimum(jnp.minimum(unit_scale(merged), unit_scale(task))[0, 0], 1)
     goal = goal._replace(wanted=unit * goal.wanted)
     objective = reduced_objective(task_gram, task, goal.wanted, prior.vectors, new.vectors, unit)
+    # Orthonormal directions, whose sizes are ‖D v‖: their norm is ‖D V2‖, without another product.
     return _Reduced(goal, objective, norm(prior.sizes[None]), norm(merged))
 
 
@@ -116,6 +120,7 @@ def _fuse_layer(
     task: Float[Array, "m n"], part: _Reduced, adapter: Adapter, *, right_factor: RightFactor
 ) -> tuple[Float[Array, "m n"], Shares]:
     fused = fuse(right_factor, task, adapter, part.objective.prior)
+    # Where no filter ran, V2 feels τ F too.
     felt = fused.felt if part.target.felt is None else part.target.felt + fused.felt
     return fused.update, _shares(task, part, fused.removed, fused.restored, felt)
 
@@ -126,6 +131,7 @@ def _correct_layer(
     objective = part.objective
     filtered, removed = null_space_filter(task, objective.prior)
     scaled, losses = smallest_correction(part.target.wanted, objective.prior, objective.task, ridge=ridge)
+    # E is linear in C, which was scaled. The losses stay so: `core.solve` judges them before large ones overflow.
     restored = scaled / objective.unit
     shares = _shares(task, part, norm(removed), norm(restored), matmul(restored, objective.prior))
     return filtered + restored, shares, losses
@@ -143,5 +149,6 @@ def _shares(
         share(removed, size),
         share(restored, size),
         share(norm(felt), part.prior_response),
+        # D = 0 has nothing that its directions could miss.
         share(part.prior_response, part.merged, of_nothing=1),
     )

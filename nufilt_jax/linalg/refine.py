@@ -21,9 +21,11 @@ from nufilt_jax.linalg.certificate import (
 )
 from nufilt_jax.linalg.dense import eigh_descending, gram, matmul, orthonormalize, unit_scale
 
-# Sweeps of rotations within the block.
+# Sweeps of rotations within the block. Between 64 directions of `eigh` and the next 32 of σ ∝ k^-1.5, n = 300, they
+# measure 8e-3, 4e-5 and 3e-6: the last is rounding.
 SWEEPS = 3
-# Directions on either side of the cut that each sweep sorts out exactly.
+# Directions on either side of the cut that each sweep sorts out exactly: rotations to first order do not sort near
+# ties. Without it, the same couplings grow from 0.65 to 1.0.
 CUT_WINDOW = 32
 # Rotations of one sweep together: more would leave the vectors far from orthonormal.
 MOST_ROTATION = 0.5
@@ -70,8 +72,9 @@ def refine(x: Float[Array, "m n"], block: Float[Array, "n b"], rank: int) -> Ref
         complete=complete(unit * x, turned.block, spectrum, threshold),
         independent=independent(turned.coupling[:rank, :rank], spectrum.used),
     )
-    cut = jnp.all(spectrum.used) & (spectrum.last > 0) & (rank < min(x.shape))
+    cut = spectrum.full & (spectrum.last > 0) & (rank < min(x.shape))
     gap = jnp.where(cut, (spectrum.last - spectrum.following) / jnp.where(spectrum.last > 0, spectrum.last, 1), 1)
+    # Two steps: the correction and the rotations, of first order, leave columns that are nearly orthonormal.
     kept = orthonormalize(turned.block[:, :rank] + missing, 2)
     sizes = jnp.linalg.norm(turned.response, axis=0) / unit[0]
     return Refined(jnp.concatenate([kept, turned.block[:, rank:]], axis=1), sizes, gap, certificate)
@@ -154,8 +157,10 @@ def _sweep(
     is_kept = (squares > threshold**2 * jnp.max(squares)) & (jnp.arange(b) < rank)
     distance = squares[None] - squares[:, None]
     root = jnp.sqrt(distance**2 + 4 * coupling**2)
+    # The smaller of the two angles that decouple a pair, in the form without cancellation (Rutishauser, 1966).
     tangent = 2 * coupling / jnp.where(root > 0, distance + jnp.where(distance < 0, -root, root), 1)
     tangent = jnp.where(is_kept[None] & ~is_kept[:, None], tangent, 0)
+    # One factor for all: a common shorter step keeps its direction.
     size = jnp.linalg.norm(tangent)
     tangent *= jnp.minimum(1, MOST_ROTATION / jnp.maximum(size, jnp.finfo(size.dtype).eps))
     rotation = jnp.eye(b, dtype=coupling.dtype) + tangent - tangent.T

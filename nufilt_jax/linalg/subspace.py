@@ -190,6 +190,7 @@ def rank_mask(found: Directions, outputs: int) -> Directions:
     n, k = found.vectors.shape
     if k == 0:
         return found
+    # The largest, not the first: refined columns are only about in order.
     used = found.sizes > jnp.max(found.sizes) * max(outputs, n) * jnp.finfo(found.sizes.dtype).eps
     return found._replace(vectors=jnp.where(used[None], found.vectors, 0), sizes=jnp.where(used, found.sizes, 0))
 
