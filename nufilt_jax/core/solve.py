@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,9 +79,22 @@ def solve_group(
       until_certified: what is done about layers whose directions get no certificate, see `subspace.leading`; static.
         Without it, D stays as it is in these layers if the updates are to be added: `mended` comes next.
     """
+    _assert_one_group(merged, task, start, config)
     solve = functools.partial(_solve_at_once, config=config, add=add, until_certified=until_certified)
     # Chosen when lowered: while tracing, nobody knows where the arrays of a caller's `jit` will be.
     return jax.lax.platform_dependent(merged, task, start, cpu=functools.partial(_solve_in_turn, solve), default=solve)
+
+
+def _assert_one_group(merged: Stacks, task: Stacks, start: Array, config: SolveConfig) -> None:
+    """What annotations cannot say of a group; checked while tracing, so free when it runs.
+
+    `_check` and the merge refuse a user's arrays in words before: what is caught here is a mistake of this package.
+    """
+    width = merged[0].shape[-1]
+    for d, t in zip(merged, task, strict=True):
+        chex.assert_equal_shape([d, t])
+        chex.assert_shape(d, (None, None, width))
+    chex.assert_shape(start, (bounds(merged)[-1][1], config.trained_rank, width))
 
 
 def _solve_in_turn(

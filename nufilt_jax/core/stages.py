@@ -3,6 +3,7 @@
 import functools
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -49,6 +50,7 @@ def reduce(
     Returns:
       The reduced stacks, and the objectives of all layers.
     """
+    chex.assert_tree_shape_prefix((grams, prior, new), (bounds(merged)[-1][1],))
     reduce_layer = functools.partial(_reduce_layer, right_factor=right_factor)
     parts = [
         jax.vmap(reduce_layer)(d, t, *rows((grams, prior, new), i, j))
@@ -61,6 +63,7 @@ def train(
     objectives: Objective, start: Float[Array, "layers r_l n"], *, config: SolveConfig
 ) -> tuple[Adapter, Float[Array, "layers steps_and_one"]]:
     """Stage 4: all Adam steps of all layers; the losses in the objectives' units."""
+    chex.assert_tree_shape_prefix((objectives, start), (len(start),))
     # Every layer by itself: Adam is element by element and the paper's loss a sum over layers, so nothing is lost.
     return jax.vmap(functools.partial(adapt, steps=config.steps, learning_rate=config.learning_rate))(objectives, start)
 
@@ -69,6 +72,7 @@ def fuse_updates(
     task: Stacks, parts: list["_Reduced"], adapters: Adapter, *, right_factor: RightFactor = "P + BA"
 ) -> tuple[Stacks, Shares]:
     """Stage 5: the updates τ (P + BA), and the shares of the forecast."""
+    chex.assert_tree_shape_prefix(adapters, (bounds(task)[-1][1],))
     fuse_layer = functools.partial(_fuse_layer, right_factor=right_factor)
     fused = [
         jax.vmap(fuse_layer)(t, part, rows(adapters, i, j))
