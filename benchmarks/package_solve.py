@@ -18,6 +18,7 @@ from nufilt_jax.core import solve
 from nufilt_jax.linalg.chunks import in_chunks, layers_at_once
 from nufilt_jax.linalg.dispatch import run_alone
 from nufilt_jax.linalg.grams import GramFactor, gram_of
+from nufilt_jax.linalg.stacks import bounds
 from nufilt_jax.methods.nufilt import NufiltConfig
 from nufilt_jax.methods.stacked import Group
 
@@ -154,8 +155,10 @@ def _slices(task: Task) -> list[Task]:
     """What the package solves at once: on a CPU one stack, elsewhere the whole group."""
     if jax.default_backend() != "cpu":
         return [task]
-    bounds = solve.subspace.bounds(task.merged)
-    return [Task((d,), (t,), task.start[i:j]) for d, t, (i, j) in zip(task.merged, task.task, bounds, strict=True)]
+    return [
+        Task((d,), (t,), task.start[i:j])
+        for d, t, (i, j) in zip(task.merged, task.task, bounds(task.merged), strict=True)
+    ]
 
 
 def _as_solved(function: Program) -> Program:

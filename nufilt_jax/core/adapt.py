@@ -22,13 +22,14 @@ from jaxtyping import Array, Float, UInt32
 from nufilt_jax.linalg.dense import matmul
 from nufilt_jax.linalg.grams import Gram
 
-EPSILON = 1e-8  # Adam's
-# Least ε of a scaled loss: where squares of gradients vanish in float32, the steps must too.
+EPSILON = 1e-8  # Adam's, of the loss as it is
+# Least ε of a scaled loss: where squares of gradients vanish in float32, the steps must too. That is below 1e-19: such
+# gradients move nothing by more than a thousandth of the learning rate.
 LEAST_EPSILON = 1e-16
 START_STD = 0.02  # of A's entries; B starts at zero (arXiv:2509.21413v2, §4)
 
 
-class Problem(NamedTuple):
+class Objective(NamedTuple):
     """One layer's surrogate times c, reduced to its n inputs.
 
     Attributes:
@@ -60,15 +61,15 @@ class Adapter(NamedTuple):
     b: Float[Array, "*layers n r_l"]
 
 
-def reduce(
+def reduced_objective(
     gram: Gram,
     task_delta: Float[Array, "m n"],
     target: Float[Array, "m pulled"],
     prior: Float[Array, "n r_p"],
     task: Float[Array, "n r_v"],
     unit: Float[Array, ""],
-) -> Problem:
-    """Builds one layer's `Problem`.
+) -> Objective:
+    """Builds one layer's `Objective`.
 
     Args:
       gram: τᵀτ, in any unit.
@@ -79,51 +80,57 @@ def reduce(
       unit: √c.
     """
     pull = unit * matmul(task_delta.T, target)
-    return Problem(unit, gram.scaled((unit / gram.unit) ** 2), pull, jnp.sum(target**2), prior, task)
+    return Objective(unit, gram.scaled((unit / gram.unit) ** 2), pull, jnp.sum(target**2), prior, task)
 
 
 def draw_start(key: UInt32[Array, "2"], rank: int, width: int) -> Float[Array, "r_l n"]:
     """A's start, N(0, 0.02²) from a layer's own raw threefry key."""
+    # Named: the default generator is the user's to configure, and a merge must not depend on it.
     wrapped = jax.random.wrap_key_data(key, impl="threefry2x32")
     return START_STD * jax.random.normal(wrapped, (rank, width), jnp.float32)
 
 
-def loss_and_gradients(problem: Problem, adapter: Adapter) -> tuple[Float[Array, ""], Adapter]:
+def loss_and_gradients(objective: Objective, adapter: Adapter) -> tuple[Float[Array, ""], Adapter]:
     """The surrogate times c and its gradients, written out: they share G B, which is most of the work."""
-    directions = jnp.concatenate([problem.prior, problem.task], axis=1)
-    free = directions.shape[1] - problem.pull.shape[1]  # columns without a target
+    directions = jnp.concatenate([objective.prior, objective.task], axis=1)
+    free = directions.shape[1] - objective.pull.shape[1]  # columns without a target
     z = matmul(directions.T, adapter.at)  # transposed, as all that follows
     z_pulled = z[free:]
     overlap = matmul(z.T, z)
-    gb = problem.gram.times(adapter.b)
+    gb = objective.gram.times(adapter.b)
     bgb = matmul(adapter.b.T, gb)
-    b_pull = matmul(problem.pull.T, adapter.b)
-    loss = problem.constant - 2 * jnp.sum(b_pull * z_pulled) + jnp.sum(bgb * overlap)
-    grad_b = matmul(gb, 2 * overlap) - matmul(problem.pull, 2 * z_pulled)
+    b_pull = matmul(objective.pull.T, adapter.b)
+    # Near its minimum a small difference of large numbers, good to eps ‖C‖²: no gradient is taken through it.
+    loss = objective.constant - 2 * jnp.sum(b_pull * z_pulled) + jnp.sum(bgb * overlap)
+    grad_b = matmul(gb, 2 * overlap) - matmul(objective.pull, 2 * z_pulled)
     grad_z = matmul(z, bgb) - jnp.pad(b_pull, ((free, 0), (0, 0)))
     return loss, Adapter(matmul(directions, 2 * grad_z), grad_b)
 
 
 def adapt(
-    problem: Problem, start: Float[Array, "r_l n"], *, steps: int, learning_rate: float
+    objective: Objective, start: Float[Array, "r_l n"], *, steps: int, learning_rate: float
 ) -> tuple[Adapter, Float[Array, " steps_and_one"]]:
     """Trains one layer's adapter by Adam (β .9/.999, ε 1e-8, no decay).
 
     Returns:
       The adapter, and the loss, times c, before every step and after the last one.
     """
+    # With B at zero the first update is that of the filter alone, and the first loss needs no adapter.
     adapter = Adapter(start.T, jnp.zeros_like(start.T))
     if start.shape[0] == 0:
-        return adapter, jnp.full(steps + 1, problem.constant)
-    epsilon = jnp.maximum(EPSILON * problem.unit**2, LEAST_EPSILON)
+        # The ablation of r_l = 0; as many losses as ever, so that reports keep their shape.
+        return adapter, jnp.full(steps + 1, objective.constant)
+    # Gradients of c L are c times those of L: so is the ε that leaves the steps as they were.
+    epsilon = jnp.maximum(EPSILON * objective.unit**2, LEAST_EPSILON)
     optimizer = optax.adam(learning_rate, eps=cast(float, epsilon))
 
     def step(carry: tuple, _: None) -> tuple[tuple, Float[Array, ""]]:
         adapter, moments = carry
-        loss, gradients = loss_and_gradients(problem, adapter)
+        loss, gradients = loss_and_gradients(objective, adapter)
         updates, moments = optimizer.update(gradients, moments)
         return (optax.apply_updates(adapter, updates), moments), loss
 
     (adapter, _), losses = jax.lax.scan(step, (adapter, optimizer.init(adapter)), length=steps)
-    last, _ = loss_and_gradients(problem, adapter)
+    # The compiler drops what only the gradients need.
+    last, _ = loss_and_gradients(objective, adapter)
     return adapter, jnp.append(losses, last)

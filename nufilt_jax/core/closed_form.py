@@ -33,8 +33,10 @@ def smallest_correction(
     free = task
     for _ in range(2):  # P V1; done once, rounding would leave something of V2, and a small λ make much of it
         free = free - matmul(prior, matmul(prior.T, free))
+    # (S + λ I)⁻¹ = g (g S + (1 − g) I)⁻¹: a matrix with eigenvalues in [1 − g, 1], whatever λ is.
     gain = 1 / (1 + ridge)
     answer = matmul(target, blended_inverse(free, gain=gain))
+    # λ g = 1 − g.
     losses = jnp.stack([jnp.sum(target**2), jnp.sum(((1 - gain) * answer) ** 2)])
     return matmul(gain * answer, free.T), losses
 
@@ -47,6 +49,7 @@ def blended_inverse(x: Float[Array, "n k"], *, gain: float) -> Float[Array, "k k
     is not formed, they lose less to rounding than a Cholesky factor of it does.
     """
     eps = float(jnp.finfo(x.dtype).eps)
+    # 2 over the sum of the extreme eigenvalues, 1 and 1 − g: no other multiple of the identity starts as near.
     y = 2 / (2 - gain) * jnp.eye(x.shape[1], dtype=x.dtype)
     for _ in range(math.ceil(math.log2(math.log(eps) / math.log(gain / (2 - gain))))):
         y = 2 * y - matmul(y, gain * matmul(x.T, matmul(x, y)) + (1 - gain) * y)

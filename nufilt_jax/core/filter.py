@@ -21,7 +21,7 @@ class Target(NamedTuple):
     """
 
     wanted: Float[Array, "*layers m pulled"]
-    felt: Float[Array, "*layers m r_p"] | None
+    felt: Float[Array, "*layers m r_p"] | None  # known while tracing: no zeros are multiplied
 
 
 def target(
@@ -45,8 +45,10 @@ def target(
     """
     merged_response = matmul(merged_delta, new)
     if right_factor == "I + BA":
+        # F = I leaves nothing of τ (I − F), but what V2 feels of τ is for the adapter to undo.
         felt = matmul(task_delta, prior)
         return Target(-jnp.concatenate([felt, merged_response], axis=1), felt)
+    # (I − F) V1, for F = P and F = 0. V2 (V2ᵀ V1) before τ: products with r_v columns, and no n × n projector.
     missing = matmul(prior, matmul(prior.T, new)) if right_factor == "P + BA" else new
     return Target(matmul(task_delta, missing) - merged_response, None)
 
@@ -65,6 +67,7 @@ def null_space_filter(
     Returns:
       τ P, and the response τ V2 that was taken away.
     """
+    # (τ V2) V2ᵀ takes 4 m n r_p flops; τ (V2 V2ᵀ) would take 2 m n² and n² numbers of memory.
     removed = matmul(task_delta, prior)
     return task_delta - matmul(removed, prior.T), removed
 

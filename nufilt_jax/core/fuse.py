@@ -39,19 +39,23 @@ def fuse(
     """
     at, b = adapter
     if right_factor == "P + BA":
+        # τ is read once for both responses and the update written once: on a CPU this stage waits for memory.
         k = prior.shape[1]
         responses = matmul(task_delta, jnp.concatenate([prior, b], axis=1))
         removed, left = responses[:, :k], responses[:, k:]
         pieces = jnp.concatenate([-removed, left], axis=1), jnp.concatenate([prior, at], axis=1)
     else:
+        # Of no entries, so that its norm is 0: nothing was taken away.
         removed, left = jnp.zeros((0, 0), task_delta.dtype), matmul(task_delta, b)
         pieces = left, at
     change = matmul(pieces[0], pieces[1].T)
+    # ‖L A‖² = ⟨LᵀL, A Aᵀ⟩: two products of r_l columns in place of one with m n entries; L in a unit, to be squared.
     unit = unit_scale(left)
     return Fused(
         update=change if right_factor == "BA" else task_delta + change,
         removed=norm(removed),
         # Of a change of nothing, rounding may leave less than that.
         restored=jnp.sqrt(jnp.maximum(jnp.sum(gram(unit * left) * gram(at)), 0)) / unit[0, 0],
+        # (A V2) first: r_l rows, whatever n is.
         felt=matmul(left, matmul(at.T, prior)),
     )

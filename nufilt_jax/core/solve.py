@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,11 +18,10 @@ from nufilt_jax.core.forecast import Forecast
 from nufilt_jax.core.settings import SolveConfig
 from nufilt_jax.core.stages import correct, fuse_updates, prior_directions, reduce, task_directions, train
 from nufilt_jax.errors import ConfigError, Problem, raise_all
-from nufilt_jax.linalg import subspace
 from nufilt_jax.linalg.chunks import after, in_chunks, layers_at_once
 from nufilt_jax.linalg.dispatch import is_traced, run_alone
 from nufilt_jax.linalg.grams import gram_of
-from nufilt_jax.linalg.subspace import Stacks
+from nufilt_jax.linalg.stacks import Stacks, bounds, joined
 
 
 class LayerSolution(NamedTuple):
@@ -79,8 +79,22 @@ def solve_group(
       until_certified: what is done about layers whose directions get no certificate, see `subspace.leading`; static.
         Without it, D stays as it is in these layers if the updates are to be added: `mended` comes next.
     """
+    _assert_one_group(merged, task, start, config)
     solve = functools.partial(_solve_at_once, config=config, add=add, until_certified=until_certified)
+    # Chosen when lowered: while tracing, nobody knows where the arrays of a caller's `jit` will be.
     return jax.lax.platform_dependent(merged, task, start, cpu=functools.partial(_solve_in_turn, solve), default=solve)
+
+
+def _assert_one_group(merged: Stacks, task: Stacks, start: Array, config: SolveConfig) -> None:
+    """What annotations cannot say of a group; checked while tracing, so free when it runs.
+
+    `_check` and the merge refuse a user's arrays in words before: what is caught here is a mistake of this package.
+    """
+    width = merged[0].shape[-1]
+    for d, t in zip(merged, task, strict=True):
+        chex.assert_equal_shape([d, t])
+        chex.assert_shape(d, (None, None, width))
+    chex.assert_shape(start, (bounds(merged)[-1][1], config.trained_rank, width))
 
 
 def _solve_in_turn(
@@ -89,7 +103,7 @@ def _solve_in_turn(
     """`solve_group`, one stack after another, chunk by chunk."""
     stacks: list[Array] = []
     parts: list[GroupSolution] = []
-    for d, t, (i, j) in zip(merged, task, subspace.bounds(merged), strict=True):
+    for d, t, (i, j) in zip(merged, task, bounds(merged), strict=True):
         # No two LAPACK calls at once; at rank 0 the updates or the losses alone may wait for none.
         done = [jnp.ravel(x)[-1] for x in (stacks[-1], parts[-1].losses)] if parts else []
 
@@ -97,11 +111,11 @@ def _solve_in_turn(
             found = solve((after(d, *done),), (after(t, *done),), start[rows])
             return found.updates[0], found._replace(updates=())
 
+        # The updates take the place of D's stack: nothing of its size is allocated.
         updates, rest = in_chunks(one, (d, t, jnp.arange(i, j)), layers_at_once(), in_place=True)
         stacks.append(updates)
         parts.append(rest)
-    joined = jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
-    return joined._replace(updates=tuple(stacks))
+    return joined(parts)._replace(updates=tuple(stacks))
 
 
 def _solve_at_once(
@@ -113,9 +127,9 @@ def _solve_at_once(
     grams = gram_of(task)
     new = task_directions(task, grams, config=config, until_certified=until_certified)
     certified = prior.certified & new.certified
-    parts, problems = reduce(merged, task, grams, prior, new, right_factor=config.right_factor)
+    parts, objectives = reduce(merged, task, grams, prior, new, right_factor=config.right_factor)
     if config.closed_form_ridge is None:
-        adapters, losses = train(problems, start, config=config)
+        adapters, losses = train(objectives, start, config=config)
         updates, shares = fuse_updates(task, parts, adapters, right_factor=config.right_factor)
     else:
         updates, shares, losses = correct(task, parts, ridge=config.closed_form_ridge)
@@ -125,13 +139,14 @@ def _solve_at_once(
     finite = [jnp.sum(0 * update, axis=(1, 2)) == 0 for update in updates]
     if add:
         summed = []
-        for d, update, (i, j) in zip(merged, updates, subspace.bounds(merged), strict=True):
+        for d, update, (i, j) in zip(merged, updates, bounds(merged), strict=True):
+            # What `mended` solves again has to start from D as it was, which may live in this memory alone.
             is_final = until_certified | certified[i:j, None, None]
             summed.append(d + jnp.where(is_final, update, 0))
         updates = tuple(summed)
     return GroupSolution(
         updates=updates,
-        losses=losses / problems.unit[:, None] ** 2,
+        losses=losses / objectives.unit[:, None] ** 2,
         ok=jnp.concatenate(finite) & ok,
         forecast=Forecast(removed, restored, drift, prior.gap, captured, certified),
     )
@@ -153,13 +168,15 @@ def mended(
       start: of every layer, as `again` takes it.
       again: `solve_group` with `until_certified` on, of the same settings; may take the memory of its first argument.
     """
+    # Looking at numbers waits for the program, on any device.
     certified = np.asarray(found.forecast.certified)
-    for index, (i, j) in enumerate(subspace.bounds(tuple(task))):
+    for index, (i, j) in enumerate(bounds(tuple(task))):
         rows = np.flatnonzero(~certified[i:j])
         if rows.size == 0:
             continue
         # Copies of the last one make their number a power of two, so that few programs serve all numbers.
         some = np.pad(rows, (0, (1 << int(rows.size - 1).bit_length()) - rows.size), mode="edge")
+        # A copied layer is solved twice, to the same bits; `[: rows.size]` below drops it.
         new = run_alone(again, (merged[index][some],), (task[index][some],), start[i + some])
         stack = found.updates[index].at[rows].set(new.updates[0][: rows.size])
         updates = (*found.updates[:index], stack, *found.updates[index + 1 :])
@@ -172,6 +189,7 @@ def mended(
     return found
 
 
+# Nothing donated: `mended` reads D again, and the arrays are the caller's. `methods.nufilt` has a program that does.
 _solve_group = jax.jit(solve_group, static_argnames=("config", "add", "until_certified"))
 
 

@@ -3,11 +3,12 @@
 import functools
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from nufilt_jax.core import adapt as adapting
+from nufilt_jax.core.adapt import Adapter, Objective, adapt, reduced_objective
 from nufilt_jax.core.closed_form import smallest_correction
 from nufilt_jax.core.filter import Target, null_space_filter, target
 from nufilt_jax.core.forecast import share
@@ -16,7 +17,8 @@ from nufilt_jax.core.settings import RightFactor, SolveConfig
 from nufilt_jax.linalg import subspace
 from nufilt_jax.linalg.dense import matmul, norm, unit_scale
 from nufilt_jax.linalg.grams import Gram, gram_of
-from nufilt_jax.linalg.subspace import Directions, Stacks, rank_mask
+from nufilt_jax.linalg.stacks import Stacks, bounds, joined, rows
+from nufilt_jax.linalg.subspace import Directions, rank_mask
 
 Shares = tuple[Float[Array, "*layers"], ...]  # removed, restored, drift, captured: see `Forecast`
 
@@ -29,6 +31,7 @@ def prior_directions(merged: Stacks, *, config: SolveConfig, until_certified: bo
 
 def task_directions(task: Stacks, grams: Gram, *, config: SolveConfig, until_certified: bool = True) -> Directions:
     """Stage 2, V1: the leading directions of τ, from τᵀτ, which the adapter needs anyway."""
+    # r_v is 8: this costs a fraction of V2's, though from the same routes.
     chosen = subspace.route(config.decomposition, task[0].shape[-1])
     return subspace.leading(task, grams, config.task_rank, chosen, until_certified=until_certified)
 
@@ -41,48 +44,50 @@ def reduce(
     new: Directions,
     *,
     right_factor: RightFactor = "P + BA",
-) -> tuple[list["_Reduced"], adapting.Problem]:
+) -> tuple[list["_Reduced"], Objective]:
     """Stage 3: the target of the adapter, and its objective reduced to the n inputs.
 
     Returns:
-      The reduced stacks, and the problems of all layers.
+      The reduced stacks, and the objectives of all layers.
     """
+    chex.assert_tree_shape_prefix((grams, prior, new), (bounds(merged)[-1][1],))
     reduce_layer = functools.partial(_reduce_layer, right_factor=right_factor)
     parts = [
-        jax.vmap(reduce_layer)(d, t, *jax.tree.map(lambda x, i=i, j=j: x[i:j], (grams, prior, new)))
-        for d, t, (i, j) in zip(merged, task, subspace.bounds(merged), strict=True)
+        jax.vmap(reduce_layer)(d, t, *rows((grams, prior, new), i, j))
+        for d, t, (i, j) in zip(merged, task, bounds(merged), strict=True)
     ]
-    return parts, jax.tree.map(lambda *xs: jnp.concatenate(xs), *(part.problem for part in parts))
+    return parts, joined([part.objective for part in parts])
 
 
 def train(
-    problems: adapting.Problem, start: Float[Array, "layers r_l n"], *, config: SolveConfig
-) -> tuple[adapting.Adapter, Float[Array, "layers steps_and_one"]]:
-    """Stage 4: all Adam steps of all layers; the losses in the problems' units."""
-    return jax.vmap(functools.partial(adapting.adapt, steps=config.steps, learning_rate=config.learning_rate))(
-        problems, start
-    )
+    objectives: Objective, start: Float[Array, "layers r_l n"], *, config: SolveConfig
+) -> tuple[Adapter, Float[Array, "layers steps_and_one"]]:
+    """Stage 4: all Adam steps of all layers; the losses in the objectives' units."""
+    chex.assert_tree_shape_prefix((objectives, start), (len(start),))
+    # Every layer by itself: Adam is element by element and the paper's loss a sum over layers, so nothing is lost.
+    return jax.vmap(functools.partial(adapt, steps=config.steps, learning_rate=config.learning_rate))(objectives, start)
 
 
 def fuse_updates(
-    task: Stacks, parts: list["_Reduced"], adapters: adapting.Adapter, *, right_factor: RightFactor = "P + BA"
+    task: Stacks, parts: list["_Reduced"], adapters: Adapter, *, right_factor: RightFactor = "P + BA"
 ) -> tuple[Stacks, Shares]:
     """Stage 5: the updates τ (P + BA), and the shares of the forecast."""
+    chex.assert_tree_shape_prefix(adapters, (bounds(task)[-1][1],))
     fuse_layer = functools.partial(_fuse_layer, right_factor=right_factor)
     fused = [
-        jax.vmap(fuse_layer)(t, part, jax.tree.map(lambda x, i=i, j=j: x[i:j], adapters))
-        for t, part, (i, j) in zip(task, parts, subspace.bounds(task), strict=True)
+        jax.vmap(fuse_layer)(t, part, rows(adapters, i, j))
+        for t, part, (i, j) in zip(task, parts, bounds(task), strict=True)
     ]
-    return tuple(f[0] for f in fused), jax.tree.map(lambda *xs: jnp.concatenate(xs), *(f[1] for f in fused))
+    return tuple(f[0] for f in fused), joined([f[1] for f in fused])
 
 
 def correct(
     task: Stacks, parts: list["_Reduced"], *, ridge: float
 ) -> tuple[Stacks, Shares, Float[Array, "layers before_and_after"]]:
-    """Stages 4 and 5 of the closed form: the updates τ P + E, the forecast's shares, losses in the problems' units."""
+    """Stages 4 and 5 of the closed form: the updates τ P + E, shares, losses in the objectives' units."""
     correct_layer = jax.vmap(functools.partial(_correct_layer, ridge=ridge))
     corrected = [correct_layer(t, part) for t, part in zip(task, parts, strict=True)]
-    shares, losses = jax.tree.map(lambda *xs: jnp.concatenate(xs), *(c[1:] for c in corrected))
+    shares, losses = joined([c[1:] for c in corrected])
     return tuple(c[0] for c in corrected), shares, losses
 
 
@@ -90,7 +95,7 @@ class _Reduced(NamedTuple):
     """One layer before its adapter."""
 
     target: Target
-    problem: adapting.Problem
+    objective: Objective
     prior_response: Float[Array, "*layers"]  # ‖D V2‖
     merged: Float[Array, "*layers"]  # ‖D‖
 
@@ -104,19 +109,22 @@ def _reduce_layer(
     *,
     right_factor: RightFactor,
 ) -> _Reduced:
+    # Here, not where directions are found: what counts depends on m, and stacks of one width differ in it.
     prior, new = rank_mask(prior, len(merged)), rank_mask(new, len(merged))
     goal = target(right_factor, merged, task, prior.vectors, new.vectors)
     # Small weights need no unit: beside Adam's ε, their gradients are nothing.
     unit = jnp.minimum(jnp.minimum(unit_scale(merged), unit_scale(task))[0, 0], 1)
     goal = goal._replace(wanted=unit * goal.wanted)
-    problem = adapting.reduce(task_gram, task, goal.wanted, prior.vectors, new.vectors, unit)
-    return _Reduced(goal, problem, norm(prior.sizes[None]), norm(merged))
+    objective = reduced_objective(task_gram, task, goal.wanted, prior.vectors, new.vectors, unit)
+    # Orthonormal directions, whose sizes are ‖D v‖: their norm is ‖D V2‖, without another product.
+    return _Reduced(goal, objective, norm(prior.sizes[None]), norm(merged))
 
 
 def _fuse_layer(
-    task: Float[Array, "m n"], part: _Reduced, adapter: adapting.Adapter, *, right_factor: RightFactor
+    task: Float[Array, "m n"], part: _Reduced, adapter: Adapter, *, right_factor: RightFactor
 ) -> tuple[Float[Array, "m n"], Shares]:
-    fused = fuse(right_factor, task, adapter, part.problem.prior)
+    fused = fuse(right_factor, task, adapter, part.objective.prior)
+    # Where no filter ran, V2 feels τ F too.
     felt = fused.felt if part.target.felt is None else part.target.felt + fused.felt
     return fused.update, _shares(task, part, fused.removed, fused.restored, felt)
 
@@ -124,11 +132,12 @@ def _fuse_layer(
 def _correct_layer(
     task: Float[Array, "m n"], part: _Reduced, *, ridge: float
 ) -> tuple[Float[Array, "m n"], Shares, Float[Array, "2"]]:
-    problem = part.problem
-    filtered, removed = null_space_filter(task, problem.prior)
-    scaled, losses = smallest_correction(part.target.wanted, problem.prior, problem.task, ridge=ridge)
-    restored = scaled / problem.unit
-    shares = _shares(task, part, norm(removed), norm(restored), matmul(restored, problem.prior))
+    objective = part.objective
+    filtered, removed = null_space_filter(task, objective.prior)
+    scaled, losses = smallest_correction(part.target.wanted, objective.prior, objective.task, ridge=ridge)
+    # E is linear in C, which was scaled. The losses stay so: `core.solve` judges them before large ones overflow.
+    restored = scaled / objective.unit
+    shares = _shares(task, part, norm(removed), norm(restored), matmul(restored, objective.prior))
     return filtered + restored, shares, losses
 
 
@@ -144,5 +153,6 @@ def _shares(
         share(removed, size),
         share(restored, size),
         share(norm(felt), part.prior_response),
+        # D = 0 has nothing that its directions could miss.
         share(part.prior_response, part.merged, of_nothing=1),
     )

@@ -77,6 +77,7 @@ def leading_block(grams: Gram, width: int, rank: int) -> tuple[Float[Array, "lay
       The blocks, and where the unwanted part of each spectrum begins, for `improved_block`.
     """
     grams = _of_trace_one(grams)
+    # One start for all layers: a result must not depend on the batch, nor on a seed that somebody would have to choose.
     start = jax.random.normal(jax.random.key(0), (width, block_width(rank, width)), grams.trace().dtype)
     block = _first(grams, jnp.broadcast_to(start[None], (len(grams.trace()), *start.shape)), rank)
     return _filtered(grams, block, rank, new=True), block.edge
@@ -102,6 +103,7 @@ def improved_block(
     def one_round(state: tuple[_Block, Int[Array, ""]]) -> tuple[_Block, Int[Array, ""]]:
         block, rounds = state
         found = _look(grams, _filtered(grams, block, rank, new=False), block.edge, rank)
+        # Less than halved means that rounding is reached: more rounds would only take time.
         improves = jnp.any((found.angle > found.goal) & (found.angle < 0.5 * block.angle))
         return found, jnp.where(improves, rounds + 1, MOST_ROUNDS)
 
@@ -140,12 +142,14 @@ def _filtered(grams: Gram, block: _Block, rank: int, *, new: bool) -> Float[Arra
     """
     margin = FIRST_MARGIN if new else LATER_MARGIN
     edge = jnp.where(block.edge > 0, block.edge, 1)
+    # Of a flat spectrum the argument is 1, where the polynomial does not grow at all: keep the logarithm positive.
     x = jnp.maximum(2 * _last(block.values, rank) / edge - 1, 1 + 1e-3)
     growth = x + jnp.sqrt(x**2 - 1)  # of the weakest wanted vector, per degree
     needed = jnp.clip(jnp.ceil(jnp.log(2 * margin * block.angle / block.goal) / jnp.log(growth)), 1, MOST_DEGREE)
     degree = jnp.max(jnp.where(block.angle > block.goal, needed, 1)).astype(int)
 
     # Products between two passes of Cholesky-QR.
+    # At 2 λ_1 / edge − 1 the polynomial grows by twice that per degree.
     steepest = jnp.log(jnp.maximum(jnp.max(4 * block.values[:, 0] / edge / growth), 2))
     stride = np.log(MOST_GROWTH) / steepest
     if new:  # two products came before
@@ -192,6 +196,7 @@ def _look(grams: Gram, vectors: Float[Array, "layers n b"], edge: Float[Array, "
 def _edge(values: Float[Array, "layers b"], rank: int) -> Float[Array, " layers"]:
     """An estimate from within the surplus, too low, of the eigenvalue next to the block."""
     eps = jnp.finfo(values.dtype).eps
+    # Two thirds into the surplus: a block's last values are the farthest from converged.
     return jnp.maximum(values[:, (rank + 2 * values.shape[1]) // 3], 4 * eps * values[:, 0])
 
 

@@ -26,6 +26,7 @@ def after(x: Float[Array, "..."], *done: Float[Array, "..."]) -> Float[Array, ".
 
 def layers_at_once() -> int:
     """How many layers a CPU works on at a time: one to each core, so that they stay in its cache."""
+    # Those this process may use, not all of the machine: `taskset` and batch systems give fewer.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, LAPACK_BATCH)
 
@@ -70,6 +71,7 @@ def in_chunks(function: Callable[..., Any], arrays: Any, size: int, *, in_place:
     if not in_place:
         return jax.tree.map(join, jax.lax.map(lambda chunk: function(*chunk), chunks))
 
+    # The carry of a scan is one buffer for all iterations, so writing to it copies nothing.
     def overwrite(first: Array, chunk: tuple[Array, Any]) -> tuple[Array, Any]:
         i, others = chunk
         written, result = function(first[i], *others)

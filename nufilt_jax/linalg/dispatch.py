@@ -28,6 +28,7 @@ from nufilt_jax.errors import ConfigError, Problem
 from nufilt_jax.linalg.chunks import after, layers_at_once
 
 _alone = threading.RLock()
+# The trace that `run_alone` was last part of, and its last result there; weak, as a tracer must not outlive its trace.
 _last_traced: list[tuple[object, weakref.ref]] = []
 
 
@@ -71,6 +72,7 @@ def run_alone(program: Callable[..., Any], *arrays: Any) -> Any:
     if not on_cpu(arrays):
         return program(*arrays)
     with _alone, _blas().limit(limits=1, user_api="blas"):
+        # Arguments may still be on their way, out of a LAPACK call of somebody else's program.
         jax.block_until_ready(arrays)
         return jax.block_until_ready(program(*arrays))
 
@@ -86,6 +88,7 @@ def each_on_host(function: Callable[..., Any], *stacks: np.ndarray) -> Iterator[
 
 
 def _inline(program: Callable[..., Any], tracers: list[Tracer], arrays: tuple) -> Any:
+    # `vmap` and `grad` hand over tracers of their own, inside which no order of LAPACK calls can be kept.
     if not all(isinstance(x, DynamicJaxprTracer) for x in tracers):
         raise ConfigError(Problem("solve", "cannot be transformed by vmap or grad", "solve_stack is the batched form"))
     state = get_opaque_trace_state()

@@ -4,13 +4,13 @@ Each up to a factor of its own, a power of two, without which the squares of lar
 ones vanish.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from nufilt_jax.linalg.dense import gram, matmul, transpose, unit_scale
+from nufilt_jax.linalg.stacks import Stacks
 
 
 class GramMatrix(NamedTuple):
@@ -54,6 +54,7 @@ class GramFactor(NamedTuple):
 
     def times(self, y: Float[Array, "*batch n k"]) -> Float[Array, "*batch n k"]:
         """C XᵀX Y."""
+        # The unit between the products: m k numbers to scale, the fewest there are.
         return matmul(transpose(self.factor), self.unit**2 * matmul(self.factor, y))
 
     def scaled(self, by: Float[Array, "*batch 1 1"]) -> "GramFactor":
@@ -62,6 +63,7 @@ class GramFactor(NamedTuple):
 
     def trace(self) -> Float[Array, "*batch 1 1"]:
         """C times the sum of squares of X's entries."""
+        # The unit first: squares of what it has not scaled overflow.
         return jnp.sum((self.unit * self.factor) ** 2, axis=(-2, -1), keepdims=True)
 
     def formed(self) -> Float[Array, "*batch n n"]:
@@ -72,10 +74,11 @@ class GramFactor(NamedTuple):
 Gram = GramMatrix | GramFactor
 
 
-def gram_of(stacks: Sequence[Float[Array, "_ _ n"]]) -> Gram:
+def gram_of(stacks: Stacks) -> Gram:
     """The Gram matrices of all layers of stacks of one width, in units in which no entry of X is large or small."""
     _, m, n = stacks[0].shape
     units = [unit_scale(x) for x in stacks]
+    # 4 m n k flops instead of 2 n² k. Of one stack only: factors of different m share no batch, Gram matrices do.
     if len(stacks) == 1 and 2 * m < n:
         return GramFactor(stacks[0], units[0])
     grams = [gram(unit * x) for x, unit in zip(stacks, units, strict=True)]

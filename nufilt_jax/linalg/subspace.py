@@ -14,7 +14,6 @@ Every function here is therefore written for a whole batch, one call at a time.
 """
 
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -28,11 +27,10 @@ from nufilt_jax.linalg.chunks import after
 from nufilt_jax.linalg.dense import eigh_descending, matmul, orthonormalize, thin_svd, transpose
 from nufilt_jax.linalg.grams import Gram
 from nufilt_jax.linalg.refine import refine
+from nufilt_jax.linalg.stacks import Stacks, bounds, joined, rows
 
 # Up to this many inputs `auto` takes a full decomposition: see `route`.
 FULL_WIDTH = 256
-
-Stacks = tuple[Float[Array, "_ _ n"], ...]  # matrices of one width, a stack per shape
 
 
 class Directions(NamedTuple):
@@ -50,11 +48,6 @@ class Directions(NamedTuple):
     sizes: Float[Array, "*layers k"]
     gap: Float[Array, "*layers"]
     certified: Bool[Array, "*layers"]
-
-
-def bounds(stacks: Stacks) -> list[tuple[int, int]]:
-    """Where each stack's layers begin and end in the concatenation of all."""
-    return list(itertools.pairwise(itertools.accumulate((len(stack) for stack in stacks), initial=0)))
 
 
 def leading(
@@ -129,7 +122,8 @@ def _refined(stacks: Stacks, blocks: Float[Array, "layers n b"], rank: int) -> D
     """Whole blocks, refined, with the gap and certificate of their leading directions."""
 
     def one(x: Float[Array, "layers m n"], i: int, j: int) -> Directions:
-        return Directions(*jax.vmap(lambda x, block: refine(x, block, rank))(x, blocks[i:j]))
+        found = jax.vmap(lambda x, block: refine(x, block, rank))(x, blocks[i:j])
+        return Directions(found.block, found.sizes, found.gap, found.certificate.holds)
 
     return _in_turn(one, stacks)
 
@@ -162,9 +156,8 @@ def _certified_or_svd(found: Directions, stacks: Stacks, rank: int) -> Direction
         return jax.lax.cond(one.certified, lambda _: one, exact, x)
 
     def loop(x: Float[Array, "layers m n"], i: int, j: int) -> Directions:
-        rows = jax.tree.map(lambda leaf: leaf[i:j], found)
         # `found` as a whole, not only its part for this stack.
-        return jax.lax.map(lambda row: layer(*row), (after(x, found.vectors), rows))
+        return jax.lax.map(lambda row: layer(*row), (after(x, found.vectors), rows(found, i, j)))
 
     return jax.lax.cond(jnp.all(found.certified), lambda: found, lambda: _in_turn(loop, stacks))
 
@@ -174,7 +167,7 @@ def _in_turn(solve: Callable[[Array, int, int], Directions], stacks: Stacks) -> 
     parts: list[Directions] = []
     for stack, (i, j) in zip(stacks, bounds(stacks), strict=True):
         parts.append(solve(after(stack, parts[-1].vectors) if parts else stack, i, j))
-    return jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
+    return joined(parts)
 
 
 def relative_gap(s: Float[Array, "layers k"], rank: int) -> Float[Array, " layers"]:
@@ -197,6 +190,7 @@ def rank_mask(found: Directions, outputs: int) -> Directions:
     n, k = found.vectors.shape
     if k == 0:
         return found
+    # The largest, not the first: refined columns are only about in order.
     used = found.sizes > jnp.max(found.sizes) * max(outputs, n) * jnp.finfo(found.sizes.dtype).eps
     return found._replace(vectors=jnp.where(used[None], found.vectors, 0), sizes=jnp.where(used, found.sizes, 0))
 

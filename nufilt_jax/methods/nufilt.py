@@ -17,7 +17,7 @@ from nufilt_jax.core.settings import DirectionsConfig, SolveConfig
 from nufilt_jax.core.solve import GroupSolution, mended, solve_group
 from nufilt_jax.errors import Problem, SolveError, raise_all
 from nufilt_jax.linalg.dispatch import is_traced, run_alone
-from nufilt_jax.linalg.subspace import Stacks
+from nufilt_jax.linalg.stacks import Stacks
 from nufilt_jax.methods.selection import published_layers
 from nufilt_jax.methods.stacked import Array, Group, Stacked, TaskVector, group_layers
 from nufilt_jax.methods.state import Advance, Context, LayerReport, MergeState, OnStack, Rule, as_it_is

@@ -5,12 +5,10 @@ import numpy as np
 import oracle
 import pytest
 
-from nufilt_jax.core.adapt import Adapter, draw_start, loss_and_gradients, reduce
-from nufilt_jax.core.filter import authors_first_filter, null_space_filter, target
-from nufilt_jax.core.fuse import fuse
 from nufilt_jax.linalg import chunks, dense, subspace
-from nufilt_jax.linalg.grams import GramFactor, GramMatrix, gram_of
-from nufilt_jax.linalg.refine import CERTIFIED_ANGLE, refine
+from nufilt_jax.linalg.certificate import CERTIFIED_ANGLE, separated, spectrum_of
+from nufilt_jax.linalg.grams import gram_of
+from nufilt_jax.linalg.refine import refine
 from nufilt_jax.methods.stacked import group_layers
 
 ROUTES = ["eigh", "svd", "subspace"]
@@ -121,12 +119,44 @@ def blocks_of_a_matrix_of_rank_10():
     return x, {"right": right, "skewed": skewed, "mixed": mixed, "missing": missing}
 
 
-@pytest.mark.parametrize("name", ["right", "skewed", "mixed", "missing"])
-def test_only_the_right_block_is_certified(name):
+def refused(x, block, rank):
+    """The inequalities of the certificate that do not hold."""
+    found = jax.jit(refine, static_argnums=2)(jnp.asarray(x), jnp.asarray(block, jnp.float32), rank).certificate
+    failed = [name for name in found._fields if not getattr(found, name)]
+    assert bool(found.holds) == (not failed)
+    return failed
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("right", []), ("skewed", ["orthonormal"]), ("mixed", ["independent"]), ("missing", ["complete"])],
+)
+def test_each_wrong_block_is_refused_for_what_is_wrong_with_it(name, expected):
     x, blocks = blocks_of_a_matrix_of_rank_10()
-    block = jnp.asarray(blocks[name], jnp.float32)
-    *_, certified = jax.jit(refine, static_argnums=2)(jnp.asarray(x), block, 60)
-    assert bool(certified) == (name == "right")
+    assert refused(x, blocks[name], 60) == expected
+
+
+def test_a_block_that_still_couples_is_refused():
+    """With the outside alone, to which the sweeps are blind; and within, which no correction mends."""
+    rng = np.random.default_rng(0)
+    x = matrices.power_law((64, 64), seed=1, exponent=0.5)
+    v = np.linalg.svd(x.astype(float))[2].T
+    assert refused(x, v[:, :44], 20) == []
+    tilted, _ = np.linalg.qr(v[:, :44] + 0.01 * rng.normal(size=(64, 44)) / 8)
+    assert refused(x, tilted, 20) == ["corrected"]
+    turned, _ = np.linalg.qr(v + rng.normal(size=v.shape) / 8)
+    assert "separated" in refused(x, turned, 20)
+
+
+@pytest.mark.parametrize(
+    ("squares", "rotation", "expected"),
+    [([9, 4, 1], 1.4e-5, True), ([9, 4, 1], 1.5e-5, False), ([9, 1, 4], 0, False)],
+    ids=["apart", "turned too far", "wrong order"],
+)
+def test_separated_asks_for_the_angle_and_the_order(squares, rotation, expected):
+    """√2 1e-5 and little rounding are allowed for two directions."""
+    spectrum = spectrum_of(jnp.asarray(squares, jnp.float32), 2, 1e-6)
+    assert bool(separated(jnp.float32(rotation), spectrum)) == expected
 
 
 def test_a_neighbour_without_certificate_changes_nothing():
@@ -172,63 +202,6 @@ def test_after_changes_nothing_but_the_order():
     x = jnp.asarray([1.5, -2.0, 0.0])
     for done in (jnp.ones((2, 2)), jnp.asarray([jnp.nan]), jnp.asarray([jnp.inf]), jnp.zeros((0, 3))):
         np.testing.assert_array_equal(jax.jit(chunks.after)(x, done), x)
-
-
-@pytest.mark.parametrize("right_factor", ["P + BA", "I + BA", "BA"])
-@pytest.mark.parametrize("unit", [1.0, 0.25])
-@pytest.mark.parametrize(
-    "held",
-    [lambda tau, unit: GramMatrix(unit**2 * tau.T @ tau, unit), GramFactor],
-    ids=["formed", "factor"],
-)
-def test_gradients_are_those_of_the_unreduced_objective(held, unit, right_factor):
-    rng = np.random.default_rng(0)
-    d, tau = (matrices.power_law((40, 32), seed=s, scale=0.5) for s in (1, 2))
-    v2, v1 = oracle.leading(d, 6), oracle.leading(tau, 4)
-    a, b = rng.normal(size=(5, 32)) * 0.1, rng.normal(size=(32, 5)) * 0.1
-    p = {"P + BA": oracle.projector(d, 6), "I + BA": np.eye(32), "BA": np.zeros((32, 32))}[right_factor]
-    grad_a, grad_b = oracle.gradients(d.astype(float), tau.astype(float), p, b, a, v1, v2)
-    merged, task, prior, new = (jnp.asarray(x, jnp.float32) for x in (d, tau, v2, v1))
-    wanted = unit * target(right_factor, merged, task, prior, new).wanted
-    gram = held(task, jnp.full((1, 1), 2.0, jnp.float32))  # in a unit of its own
-    problem = reduce(gram, task, wanted, prior, new, jnp.float32(unit))
-    loss, found = loss_and_gradients(problem, Adapter(jnp.asarray(a.T, jnp.float32), jnp.asarray(b, jnp.float32)))
-    loss, found = loss / unit**2, [x / unit**2 for x in found]
-    assert float(loss) == pytest.approx(oracle.loss(d, tau, p, b, a, v1, v2), rel=1e-5)
-    for one, other in zip(found, (grad_a.T, grad_b), strict=True):
-        assert matrices.relative_error(one, other) < 1e-5
-
-
-@pytest.mark.parametrize("right_factor", ["P + BA", "I + BA", "BA"])
-def test_filter_and_fuse_never_need_the_projector(right_factor):
-    rng = np.random.default_rng(0)
-    tau = rng.normal(size=(12, 10)).astype(np.float32)
-    v2 = matrices.orthonormal(rng, 10, 3).astype(np.float32)
-    a, b = rng.normal(size=(2, 10)).astype(np.float32), rng.normal(size=(10, 2)).astype(np.float32)
-    filtered, removed = null_space_filter(jnp.asarray(tau), jnp.asarray(v2))
-    projector = np.eye(10) - v2 @ v2.T
-    np.testing.assert_allclose(filtered, tau @ projector, atol=1e-5)
-    np.testing.assert_allclose(removed, tau @ v2, atol=1e-6)
-    kept = {"P + BA": projector, "I + BA": np.eye(10), "BA": np.zeros((10, 10))}[right_factor]
-    fused = fuse(right_factor, jnp.asarray(tau), Adapter(jnp.asarray(a.T), jnp.asarray(b)), jnp.asarray(v2))
-    np.testing.assert_allclose(fused.update, tau @ (kept + b @ a), atol=1e-5)
-    taken_away = np.sum((tau @ v2) ** 2) if right_factor == "P + BA" else 0
-    np.testing.assert_allclose(fused.removed, np.sqrt(taken_away), rtol=1e-5)
-    np.testing.assert_allclose(fused.restored, np.linalg.norm(tau @ b @ a), rtol=1e-4)
-    np.testing.assert_allclose(fused.felt, tau @ b @ a @ v2, atol=1e-5)
-
-
-def test_the_authors_first_task_loses_its_first_coordinates():
-    x = jnp.arange(12.0).reshape(3, 4)
-    np.testing.assert_array_equal(authors_first_filter(x, 2), x.at[:, :2].set(0))
-
-
-def test_a_start_depends_on_its_key_alone():
-    keys = jnp.asarray([[1, 2], [3, 4]], jnp.uint32)
-    together = jax.vmap(lambda key: draw_start(key, 4, 500))(keys)
-    np.testing.assert_array_equal(together[1], draw_start(keys[1], 4, 500))
-    assert not np.array_equal(together[0], together[1])
-    assert float(jnp.std(together)) == pytest.approx(0.02, rel=0.05)
 
 
 def test_groups_do_not_depend_on_the_order_of_names():
