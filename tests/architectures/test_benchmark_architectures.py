@@ -2,8 +2,9 @@
 
 import json
 
-import architectures
 import pytest
+
+from benchmarks.study import architectures
 
 FAMILIES = ("clip", "t5_relu")
 

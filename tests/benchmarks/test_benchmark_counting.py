@@ -2,15 +2,14 @@
 
 import functools
 
-import counting
 import jax
 import jax.numpy as jnp
 import numpy as np
-import package_solve
 import pytest
-import shapes
-from counting import Count, counted, product
 
+from benchmarks.common import counting, shapes
+from benchmarks.common.counting import Count, counted, product
+from benchmarks.speed import package_solve
 from nufilt_jax.core import solve
 from nufilt_jax.methods.nufilt import NufiltConfig
 

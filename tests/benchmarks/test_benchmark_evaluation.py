@@ -6,14 +6,14 @@ import sys
 import types
 
 import datasets
-import evaluation
 import jax.numpy as jnp
-import measure
 import numpy as np
 import pytest
-from end_to_end import Tower
 
 import nufilt_jax as nj
+from benchmarks.common import measure
+from benchmarks.speed import evaluation
+from benchmarks.speed.end_to_end import Tower
 
 SMALL = ("--images", 4, "--batches", 2, 4, "--repeats", 2, "--blocks", 1, "--width", 64)
 
@@ -91,7 +91,7 @@ def test_beside_another(monkeypatch, tmp_path):
             assert len(datasets.load_dataset(str(folder), split="test")) == 4
             return 0.75
 
-    monkeypatch.setitem(sys.modules, "torch_vision", types.SimpleNamespace(Model=Model))
+    monkeypatch.setitem(sys.modules, "benchmarks.speed.torch_vision", types.SimpleNamespace(Model=Model))
     monkeypatch.setattr(evaluation.importlib.util, "find_spec", lambda name: True)
     monkeypatch.setattr(evaluation, "from_jpeg", lambda *_: evaluation.timed(lambda: 0.5, 2))
     call(monkeypatch, "--against", "torch", *SMALL, "--json", tmp_path / "out.json")

@@ -5,15 +5,12 @@ import functools
 import json
 import shutil
 
-import figures
-import forecast_check
-import measure
 import numpy as np
 import pytest
 import scipy.stats
-import streams
-import study_settings
 
+from benchmarks.common import measure, streams
+from benchmarks.study import figures, forecast_check, study_settings
 from nufilt_jax import NufiltConfig, methods, zoo
 from nufilt_jax.evaluation import evaluate_tasks
 from nufilt_jax.methods.sweep import Ranks

@@ -3,8 +3,9 @@
 import json
 
 import jax
-import measure
 import pytest
+
+from benchmarks.common import measure
 
 
 def document(**environment):

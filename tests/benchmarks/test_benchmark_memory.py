@@ -2,9 +2,10 @@
 
 import json
 
-import measure
-import memory
 import pytest
+
+from benchmarks.common import measure
+from benchmarks.speed import memory
 
 
 def test_memory(monkeypatch, capsys, tmp_path):

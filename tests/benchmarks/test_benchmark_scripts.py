@@ -3,14 +3,11 @@
 import json
 import re
 
-import decompositions
-import measure
-import methods
 import numpy as np
 import pytest
-import shapes
-import solve
-import steps
+
+from benchmarks.common import measure, shapes
+from benchmarks.speed import decompositions, methods, solve, steps
 
 SCRIPTS = {"solve": solve, "decompositions": decompositions, "steps": steps, "methods": methods}
 TINY = (shapes.Tower("vision_model.encoder.layers.{}.", 2, {"a.weight": (40, 32), "b.weight": (32, 32)}),)

@@ -5,19 +5,14 @@ import functools
 import io
 import json
 
-import fine_tuning
 import jax
-import measure
 import numpy as np
-import paper_tables
 import pytest
-import streams
-import study_levers
-import study_settings
-import tables
 from rich.console import Console
 
 import nufilt_jax as nj
+from benchmarks.common import measure, paper_tables, streams
+from benchmarks.study import fine_tuning, study_levers, study_settings, tables
 from nufilt_jax import zoo
 from nufilt_jax.errors import ConfigError
 from nufilt_jax.evaluation import evaluate_tasks

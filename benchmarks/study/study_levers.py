@@ -1,21 +1,22 @@
 """What might lift NUFILT on the built-in study, one lever at a time: layers, other parameters, ranks, size of a step.
 
 The closed form in plain NumPy, where every layer may have ranks of its own; the first row is the package's, as a check.
-Every lever is pulled from the chosen settings (benchmarks/study_settings.py), on the validation draw and in its orders.
+Every lever is pulled from the chosen settings (benchmarks/study/study_settings.py), on the validation draw and in its
+orders.
 """
 
 import dataclasses
 import re
 from collections.abc import Mapping
 
-import measure
 import numpy as np
-import study_settings
 from jaxtyping import Float
-from runs import Scores, mean_scores, merge
-from streams import Params, Stream, StudyStream
-from study_settings import CLOSED_FORM, ORDERS
 
+from benchmarks.common import measure
+from benchmarks.common.runs import Scores, mean_scores, merge
+from benchmarks.common.streams import Params, Stream, StudyStream
+from benchmarks.study import study_settings
+from benchmarks.study.study_settings import CLOSED_FORM, ORDERS
 from nufilt_jax.config import OtherParams
 from nufilt_jax.methods.nufilt import NufiltConfig
 from nufilt_jax.methods.selection import published_layers

@@ -4,16 +4,14 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import counting
 import jax
 import jax.numpy as jnp
-import measure
 import numpy as np
-import shapes
-from counting import Count
-from measure import Times
-from shapes import Inputs
 
+from benchmarks.common import counting, measure, shapes
+from benchmarks.common.counting import Count
+from benchmarks.common.measure import Times
+from benchmarks.common.shapes import Inputs
 from nufilt_jax.core import solve
 from nufilt_jax.linalg.chunks import in_chunks, layers_at_once
 from nufilt_jax.linalg.dispatch import run_alone

@@ -10,11 +10,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import measure
 import numpy as np
-from runs import Setting, mean_scores, merge
-from streams import Stream, StudyStream
 
+from benchmarks.common import measure
+from benchmarks.common.runs import Setting, mean_scores, merge
+from benchmarks.common.streams import Stream, StudyStream
 from nufilt_jax import methods
 from nufilt_jax.methods import RULES
 

@@ -18,10 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import measure
 import numpy as np
-import shapes
 
+from benchmarks.common import measure, shapes
 from nufilt_jax.checkpoints.safetensors_files import Piece, write_file
 
 TASKS = (8, 14, 20)

@@ -1,7 +1,7 @@
 """Times the built-in demo and stores its accuracies: the numbers that the README quotes.
 
-python benchmarks/tiny.py             runs `python -m nufilt_jax.merge --model tiny` twice, in fresh folders
-python benchmarks/tiny.py --markdown  prints the table of the stored results
+python -m benchmarks.study.tiny             runs `python -m nufilt_jax.merge --model tiny` twice, in fresh folders
+python -m benchmarks.study.tiny --markdown  prints the table of the stored results
 """
 
 import argparse
@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
-RESULTS = Path(__file__).parent / "results" / "tiny.json"
+RESULTS = Path(__file__).parents[1] / "results" / "tiny.json"
 
 
 def main() -> None:

@@ -1,14 +1,14 @@
 """The paper's tables from one command each, our numbers beside its own (arXiv:2509.21413v2).
 
-python benchmarks/tables.py --table 1 --on study     ACC and BWT of every method
-python benchmarks/tables.py --table 4 --on study     the ablation
-python benchmarks/tables.py --table 5 --on study     iterations, seconds, parameters
-python benchmarks/tables.py --table 10 --on study    accuracy on every task
-python benchmarks/tables.py --table 1 --on paper     the paper's checkpoints and data sets, from the Hub (2: Flan-T5)
+python -m benchmarks.study.tables --table 1 --on study   ACC and BWT of every method
+python -m benchmarks.study.tables --table 4 --on study   the ablation
+python -m benchmarks.study.tables --table 5 --on study   iterations, seconds, parameters
+python -m benchmarks.study.tables --table 10 --on study  accuracy on every task
+python -m benchmarks.study.tables --table 1 --on paper   the paper's checkpoints and data, from the Hub (2: Flan-T5)
 
 On the study every method is run with the paper's settings, ranks scaled to the width, and with those chosen on the
-validation draw (benchmarks/study_settings.py). All orders of a row run through the same compiled programs. What the
-results file holds already is not merged again, unless --again says so.
+validation draw (benchmarks/study/study_settings.py). All orders of a row run through the same compiled programs. What
+the results file holds already is not merged again, unless --again says so.
 """
 
 import argparse
@@ -17,15 +17,12 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import measure
-import paper_tables
-import study_settings
-import table_forms
-from measure import Json
-from runs import Setting, find_run, merge, references
-from streams import ORDERS, PaperStream, Stream, StudyStream
-from study_settings import CLOSED_FORM
-
+from benchmarks.common import measure, paper_tables
+from benchmarks.common.measure import Json
+from benchmarks.common.runs import Setting, find_run, merge, references
+from benchmarks.common.streams import ORDERS, PaperStream, Stream, StudyStream
+from benchmarks.study import study_settings, table_forms
+from benchmarks.study.study_settings import CLOSED_FORM
 from nufilt_jax import methods
 from nufilt_jax.methods import RULES
 from nufilt_jax.presets import FLAN_T5, Preset

@@ -4,10 +4,9 @@ import argparse
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-import measure
-import paper_tables
-from measure import Json
-from runs import Setting, find_run
+from benchmarks.common import measure, paper_tables
+from benchmarks.common.measure import Json
+from benchmarks.common.runs import Setting, find_run
 
 Columns = Mapping[str, Sequence[Setting]]  # rows, by where their settings are from
 

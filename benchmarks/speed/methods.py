@@ -1,8 +1,8 @@
 """Seconds per task and peak memory of every merging method, on all tensors of ViT-B/32's vision tower.
 
-Synthetic weights, the same for all methods (benchmarks/end_to_end.py). Each method runs in a process of its own, one
-after another: two tasks that do not count, then the timed ones. Compilation is apart. Methods that learn from examples
-get random images. Those that do nothing but pass over memory are held against the machine's copy rate.
+Synthetic weights, the same for all methods (benchmarks/speed/end_to_end.py). Each method runs in a process of its own,
+one after another: two tasks that do not count, then the timed ones. Compilation is apart. Methods that learn from
+examples get random images. Those that do nothing but pass over memory are held against the machine's copy rate.
 """
 
 import json
@@ -13,12 +13,12 @@ import sys
 import time
 from typing import Any
 
-import end_to_end
 import jax
-import measure
 import numpy as np
-from end_to_end import Tower
 
+from benchmarks.common import measure
+from benchmarks.speed import end_to_end
+from benchmarks.speed.end_to_end import Tower
 from nufilt_jax import methods
 from nufilt_jax.engine.timing import CompileLog
 from nufilt_jax.evaluation.seeds import clip_task_data
@@ -82,7 +82,8 @@ def run_all(names: list[str], tower: Tower, repeats: int, copy_rate: float) -> l
     for name in names:
         measure.say(name)
         settings = json.dumps([name, tower, repeats])
-        told = subprocess.run([sys.executable, __file__, "--alone", settings], check=True, stdout=subprocess.PIPE)
+        command = [sys.executable, "-m", "benchmarks.speed.methods", "--alone", settings]
+        told = subprocess.run(command, cwd=measure.ROOT, check=True, stdout=subprocess.PIPE)
         found = json.loads(told.stdout)
         least, middle = min(found["seconds"]), statistics.median(found["seconds"])
         rate = 12e-9 * found["numbers"] / least if name in ONE_PASS else None

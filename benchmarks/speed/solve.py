@@ -1,9 +1,9 @@
 """Times one task's solve on layers of a model's true shapes, beside the published procedure in PyTorch.
 
-Weights are synthetic (benchmarks/shapes.py) and the same for all contenders. Everything is on the device before a
-clock starts. Set-up is compilation or, for torch-batched, the choice of a plan by trial and a first run. What the
-other contenders are: benchmarks/torch_reference.py. How work is counted: benchmarks/counting.py. Nothing else may run
-meanwhile, PyTorch's threads above all slow down many times over: the table says what other processes took.
+Weights are synthetic (benchmarks/common/shapes.py) and the same for all contenders. Everything is on the device before
+a clock starts. Set-up is compilation or, for torch-batched, the choice of a plan by trial and a first run. What the
+other contenders are: benchmarks/speed/torch_reference.py. How work is counted: benchmarks/common/counting.py. Nothing
+else may run meanwhile, PyTorch's threads above all slow down many times over: the table says what other processes took.
 """
 
 import argparse
@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import NamedTuple, get_args
 
 import jax
-import measure
 import numpy as np
-import shapes
-from measure import Json, Machine
-from package_solve import DECOMPOSITION, Merge, Stage, stages, to_device
-from shapes import Inputs, Shape
 
+from benchmarks.common import measure, shapes
+from benchmarks.common.measure import Json, Machine
+from benchmarks.common.shapes import Inputs, Shape
+from benchmarks.speed.package_solve import DECOMPOSITION, Merge, Stage, stages, to_device
 from nufilt_jax.config import Decomposition
 from nufilt_jax.methods.nufilt import NufiltConfig
 
@@ -171,8 +170,7 @@ def _plain(inputs: Inputs, config: NufiltConfig) -> Entry:
 
 
 def _contender(name: str, inputs: Inputs, config: NufiltConfig, device: str, options: argparse.Namespace) -> Entry:
-    import torch_common
-    import torch_reference
+    from benchmarks.speed import torch_common, torch_reference
 
     start = time.perf_counter()
     batched = name == "torch-batched"

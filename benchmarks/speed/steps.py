@@ -1,6 +1,6 @@
 """Prints the paper's Table 5 (arXiv:2509.21413v2; ViT-B/32, 8 tasks) beside a merge of the same size on this machine.
 
-The merge is in memory: synthetic task vectors (benchmarks/shapes.py) on the device, one solve after another. Its
+The merge is in memory: synthetic task vectors (benchmarks/common/shapes.py) on the device, one solve after another. Its
 solving time is that of the Adam steps alone, as in the paper; its total is the whole merge.
 """
 
@@ -9,14 +9,12 @@ import dataclasses
 from typing import Any
 
 import jax
-import measure
-import paper_tables
-import shapes
-from measure import Json
-from package_solve import Merge, stages, to_device
-from shapes import Inputs
-from solve import add_problem_options, merge_inputs
 
+from benchmarks.common import measure, paper_tables, shapes
+from benchmarks.common.measure import Json
+from benchmarks.common.shapes import Inputs
+from benchmarks.speed.package_solve import Merge, stages, to_device
+from benchmarks.speed.solve import add_problem_options, merge_inputs
 from nufilt_jax.methods.nufilt import NufiltConfig
 
 MODEL = "vit-b32"

@@ -15,11 +15,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import measure
 import numpy as np
-import shapes
 from jax.experimental.sparse.linalg import lobpcg_standard
 
+from benchmarks.common import measure, shapes
 from nufilt_jax.linalg import subspace
 from nufilt_jax.linalg.dense import gram, matmul
 from nufilt_jax.linalg.dispatch import run_alone

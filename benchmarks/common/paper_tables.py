@@ -4,7 +4,7 @@ import csv
 from pathlib import Path
 from typing import NamedTuple
 
-PAPER = Path(__file__).parent / "paper"
+PAPER = Path(__file__).parents[1] / "paper"
 BACKBONES = {"vit-b32": "ViT-B/32", "vit-b16": "ViT-B/16", "vit-l14": "ViT-L/14"}
 # Names of the tables' rows, by ours.
 NAMES = {

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-import measure
 import torch  # pyright: ignore[reportMissingImports]
-from shapes import grouped
-from torch_common import Clock, Contender, Outcome, Tensor, Tensors
 
+from benchmarks.common import measure
+from benchmarks.common.shapes import grouped
+from benchmarks.speed.torch_common import Clock, Contender, Outcome, Tensor, Tensors
 from nufilt_jax.methods.nufilt import NufiltConfig
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # Adam's

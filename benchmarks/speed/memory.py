@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import measure
 import ml_dtypes
 import numpy as np
 
+from benchmarks.common import measure
 from nufilt_jax.checkpoints.safetensors_files import Piece, write_file
 
 METHODS = ("nufilt", "task_arithmetic", "weight_average")

@@ -7,9 +7,9 @@ from typing import cast
 
 import jax
 import numpy as np
-from measure import Json
-from streams import Params, Stream
 
+from benchmarks.common.measure import Json
+from benchmarks.common.streams import Params, Stream
 from nufilt_jax import methods
 from nufilt_jax.config import MethodConfig, OtherParams
 from nufilt_jax.engine.timing import CompileLog

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import measure
 import numpy as np
 
+from benchmarks.common import measure
 from nufilt_jax.cli import main as command
 from nufilt_jax.methods import nufilt
 
-TESTS = Path(__file__).parents[1] / "tests"
+TESTS = measure.ROOT / "tests"
 COLUMNS = ("family", "stored by", "layers", "as expected", "tensors left", "kept", "largest error", "opens")
 FILTER_RANK, ADAPTER_RANK, TASK_RANK, STEPS = 4, 2, 2, 4
 SEED = 0

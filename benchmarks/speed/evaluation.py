@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import end_to_end
 import jax
-import measure
 import numpy as np
-from end_to_end import Tower
-from measure import Json, Times
 
+from benchmarks.common import measure
+from benchmarks.common.measure import Json, Times
+from benchmarks.speed import end_to_end
+from benchmarks.speed.end_to_end import Tower
 from nufilt_jax.evaluation.image_tasks import open_image_task
 from nufilt_jax.evaluation.scoring import Classifier
 from nufilt_jax.evaluation.specs import ImageSpec
@@ -185,7 +185,7 @@ def _files(tower: Tower, params: Params, torch_model: Any, sizes: dict[str, int]
 
 
 def _torch_model(tower: Tower, params: Params) -> Any:
-    import torch_vision
+    from benchmarks.speed import torch_vision
 
     return torch_vision.Model(tower.config(), params)
 

@@ -1,6 +1,6 @@
 """Compares ranks of NUFILT on the built-in tasks, by their validation draw: where the preset's ranks come from.
 
-python benchmarks/tiny_ranks.py       merges in four orders for every setting and stores the mean accuracies
+python -m benchmarks.study.tiny_ranks       merges in four orders for every setting and stores the mean accuracies
 """
 
 import argparse
@@ -21,7 +21,7 @@ from nufilt_jax.presets import shuffled
 from nufilt_jax.zoo import TASK_NAMES, evaluation_tasks, load_params
 from nufilt_jax.zoo.families import TINY
 
-RESULTS = Path(__file__).parent / "results" / "tiny_ranks.json"
+RESULTS = Path(__file__).parents[1] / "results" / "tiny_ranks.json"
 ORDERS = (1, 2, 3, 4)
 FILTER_RANKS, TASK_RANKS, ADAPTER_RANKS = (16, 24, 32, 48), (4, 16, 32), (8, 24)
 

@@ -7,15 +7,15 @@ there yet are trained first, ten for each rate.
 
 import dataclasses
 
-import measure
 import numpy as np
-import study_settings
-from measure import Json
 from rich.console import Console
-from runs import mean_scores, merge, references
-from streams import ORDERS, Stream, StudyStream
-from study_settings import CLOSED_FORM
 
+from benchmarks.common import measure
+from benchmarks.common.measure import Json
+from benchmarks.common.runs import mean_scores, merge, references
+from benchmarks.common.streams import ORDERS, Stream, StudyStream
+from benchmarks.study import study_settings
+from benchmarks.study.study_settings import CLOSED_FORM
 from nufilt_jax.methods.selection import published_layers
 from nufilt_jax.zoo import STUDY, Family
 from nufilt_jax.zoo.store import weights_folder

@@ -15,10 +15,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch  # pyright: ignore[reportMissingImports]
-from shapes import Inputs
-from torch_batched import batched
-from torch_common import Clock, Contender, Outcome, Tensor, Tensors
 
+from benchmarks.common.shapes import Inputs
+from benchmarks.speed.torch_batched import batched
+from benchmarks.speed.torch_common import Clock, Contender, Outcome, Tensor, Tensors
 from nufilt_jax.methods.nufilt import NufiltConfig
 
 

@@ -5,12 +5,12 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-import measure
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from benchmarks.common import measure
 from nufilt_jax.evaluation.data_sets import open_data_set
 from nufilt_jax.evaluation.prefetch import computed_ahead
 

@@ -1,8 +1,8 @@
 """The figures of the paper (arXiv:2509.21413v2) on the built-in study, from one command each: numbers and pictures.
 
-python benchmarks/figures.py --figure 2    affinity of data and task vectors, and its distribution (also Figs. 6 to 8)
-python benchmarks/figures.py --figure 4    ACC and BWT of NUFILT against each of its ranks
-python benchmarks/figures.py --figure 5    stability and plasticity losses of the data-free methods after every step
+python -m benchmarks.study.figures --figure 2  affinity of data and task vectors, and its distribution (and Figs. 6-8)
+python -m benchmarks.study.figures --figure 4  ACC and BWT of NUFILT against each of its ranks
+python -m benchmarks.study.figures --figure 5  stability and plasticity losses of the data-free methods after every step
 
 The pictures stand beside the results file. All settings of a rank run in one compiled program.
 """
@@ -11,13 +11,13 @@ import argparse
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-import measure
 import numpy as np
-import study_settings
-from measure import Json
-from runs import Scores
-from streams import ORDERS, Stream, StudyStream
 
+from benchmarks.common import measure
+from benchmarks.common.measure import Json
+from benchmarks.common.runs import Scores
+from benchmarks.common.streams import ORDERS, Stream, StudyStream
+from benchmarks.study import study_settings
 from nufilt_jax import methods
 from nufilt_jax.analysis import affinity, losses, plots
 from nufilt_jax.analysis.figures import as_png

@@ -1,6 +1,6 @@
 """Times, rates and records that all benchmarks share.
 
-python benchmarks/measure.py RESULTS.json ...    prints the Markdown tables of stored results
+python -m benchmarks.common.measure RESULTS.json ...    prints the Markdown tables of stored results
 """
 
 import argparse
@@ -24,7 +24,8 @@ from rich.console import Console
 
 from nufilt_jax.errors import NufiltError
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("jax", "jaxlib", "numpy", "torch")
 MATMUL_SIZES = {"cpu": (512, 1024, 2048), "gpu": (2048, 4096, 8192)}
 COPY_BYTES = {"cpu": 2**28, "gpu": 2**31}  # much more than any cache holds
@@ -159,9 +160,8 @@ def cores() -> int:
 
 
 def _git(*command: str) -> str | None:
-    root = Path(__file__).parents[1]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        done = subprocess.run(["git", *command], cwd=root, check=True, capture_output=True, text=True)
+        done = subprocess.run(["git", *command], cwd=ROOT, check=True, capture_output=True, text=True)
         return done.stdout.strip()
     return None
 

@@ -8,14 +8,14 @@ the mean forecast over layers, and how much accuracy the step costs the tasks me
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import measure
 import numpy as np
-import study_settings
 from jaxtyping import Float
-from runs import Setting, merged_params
-from streams import ORDERS, StudyStream
-from study_settings import CLOSED_FORM
 
+from benchmarks.common import measure
+from benchmarks.common.runs import Setting, merged_params
+from benchmarks.common.streams import ORDERS, StudyStream
+from benchmarks.study import study_settings
+from benchmarks.study.study_settings import CLOSED_FORM
 from nufilt_jax import methods
 from nufilt_jax.analysis import losses
 from nufilt_jax.analysis.forecast import (
