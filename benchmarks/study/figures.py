@@ -18,13 +18,14 @@ from benchmarks.common.measure import Json
 from benchmarks.common.runs import Scores
 from benchmarks.common.streams import ORDERS, Stream, StudyStream
 from benchmarks.study import study_settings
+from benchmarks.study.rank_figure import rank_figure
+from benchmarks.study.rank_sweep import Ranks, figure_4, merge_settings
 from nufilt_jax import methods
 from nufilt_jax.analysis import affinity, losses, plots
 from nufilt_jax.analysis.figures import as_png
 from nufilt_jax.analysis.layers import GROUPS, in_group
 from nufilt_jax.commands.measured import measure as measure_stream
 from nufilt_jax.evaluation.task_images import TaskImages
-from nufilt_jax.methods.sweep import Ranks, figure_4, merge_settings
 from nufilt_jax.presets import shuffled
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def ranks(stream: Stream, orders: Iterable[int]) -> Drawn:
         curves[label] = (varied, scores[:, 0].tolist(), scores[:, 1].tolist())
         rows = [[rank, *pair] for rank, pair in zip(varied, (100 * scores).tolist(), strict=True)]
         tables.append(measure.table(f"Fig. 4, {stream.name}: {label}", ("rank", "ACC %", "BWT %"), rows))
-    return Drawn(tables, {"ranks": plots.rank_figure(curves, title=f"Ranks of NUFILT, {stream.name}")})
+    return Drawn(tables, {"ranks": rank_figure(curves, title=f"Ranks of NUFILT, {stream.name}")})
 
 
 def _scores(stream: Stream, settings: tuple[Ranks, ...], order: int) -> list[tuple[float, float]]:

@@ -11,9 +11,9 @@ import scipy.stats
 
 from benchmarks.common import measure, streams
 from benchmarks.study import figures, forecast_check, study_settings
+from benchmarks.study.rank_sweep import Ranks
 from nufilt_jax import NufiltConfig, methods, zoo
 from nufilt_jax.evaluation import evaluate_tasks
-from nufilt_jax.methods.sweep import Ranks
 from nufilt_jax.presets import shuffled
 
 SMALL = dataclasses.replace(zoo.TINY, name="small", tasks=("letters", "shapes"))

@@ -5,9 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
+from benchmarks.study.rank_sweep import Ranks, figure_4, merge_settings
 from nufilt_jax import NufiltConfig, methods
 from nufilt_jax.errors import ConfigError
-from nufilt_jax.methods.sweep import Ranks, figure_4, merge_settings
 
 BLOCK = "vision_model.encoder.layers.{}.{}.weight"
 SHAPES = {

@@ -5,9 +5,9 @@ import matrices
 import numpy as np
 import pytest
 
+from benchmarks.study import rank_solve
+from benchmarks.study.rank_solve import solve_settings
 from nufilt_jax import NufiltConfig, solve_stack
-from nufilt_jax.core import sweep
-from nufilt_jax.core.sweep import solve_settings
 
 LAYERS, SHAPE = 3, (40, 32)
 LARGEST = NufiltConfig(filter_rank=16, adapter_rank=6, task_rank=5, steps=12, decomposition="svd")
@@ -56,8 +56,8 @@ def test_low_rank_layers_and_frozen_ones():
 
 
 def test_other_settings_of_the_same_number_compile_nothing():
-    sweep._program.clear_cache()
+    rank_solve._program.clear_cache()
     arrays = [jnp.asarray(x) for x in (np.stack([stacks(1)]), stacks(50), np.zeros((LAYERS, 6, 32), np.float32))]
     for ranks in ((3, 0, 0), (5, 2, 1)):
         solve_settings(*arrays, jnp.array([ranks, (0, 0, 0)], jnp.int32), config=LARGEST)
-    assert sweep._program._cache_size() == 1
+    assert rank_solve._program._cache_size() == 1

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.study.rank_solve import solve_settings
 from nufilt_jax.anatomy import shape_in
 from nufilt_jax.config import problem
 from nufilt_jax.core.adapt import draw_start
-from nufilt_jax.core.sweep import solve_settings
 from nufilt_jax.errors import ConfigError
 from nufilt_jax.methods.matrices import require_finite
 from nufilt_jax.methods.nufilt import NufiltConfig, adapter_keys
