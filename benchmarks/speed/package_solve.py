@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.common import counting, measure, shapes
-from benchmarks.common.counting import Count
+from benchmarks.common import measure, shapes
+from benchmarks.common.counting import counted
 from benchmarks.common.measure import Times
 from benchmarks.common.shapes import Inputs
 from nufilt_jax.core import solve
+from nufilt_jax.engine import counts
+from nufilt_jax.engine.counts import Count
 from nufilt_jax.linalg.chunks import in_chunks, layers_at_once
 from nufilt_jax.linalg.dispatch import run_alone
 from nufilt_jax.linalg.grams import GramFactor, gram_of
@@ -190,15 +192,15 @@ def _stage_functions(config: NufiltConfig) -> dict[str, tuple[Program, Callable[
 def _count(name: str, slices: list[Task], config: NufiltConfig, function: Program, args: list[Any]) -> Count:
     """By formula; a decomposition by running it with counters."""
     if name in DECOMPOSITION:
-        return counting.total(counting.counted(_as_solved(function), *x) for x in args)
+        return counts.total(counted(_as_solved(function), *x) for x in args)
     if name == "adam":
-        return counting.total(_adam_count(part, config) for part in slices)
-    formula = {"reduce": counting.reduce_count, "fuse": counting.fuse_count}[name]
+        return counts.total(_adam_count(part, config) for part in slices)
+    formula = {"reduce": counts.reduce_count, "fuse": counts.fuse_count}[name]
     sizes = [x.shape for part in slices for x in part.merged]
-    return counting.total(formula(m, n, config).times(layers) for layers, m, n in sizes)
+    return counts.total(formula(m, n, config).times(layers) for layers, m, n in sizes)
 
 
 def _adam_count(part: Task, config: NufiltConfig) -> Count:
     factored = isinstance(jax.eval_shape(gram_of, part.task), GramFactor)
     sizes = [x.shape for x in part.merged]
-    return counting.total(counting.adam_count(m, n, config, factored=factored).times(layers) for layers, m, n in sizes)
+    return counts.total(counts.adam_count(m, n, config, factored=factored).times(layers) for layers, m, n in sizes)

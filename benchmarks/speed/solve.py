@@ -2,8 +2,9 @@
 
 Weights are synthetic (benchmarks/common/shapes.py) and the same for all contenders. Everything is on the device before
 a clock starts. Set-up is compilation or, for torch-batched, the choice of a plan by trial and a first run. What the
-other contenders are: benchmarks/speed/torch_reference.py. How work is counted: benchmarks/common/counting.py. Nothing
-else may run meanwhile, PyTorch's threads above all slow down many times over: the table says what other processes took.
+other contenders are: benchmarks/speed/torch_reference.py. How work is counted: `nufilt_jax.engine.counts`.
+Nothing else may run meanwhile, PyTorch's threads above all slow down many times over: the table says what other
+processes took.
 """
 
 import argparse
