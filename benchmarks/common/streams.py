@@ -14,8 +14,8 @@ from nufilt_jax.engine.examples import load_examples, pixels
 from nufilt_jax.engine.job import EvaluationOptions
 from nufilt_jax.errors import ConfigError, Problem
 from nufilt_jax.evaluation import Task, evaluate_tasks
-from nufilt_jax.evaluation.seeds import clip_task_data
-from nufilt_jax.evaluation.task_images import TaskImages
+from nufilt_jax.evaluation.clip.images import TaskImages
+from nufilt_jax.evaluation.learning_data import clip_task_data
 from nufilt_jax.methods import TaskData
 from nufilt_jax.methods.adaptation import LearningConfig
 from nufilt_jax.presets import FLAN_T5, Preset, clip_preset, flan_t5_preset

@@ -22,7 +22,7 @@ from benchmarks.common import measure
 from benchmarks.common.measure import Json, Times
 from benchmarks.speed import end_to_end
 from benchmarks.speed.end_to_end import Tower
-from nufilt_jax.evaluation.image_tasks import open_image_task
+from nufilt_jax.evaluation.clip.tasks import open_image_task
 from nufilt_jax.evaluation.scoring import Classifier
 from nufilt_jax.evaluation.specs import ImageSpec
 from nufilt_jax.models import parse_vision_config, to_flax_tree, vision_features

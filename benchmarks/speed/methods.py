@@ -21,7 +21,7 @@ from benchmarks.speed import end_to_end
 from benchmarks.speed.end_to_end import Tower
 from nufilt_jax import methods
 from nufilt_jax.engine.timing import CompileLog
-from nufilt_jax.evaluation.seeds import clip_task_data
+from nufilt_jax.evaluation.learning_data import clip_task_data
 from nufilt_jax.methods import RULES, TaskData
 from nufilt_jax.methods.stacked import Names, TaskVector
 

@@ -25,7 +25,7 @@ from nufilt_jax.analysis import affinity, losses, plots
 from nufilt_jax.analysis.figures import as_png
 from nufilt_jax.analysis.layers import GROUPS, in_group
 from nufilt_jax.commands.measured import measure as measure_stream
-from nufilt_jax.evaluation.task_images import TaskImages
+from nufilt_jax.evaluation.clip.images import TaskImages
 from nufilt_jax.presets import shuffled
 
 if TYPE_CHECKING:

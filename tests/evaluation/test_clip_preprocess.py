@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from nufilt_jax.errors import CheckpointError, ConfigError
-from nufilt_jax.evaluation.preprocess import parse_preprocessor
+from nufilt_jax.evaluation.clip.preprocess import parse_preprocessor
 
 OPENAI = {  # as the file of OpenAI's own checkpoints has it
     "crop_size": 224,

@@ -16,9 +16,9 @@ from nufilt_jax.config import ComputeType
 from nufilt_jax.errors import CheckpointError, ConfigError, NufiltError, Problem, gathering, raise_all
 from nufilt_jax.evaluation.data_sets import DataSet, open_data_set
 from nufilt_jax.evaluation.ready import OnBatch, ReadyTask, spread
-from nufilt_jax.evaluation.text_batches import MAX_TOKENS, bucketed_batches, mixed_batches
-from nufilt_jax.evaluation.text_spec import TextSpec
-from nufilt_jax.evaluation.text_tokens import Tokenizer
+from nufilt_jax.evaluation.t5.batches import MAX_TOKENS, bucketed_batches, mixed_batches
+from nufilt_jax.evaluation.t5.spec import TextSpec
+from nufilt_jax.evaluation.tokenizer import Tokenizer
 from nufilt_jax.models.experts import has_experts
 from nufilt_jax.models.t5 import t5_tree_generate
 from nufilt_jax.models.t5_config import T5Config, parse_t5_config

@@ -10,11 +10,11 @@ from scipy.stats import rankdata
 from tokenizers import Tokenizer
 
 from nufilt_jax.errors import CheckpointError, ConfigError, NufiltError
-from nufilt_jax.evaluation import text_tasks
-from nufilt_jax.evaluation.text_batches import bucketed_batches, mixed_batches
-from nufilt_jax.evaluation.text_spec import TextSpec
-from nufilt_jax.evaluation.text_tasks import generated, open_text_task, rank_correlation
-from nufilt_jax.evaluation.text_tokens import open_tokenizer
+from nufilt_jax.evaluation.t5 import tasks as t5_tasks
+from nufilt_jax.evaluation.t5.batches import bucketed_batches, mixed_batches
+from nufilt_jax.evaluation.t5.spec import TextSpec
+from nufilt_jax.evaluation.t5.tasks import generated, open_text_task, rank_correlation
+from nufilt_jax.evaluation.tokenizer import open_tokenizer
 from nufilt_jax.models import parse_t5_config, t5_generate
 
 PROMPT = "is {first} and {second}?"
@@ -112,13 +112,13 @@ def test_rank_correlation_of_odd_texts():
 
 def test_half_precision_is_close(model, monkeypatch):
     dtypes = []
-    generate = text_tasks.t5_tree_generate
+    generate = t5_tasks.t5_tree_generate
 
     def watched(tree, *arrays, **options):
         dtypes.append(tree["shared"]["embedding"].dtype)
         return generate(tree, *arrays, **options)
 
-    monkeypatch.setattr(text_tasks, "t5_tree_generate", watched)
+    monkeypatch.setattr(t5_tasks, "t5_tree_generate", watched)
     short = [text for text in prompts(45)[1] if text.count(" ") < 25]  # one program
     tokens = open_tokenizer(model)(short, truncation=True, max_length=512)["input_ids"]
     config = parse_t5_config(build.CONFIG)
@@ -139,7 +139,7 @@ def test_models_with_experts_see_batches_of_32_in_order(model, tmp_path, monkeyp
         seen.append((ids.shape, mask.sum(axis=1).tolist()))
         return jnp.zeros((len(ids), max_new_tokens), jnp.int32)
 
-    monkeypatch.setattr(text_tasks, "t5_tree_generate", silent)
+    monkeypatch.setattr(t5_tasks, "t5_tree_generate", silent)
     columns, texts = prompts(45)
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     rng = np.random.default_rng(0)
@@ -174,12 +174,12 @@ def test_batches_hold_every_text_once():
 def test_few_programs(model, tmp_path):
     columns, _, answers, labels = yes_no_case(model)
     task = yes_no_task(tmp_path / "data", model, answers, labels, columns)
-    before = text_tasks.t5_tree_generate._cache_size()
+    before = t5_tasks.t5_tree_generate._cache_size()
     task.score(YES_NO)
-    n_programs = text_tasks.t5_tree_generate._cache_size()
+    n_programs = t5_tasks.t5_tree_generate._cache_size()
     assert n_programs - before <= 2  # 32 and 64 tokens
     task.score(build.params(8, ["▁yes", "</s>"]))
-    assert text_tasks.t5_tree_generate._cache_size() == n_programs
+    assert t5_tasks.t5_tree_generate._cache_size() == n_programs
 
 
 FAULTS = {

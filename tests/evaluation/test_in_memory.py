@@ -6,15 +6,8 @@ import numpy as np
 import pytest
 
 from nufilt_jax.errors import CheckpointError, ConfigError
-from nufilt_jax.evaluation import (
-    Task,
-    accuracy,
-    class_logits,
-    evaluate_tasks,
-    normalise_head,
-    orthogonal_head,
-)
-from nufilt_jax.evaluation.runner import _check
+from nufilt_jax.evaluation import Task, accuracy, class_logits, evaluate_tasks, normalise_head, orthogonal_head
+from nufilt_jax.evaluation.in_memory import _check
 from nufilt_jax.evaluation.scoring import _count_hits
 from nufilt_jax.models import canonical_shapes, clip_image_features, parse_vision_config
 

@@ -17,8 +17,8 @@ from safetensors import numpy as safetensors
 
 from nufilt_jax.durable import make_folder, replacing
 from nufilt_jax.errors import CheckpointError, Problem
-from nufilt_jax.evaluation.heads import normalise_head
-from nufilt_jax.evaluation.text_tokens import open_tokenizer
+from nufilt_jax.evaluation.clip.zero_shot import normalise_head
+from nufilt_jax.evaluation.tokenizer import open_tokenizer
 from nufilt_jax.models.clip_config import parse_text_config
 from nufilt_jax.models.clip_text import text_features
 from nufilt_jax.models.clip_text_names import to_text_tree

@@ -9,8 +9,8 @@ from tokenizers import Tokenizer
 
 import nufilt_jax as nj
 from nufilt_jax.errors import CheckpointError, ConfigError
-from nufilt_jax.evaluation import text_heads
-from nufilt_jax.evaluation.text_heads import TextHeads
+from nufilt_jax.evaluation.clip import heads as clip_heads
+from nufilt_jax.evaluation.clip.heads import TextHeads
 
 TEMPLATES = ("a photo of a {}.", "of the {} to a red photo.", "{}")
 CLASSES = (*build.CLASSES, "q", "zebra to red zebra")
@@ -42,7 +42,7 @@ def by_hand(folder, params, classes=CLASSES, templates=TEMPLATES):
 
 
 def test_heads_are_means_over_templates(folder, monkeypatch):
-    monkeypatch.setattr(text_heads, "_BATCH", 4)  # 15 prompts: the last batch is not full
+    monkeypatch.setattr(clip_heads, "_BATCH", 4)  # 15 prompts: the last batch is not full
     params = build.params()
     head = TextHeads(params, build.CONFIG, folder, cache=None)(CLASSES, TEMPLATES)
     assert head.dtype == np.float32

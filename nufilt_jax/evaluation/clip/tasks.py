@@ -14,13 +14,13 @@ from jaxtyping import Float, Int, UInt8
 
 from nufilt_jax.config import ComputeType
 from nufilt_jax.errors import ConfigError, MissingExtraError, Problem, raise_all
+from nufilt_jax.evaluation.clip.heads import HeadMaker
+from nufilt_jax.evaluation.clip.preprocess import Preprocessor, parse_preprocessor
 from nufilt_jax.evaluation.data_sets import DataSet, open_data_set
 from nufilt_jax.evaluation.prefetch import computed_ahead
-from nufilt_jax.evaluation.preprocess import Preprocessor, parse_preprocessor
 from nufilt_jax.evaluation.ready import OnBatch, spread
 from nufilt_jax.evaluation.scoring import Classifier
 from nufilt_jax.evaluation.specs import ImageSpec
-from nufilt_jax.evaluation.text_heads import HeadMaker
 from nufilt_jax.models.clip_config import parse_vision_config
 
 if TYPE_CHECKING:

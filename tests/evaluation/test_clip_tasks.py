@@ -16,11 +16,12 @@ from safetensors.numpy import save_file
 
 import nufilt_jax as nj
 from nufilt_jax.errors import CheckpointError, ConfigError, MissingExtraError
-from nufilt_jax.evaluation import image_tasks, normalise_head, scoring
-from nufilt_jax.evaluation.image_tasks import open_image_task
+from nufilt_jax.evaluation import normalise_head, scoring
+from nufilt_jax.evaluation.clip import tasks as clip_tasks
+from nufilt_jax.evaluation.clip.heads import TextHeads
+from nufilt_jax.evaluation.clip.tasks import open_image_task
 from nufilt_jax.evaluation.ready import ReadyTask
 from nufilt_jax.evaluation.specs import ImageSpec
-from nufilt_jax.evaluation.text_heads import TextHeads
 
 N, N_CLASSES = 37, 9
 NAMES = tuple(f"class {index}" for index in range(N_CLASSES))
@@ -180,7 +181,7 @@ def test_labels_without_a_feature_of_their_own(tmp_path, pictures, right):
 
 def test_images_are_decoded_by_threads_and_not_all_at_once(folder, small_batches, monkeypatch):
     names, begun = [], []
-    prepare, ahead = image_tasks.Preprocessor.__call__, image_tasks.computed_ahead
+    prepare, ahead = clip_tasks.Preprocessor.__call__, clip_tasks.computed_ahead
 
     def preparing(self, image):
         names.append(threading.current_thread().name)
@@ -189,8 +190,8 @@ def test_images_are_decoded_by_threads_and_not_all_at_once(folder, small_batches
     def beginning(work, jobs, **options):
         return ahead(work, (begun.append(job) or job for job in jobs), **options)
 
-    monkeypatch.setattr(image_tasks.Preprocessor, "__call__", preparing)
-    monkeypatch.setattr(image_tasks, "computed_ahead", beginning)
+    monkeypatch.setattr(clip_tasks.Preprocessor, "__call__", preparing)
+    monkeypatch.setattr(clip_tasks, "computed_ahead", beginning)
     seen = []
     opened(folder).score(build.params(), on_batch=lambda *_: seen.append(len(begun)))
     assert len(names) == N
@@ -224,7 +225,7 @@ def test_labels_that_are_no_class_are_named(tmp_path, pictures, right):
 
 
 def test_what_does_not_fit_is_refused_before_any_image_is_read(tmp_path, folder, pictures, right, monkeypatch):
-    monkeypatch.setattr(image_tasks._ImageTask, "score", None)
+    monkeypatch.setattr(clip_tasks._ImageTask, "score", None)
 
     def refusal(data=folder, error=ConfigError, **changes):
         with pytest.raises(error) as caught:
@@ -251,14 +252,14 @@ def test_what_does_not_fit_is_refused_before_any_image_is_read(tmp_path, folder,
     assert "there is no split 'train'" in refusal(split="train")
     assert "config.json asks for 12 by 12" in refusal(error=CheckpointError, preprocessor_config={})
     assert "model_type is 't5'" in refusal(error=CheckpointError, model_config={"model_type": "t5"})
-    monkeypatch.setattr(image_tasks.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(clip_tasks.importlib.util, "find_spec", lambda name: None)
     assert "Pillow, which is not installed (pip install 'nufilt_jax[eval]')" in refusal(error=MissingExtraError)
 
 
 SPLIT_OVER_DEVICES = """
 import json, sys, jax, numpy as np
 sys.path[:0] = json.loads(sys.argv[1])
-import image_models as build, test_image_tasks as tests
+import image_models as build, test_clip_tasks as tests
 from safetensors.numpy import load_file
 from nufilt_jax.evaluation import scoring
 scoring._BATCH = 7  # rounded up to 9

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from nufilt_jax.errors import ConfigError, NufiltError, Problem, gathering, raise_all
-from nufilt_jax.evaluation.image_tasks import open_image_task
+from nufilt_jax.evaluation.clip.tasks import open_image_task
 from nufilt_jax.evaluation.specs import ImageSpec, Spec
 
 

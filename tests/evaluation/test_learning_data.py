@@ -9,7 +9,7 @@ import pytest
 from nufilt_jax import methods
 from nufilt_jax.errors import CheckpointError, ConfigError
 from nufilt_jax.evaluation import accuracy, normalise_head
-from nufilt_jax.evaluation.seeds import clip_task_data, shuffled_batches
+from nufilt_jax.evaluation.learning_data import clip_task_data, shuffled_batches
 from nufilt_jax.methods import adaptation
 from nufilt_jax.methods.adamerging import AdaMergingConfig
 from nufilt_jax.methods.wemoe import WemoeConfig
