@@ -27,7 +27,7 @@ def test_its_python_runs():
 
 @pytest.mark.parametrize("page", ["README.md", "benchmarks/study/STUDY.md"])
 def test_its_numbers_are_those_of_the_results_files(page):
-    from benchmarks.common import measure
+    from benchmarks.common import records
     from benchmarks.study import tiny
 
     written = (ROOT / page).read_text(encoding="utf-8")
@@ -35,7 +35,7 @@ def test_its_numbers_are_those_of_the_results_files(page):
     assert len(quoted) == written.count("<!-- results:") > 1
     for path, title, text in quoted:
         results = json.loads((ROOT / path).read_text())
-        assert text == (tiny.markdown(results) if ROOT / path == tiny.RESULTS else measure.markdown(results, title))
+        assert text == (tiny.markdown(results) if ROOT / path == tiny.RESULTS else records.markdown(results, title))
 
 
 def test_the_pictures_of_the_study_are_there():

@@ -1,36 +1,25 @@
-"""Times, rates and records that all benchmarks share.
+"""Times and rates, and where they were taken."""
 
-python -m benchmarks.common.measure RESULTS.json ...    prints the Markdown tables of stored results
-"""
-
-import argparse
 import contextlib
 import datetime
 import importlib.metadata
-import json
 import os
 import platform
 import statistics
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
 
-from nufilt_jax.errors import NufiltError
+from benchmarks.common.records import ROOT, Json
 
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("jax", "jaxlib", "numpy", "torch")
 MATMUL_SIZES = {"cpu": (512, 1024, 2048), "gpu": (2048, 4096, 8192)}
 COPY_BYTES = {"cpu": 2**28, "gpu": 2**31}  # much more than any cache holds
-
-Json = dict[str, Any]
 
 
 class Times(NamedTuple):
@@ -179,131 +168,3 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Json:
-    """A table as the results files hold it."""
-    return {"title": title, "columns": list(columns), "rows": [list(row) for row in rows]}
-
-
-def rows(document: Json, title: str) -> list[Json]:
-    """The rows of one of a document's tables, each by column."""
-    [found] = [part for part in document["tables"] if part["title"] == title]
-    return [dict(zip(found["columns"], row, strict=True)) for row in found["rows"]]
-
-
-def write_json(document: Json, path: Path) -> None:
-    """Writes results in a form that changes no more than the results do."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
-
-
-def markdown(document: Json, only: str = "") -> str:
-    """The tables of a results file whose titles begin so, and under them where the numbers come from."""
-    at = document["environment"]
-    commit = (at["commit"] or "unknown")[:8] + (" with changes" if at["uncommitted_changes"] else "")
-    lines = [
-        part for one in _titled(document, only) for part in ("**" + one["title"] + "**", "", markdown_table(one), "")
-    ]
-    versions = ", ".join(f"{name} {version}" for name, version in at["versions"].items() if version)
-    lines.append(f"{where(at)}, Python {at['python']}, {versions}; commit {commit}, {at['date'][:10]}.")
-    return "\n".join(lines)
-
-
-def _titled(document: Json, start: str) -> list[Json]:
-    return [one for one in document["tables"] if one["title"].startswith(start)]
-
-
-def where(environment: Json) -> str:
-    """The device in a few words."""
-    if environment["platform"] != "cpu":
-        return environment["device"]
-    return f"{environment['cpu_count']} cores of {environment['cpu']}"
-
-
-def markdown_table(one: Json) -> str:
-    """One table in Markdown: numbers to four figures, and to the right."""
-    numeric = [all(isinstance(row[i], int | float | None) for row in one["rows"]) for i in range(len(one["columns"]))]
-    lines = [one["columns"], ["---:" if right else "---" for right in numeric]]
-    lines += [[_cell(value) for value in row] for row in one["rows"]]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, float):
-        return str(value)
-    if 0.99 < value < 1 - 1e-7:  # a share: what is missing is of interest
-        return f"1 - {1 - value:.1e}"
-    if value == 0 or 1e-3 <= abs(value) < 1e4:
-        return f"{value:.4g}"
-    return f"{value:.0f}" if 1e4 <= abs(value) < 1e6 else f"{value:.1e}"
-
-
-class Parser(argparse.ArgumentParser):
-    """Arguments of a benchmark; what is wrong with them is said in one line."""
-
-    def __init__(self, description: str | None, out: str) -> None:
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-        self.add_argument("--json", type=Path, metavar="OUT", help=f"results file (default: benchmarks/results/{out})")
-
-    def error(self, message: str) -> NoReturn:
-        """Says it and exits with status 2."""
-        self.exit(2, f"{self.prog}: {message}\n")
-
-    @contextlib.contextmanager
-    def refusals(self) -> Iterator[None]:
-        """What the package refuses is said, a line each, and ends the program with status 1."""
-        try:
-            yield
-        except NufiltError as error:
-            self.exit(1, "".join(f"{self.prog}: {problem}\n" for problem in error.problems))
-
-
-def settings(options: argparse.Namespace) -> Json:
-    """The options as the results file holds them: all but where it is written."""
-    return {key: value for key, value in vars(options).items() if key != "json"}
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """Type of an argument: a whole number that is not below `least`."""
-
-    def whole_number(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
-        return value
-
-    return whole_number
-
-
-def prepare_process() -> None:
-    """Leaves the accelerator's memory to all contenders; before anything runs on it."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-
-
-def finish(document: Json, path: Path) -> None:
-    """Stores results and prints their tables."""
-    write_json(document, path)
-    Console(highlight=False).print(markdown(document), soft_wrap=True, markup=False)
-
-
-def say(text: str) -> None:
-    """Progress, on stderr and on a terminal alone."""
-    Console(stderr=True, highlight=False, quiet=not sys.stderr.isatty()).print(text, markup=False, soft_wrap=True)
-
-
-def main() -> None:
-    """Parses the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="+", help="results files")
-    paths = parser.parse_args().results
-    if missing := [str(path) for path in paths if not path.is_file()]:
-        parser.exit(1, f"{parser.prog}: there is no {', '.join(missing)}\n")
-    for path in paths:
-        Console(highlight=False).print(markdown(json.loads(path.read_text())), soft_wrap=True, markup=False)
-
-
-if __name__ == "__main__":
-    main()

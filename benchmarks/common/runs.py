@@ -8,7 +8,7 @@ from typing import cast
 import jax
 import numpy as np
 
-from benchmarks.common.measure import Json
+from benchmarks.common.records import Json
 from benchmarks.common.streams import Params, Stream
 from nufilt_jax import methods
 from nufilt_jax.config import MethodConfig, OtherParams

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.sparse.linalg import lobpcg_standard
 
-from benchmarks.common import measure, shapes
+from benchmarks.common import measure, records, script, shapes
 from nufilt_jax.linalg import subspace
 from nufilt_jax.linalg.dense import gram, matmul
 from nufilt_jax.linalg.dispatch import run_alone
@@ -172,7 +172,7 @@ def measure_all(
     rows: dict[str, list[list[Any]]] = {name: [] for name in DIRECTIONS}
     for one in _cases(sizes, batches, spectra):
         n, batch = one.matrices.shape[-1], len(one.matrices)
-        measure.say(f"n = {n}, {batch} matrices, {one.spectrum}")
+        script.say(f"n = {n}, {batch} matrices, {one.spectrum}")
         for name, wanted in DIRECTIONS.items():
             # The SVD first: where nothing better is known, the others are held against it.
             for route in sorted(routes, key=lambda route: route != "svd"):
@@ -191,16 +191,16 @@ def _cases(sizes: list[int], batches: list[int], spectra: list[str]) -> Iterator
 
 def main() -> None:
     """Parses the command line."""
-    parser = measure.Parser(__doc__, "decompositions.json")
-    parser.add_argument("--n", type=measure.at_least(1), nargs="+", default=list(SIZES), help="widths")
-    parser.add_argument("--batch", type=measure.at_least(1), nargs="+", default=list(BATCHES), help="matrices at once")
+    parser = script.Parser(__doc__, "decompositions.json")
+    parser.add_argument("--n", type=script.at_least(1), nargs="+", default=list(SIZES), help="widths")
+    parser.add_argument("--batch", type=script.at_least(1), nargs="+", default=list(BATCHES), help="matrices at once")
     parser.add_argument(
         "--routes", choices=ROUTES, nargs="+", default=list(ROUTES), metavar="ROUTE", help=", ".join(ROUTES)
     )
     parser.add_argument(
         "--spectra", choices=SPECTRA, nargs="+", default=list(SPECTRA), metavar="SPECTRUM", help=", ".join(SPECTRA)
     )
-    parser.add_argument("--repeats", type=measure.at_least(1), default=5, help="timed runs (default: 5)")
+    parser.add_argument("--repeats", type=script.at_least(1), default=5, help="timed runs (default: 5)")
     parser.add_argument("--budget", type=float, default=300, help="most seconds for the runs of one row (default: 300)")
     options = parser.parse_args()
     environment, neighbours = measure.environment(), measure.Neighbours()
@@ -211,12 +211,12 @@ def main() -> None:
         "dtype": "float32",
         "environment": environment,
         "percent_cpu_of_others": neighbours.percent(),
-        "settings": measure.settings(options),
+        "settings": script.settings(options),
         "tables": [
-            measure.table(f"{name}: {rank} directions", COLUMNS, rows[name]) for name, rank in DIRECTIONS.items()
+            records.table(f"{name}: {rank} directions", COLUMNS, rows[name]) for name, rank in DIRECTIONS.items()
         ],
     }
-    measure.finish(document, options.json or measure.RESULTS / "decompositions.json")
+    records.finish(document, options.json or records.RESULTS / "decompositions.json")
 
 
 if __name__ == "__main__":

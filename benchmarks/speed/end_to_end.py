@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.common import measure, shapes
+from benchmarks.common import measure, records, script, shapes
 from nufilt_jax.checkpoints.safetensors_files import Piece, write_file
 
 TASKS = (8, 14, 20)
@@ -173,7 +173,7 @@ def split(run: Run) -> dict[str, float]:
     return {"start, end": run.wall - sum(parts.values()), **parts}
 
 
-def document(runs: dict[int, Run], tower: Tower, how: str) -> measure.Json:
+def document(runs: dict[int, Run], tower: Tower, how: str) -> records.Json:
     """The results: a row per number of tasks, and how the wall time grows with it."""
     limit = 3 * tower.n_bytes + GIB
     rows, hidden = [], []
@@ -186,8 +186,8 @@ def document(runs: dict[int, Run], tower: Tower, how: str) -> measure.Json:
         hidden.append([n_tasks, read, put, compiled["programs"], missed])
     columns = ("tasks", "wall", *split(next(iter(runs.values()))), "not solving, %", "peak GiB", "limit GiB")
     tables = [
-        measure.table(SECONDS, columns, rows),
-        measure.table(HIDDEN, ("tasks", "read", "put", "programs", "compiled anew"), hidden),
+        records.table(SECONDS, columns, rows),
+        records.table(HIDDEN, ("tasks", "read", "put", "programs", "compiled anew"), hidden),
     ]
     if len(runs) > 2:
         tables.append(_growth({n_tasks: run.wall for n_tasks, run in runs.items()}))
@@ -195,18 +195,18 @@ def document(runs: dict[int, Run], tower: Tower, how: str) -> measure.Json:
     return {"environment": measure.environment(), "about": about, "tables": tables}
 
 
-def _growth(wall: dict[int, float]) -> measure.Json:
+def _growth(wall: dict[int, float]) -> records.Json:
     """A straight line through the wall times, and how far they are off it."""
     slope, start = (float(x) for x in np.polyfit(list(wall), list(wall.values()), 1))
     rows = [[n, seconds, start + slope * n, 100 * (seconds / (start + slope * n) - 1)] for n, seconds in wall.items()]
     rows.append(["per task", slope, None, None])
-    return measure.table(GROWTH, ("tasks", "wall", "line", "off it, %"), rows)
+    return records.table(GROWTH, ("tasks", "wall", "line", "off it, %"), rows)
 
 
 def main() -> None:
     """Parses the command line, makes the models, runs the command."""
-    parser = measure.Parser(__doc__, "end_to_end.json")
-    positive = measure.at_least(1)
+    parser = script.Parser(__doc__, "end_to_end.json")
+    positive = script.at_least(1)
     parser.add_argument("--tasks", type=positive, nargs="+", default=TASKS, help="numbers of tasks (default: 8 14 20)")
     parser.add_argument("--folder", type=Path, help="where to make the models, and keep them (default: nowhere)")
     parser.add_argument("--blocks", type=positive, default=Tower().blocks, help="of the tower (default: 12)")
@@ -220,19 +220,19 @@ def main() -> None:
         for task in itertools.chain([None], range(max(*arguments.tasks, FEWEST))):
             model = folder / ("base" if task is None else f"task{task:02}")
             if not model.exists():
-                measure.say(f"writing {model.name}")
+                script.say(f"writing {model.name}")
                 write_model(model, tower, task)
         if not arguments.cold:
-            measure.say("filling the compile cache")
+            script.say("filling the compile cache")
             run_command(folder, FEWEST)
         runs = {}
         for n_tasks in arguments.tasks:
             if arguments.cold:
                 shutil.rmtree(folder / "cache", ignore_errors=True)
-            measure.say(f"merging {n_tasks} tasks")
+            script.say(f"merging {n_tasks} tasks")
             runs[n_tasks] = run_command(folder, n_tasks, evict=arguments.evict)
     how = f"compile cache {'cold' if arguments.cold else 'warm'}, files {'cold' if arguments.evict else 'warm'}"
-    measure.finish(document(runs, tower, how), arguments.json or measure.RESULTS / "end_to_end.json")
+    records.finish(document(runs, tower, how), arguments.json or records.RESULTS / "end_to_end.json")
 
 
 if __name__ == "__main__":

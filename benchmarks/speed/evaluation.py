@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from benchmarks.common import measure
-from benchmarks.common.measure import Json, Times
+from benchmarks.common import measure, records, script
+from benchmarks.common.measure import Times
+from benchmarks.common.records import Json
 from benchmarks.speed import end_to_end
 from benchmarks.speed.end_to_end import Tower
 from nufilt_jax.evaluation.clip.tasks import open_image_task
@@ -143,7 +144,7 @@ def run(options: Any) -> Json:
     files = _files(tower, params, torch_model, sizes, options)
     rows = [entries[n].row(name, n, options.images) for n in options.batches for name, entries in memory.items()]
     file_rows = [[*entry.row(name, sizes[name], options.images), entry.answer] for name, entry in files.items()]
-    tables = [measure.table(MEMORY, COLUMNS, rows), measure.table(JPEG, (*COLUMNS, "accuracy"), file_rows)]
+    tables = [records.table(MEMORY, COLUMNS, rows), records.table(JPEG, (*COLUMNS, "accuracy"), file_rows)]
     if options.against:
         tables.append(_ratios({name: memory[name][batch] for name, batch in best.items()}, files))
     return {
@@ -154,7 +155,7 @@ def run(options: Any) -> Json:
             "memory": {name: {n: one.times.seconds for n, one in entries.items()} for name, entries in memory.items()},
             "jpeg": {name: entry.times.seconds for name, entry in files.items()},
         },
-        "settings": measure.settings(options),
+        "settings": script.settings(options),
         "tables": tables,
     }
 
@@ -164,7 +165,7 @@ def _memory(tower: Tower, params: Params, torch_model: Any, options: Any) -> dic
     pixels = np.random.default_rng(0).standard_normal((options.images, 3, 224, 224), np.float32)
     found: dict[str, dict[int, Entry]] = {}
     for batch in options.batches:
-        measure.say(f"batches of {batch}")
+        script.say(f"batches of {batch}")
         found.setdefault(OURS, {})[batch] = from_memory(tower, params, pixels, batch, options.repeats)
         if torch_model is not None:
             call = functools.partial(torch_model.features, pixels, batch)
@@ -174,7 +175,7 @@ def _memory(tower: Tower, params: Params, torch_model: Any, options: Any) -> dic
 
 def _files(tower: Tower, params: Params, torch_model: Any, sizes: dict[str, int], options: Any) -> dict[str, Entry]:
     """By contender."""
-    measure.say("from JPEG")
+    script.say("from JPEG")
     head = Head(tower.width)
     with jpegs(options.images) as folder:
         found = {OURS: from_jpeg(tower, params, folder, head, options.repeats)}
@@ -196,26 +197,26 @@ def _ratios(memory: dict[str, Entry], whole: dict[str, Entry]) -> Json:
     wrong = abs(whole[OURS].answer - whole[THEIRS].answer)
     speeds = [statistics.median(part[THEIRS].times.seconds) / part[OURS].times.median for part in (memory, whole)]
     columns = ("from", "images/s", "largest difference")
-    return measure.table(RATIO, columns, [["memory, best batch sizes", speeds[0], apart], ["JPEG", speeds[1], wrong]])
+    return records.table(RATIO, columns, [["memory, best batch sizes", speeds[0], apart], ["JPEG", speeds[1], wrong]])
 
 
 def main() -> None:
     """Parses the command line."""
-    measure.prepare_process()
-    parser = measure.Parser(__doc__, "evaluation_PLATFORM.json")
+    script.prepare_process()
+    parser = script.Parser(__doc__, "evaluation_PLATFORM.json")
     parser.add_argument("--against", choices=("torch",), help="also time transformers' class: torch")
-    parser.add_argument("--images", type=measure.at_least(1), default=128, help="of every run (default: 128)")
+    parser.add_argument("--images", type=script.at_least(1), default=128, help="of every run (default: 128)")
     parser.add_argument(
         "--batches",
-        type=measure.at_least(1),
+        type=script.at_least(1),
         nargs="+",
         default=[8, 16, 32, 64],
         metavar="N",
         help="sizes (8 16 32 64)",
     )
-    parser.add_argument("--repeats", type=measure.at_least(1), default=5, help="timed runs (default: 5)")
-    parser.add_argument("--blocks", type=measure.at_least(1), default=12, help="of the tower (default: 12)")
-    parser.add_argument("--width", type=measure.at_least(1), default=768, help="of the tower (default: 768)")
+    parser.add_argument("--repeats", type=script.at_least(1), default=5, help="timed runs (default: 5)")
+    parser.add_argument("--blocks", type=script.at_least(1), default=12, help="of the tower (default: 12)")
+    parser.add_argument("--width", type=script.at_least(1), default=768, help="of the tower (default: 768)")
     options = parser.parse_args()
     if uneven := [batch for batch in options.batches if options.images % batch]:
         parser.error(f"argument --batches: {options.images} images do not make whole batches of {uneven[0]}")
@@ -225,7 +226,7 @@ def main() -> None:
         parser.error("argument --against: this compares CPUs; set JAX_PLATFORMS=cpu")
     document = run(options)
     platform = document["environment"]["platform"]
-    measure.finish(document, options.json or measure.RESULTS / f"evaluation_{platform}.json")
+    records.finish(document, options.json or records.RESULTS / f"evaluation_{platform}.json")
 
 
 if __name__ == "__main__":

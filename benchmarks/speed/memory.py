@@ -18,7 +18,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from benchmarks.common import measure
+from benchmarks.common import measure, records, script
 from nufilt_jax.checkpoints.safetensors_files import Piece, write_file
 
 METHODS = ("nufilt", "task_arithmetic", "weight_average")
@@ -85,7 +85,7 @@ def peak(folder: Path, method: str, n_tasks: int) -> int:
     return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def document(peaks: dict[tuple[str, int], int], model: Llama) -> measure.Json:
+def document(peaks: dict[tuple[str, int], int], model: Llama) -> records.Json:
     """The results: a row per method and number of tasks."""
     rows = [
         [method, n_tasks, found / 1e9, found / model.n_bytes, LIMITS.get(method, 3.0)]
@@ -93,13 +93,13 @@ def document(peaks: dict[tuple[str, int], int], model: Llama) -> measure.Json:
     ]
     columns = ("method", "tasks", "peak GB", "times the model in float32", "wanted at most")
     about = {"model": model._asdict(), "float32_bytes": model.n_bytes, "dtype": "bfloat16"}
-    return {"environment": measure.environment(), "about": about, "tables": [measure.table(TITLE, columns, rows)]}
+    return {"environment": measure.environment(), "about": about, "tables": [records.table(TITLE, columns, rows)]}
 
 
 def main() -> None:
     """Parses the command line, makes the models, runs the commands."""
-    parser = measure.Parser(__doc__, "memory.json")
-    positive = measure.at_least(1)
+    parser = script.Parser(__doc__, "memory.json")
+    positive = script.at_least(1)
     parser.add_argument("--methods", nargs="+", default=METHODS, help=f"default: {' '.join(METHODS)}")
     parser.add_argument("--tasks", type=positive, nargs="+", default=(2, 3), help="numbers of tasks (default: 2 3)")
     for name, value in Llama()._asdict().items():
@@ -112,14 +112,14 @@ def main() -> None:
         for task in (None, *range(max(arguments.tasks))):
             target = folder / ("base" if task is None else f"task{task}")
             if not target.exists():
-                measure.say(f"writing {target.name}")
+                script.say(f"writing {target.name}")
                 write_model(target, model, task)
         peaks = {}
         for method in arguments.methods:
             for n_tasks in arguments.tasks:
-                measure.say(f"{method}, {n_tasks} tasks")
+                script.say(f"{method}, {n_tasks} tasks")
                 peaks[method, n_tasks] = peak(folder, method, n_tasks)
-    measure.finish(document(peaks, model), arguments.json or measure.RESULTS / "memory.json")
+    records.finish(document(peaks, model), arguments.json or records.RESULTS / "memory.json")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.common import measure
+from benchmarks.common import measure, records, script
 from benchmarks.speed import end_to_end
 from benchmarks.speed.end_to_end import Tower
 from nufilt_jax import methods
@@ -31,7 +31,7 @@ CLASSES = 10
 ONE_PASS = ("sum", "weight_average", "task_arithmetic", "magmax")  # read D and τ, write D: 12 bytes a number
 
 
-def run_alone(method: str, tower: Tower, repeats: int) -> measure.Json:
+def run_alone(method: str, tower: Tower, repeats: int) -> records.Json:
     """One method, in this process: seconds of each timed task and of all compilation, numbers touched, peak bytes."""
     base = {name: end_to_end.pretrained(name, shape) for name, shape in tower.shapes().items()}
     rule = methods.get(method)
@@ -80,10 +80,10 @@ def run_all(names: list[str], tower: Tower, repeats: int, copy_rate: float) -> l
     """The table's rows, each from a process of its own."""
     rows = []
     for name in names:
-        measure.say(name)
+        script.say(name)
         settings = json.dumps([name, tower, repeats])
         command = [sys.executable, "-m", "benchmarks.speed.methods", "--alone", settings]
-        told = subprocess.run(command, cwd=measure.ROOT, check=True, stdout=subprocess.PIPE)
+        told = subprocess.run(command, cwd=records.ROOT, check=True, stdout=subprocess.PIPE)
         found = json.loads(told.stdout)
         least, middle = min(found["seconds"]), statistics.median(found["seconds"])
         rate = 12e-9 * found["numbers"] / least if name in ONE_PASS else None
@@ -99,13 +99,13 @@ def _title(tower: Tower) -> str:
 
 def main() -> None:
     """Parses the command line."""
-    parser = measure.Parser(__doc__, "methods_PLATFORM.json")
+    parser = script.Parser(__doc__, "methods_PLATFORM.json")
     parser.add_argument(
         "--methods", choices=RULES, nargs="+", default=list(RULES), metavar="METHOD", help=", ".join(RULES)
     )
-    parser.add_argument("--blocks", type=measure.at_least(1), default=12, help="of the tower (default: 12)")
-    parser.add_argument("--width", type=measure.at_least(1), default=768, help="of the tower (default: 768)")
-    parser.add_argument("--repeats", type=measure.at_least(1), default=3, help="timed tasks (default: 3)")
+    parser.add_argument("--blocks", type=script.at_least(1), default=12, help="of the tower (default: 12)")
+    parser.add_argument("--width", type=script.at_least(1), default=768, help="of the tower (default: 768)")
+    parser.add_argument("--repeats", type=script.at_least(1), default=3, help="timed tasks (default: 3)")
     parser.add_argument("--alone", metavar="JSON", help="run one method in this process; the script calls itself so")
     options = parser.parse_args()
     if options.alone:
@@ -122,9 +122,9 @@ def main() -> None:
         "environment": environment,
         "machine": rates._asdict(),
         "settings": {"width": tower.width, "blocks": tower.blocks, "repeats": options.repeats},
-        "tables": [measure.table(_title(tower), COLUMNS, rows)],
+        "tables": [records.table(_title(tower), COLUMNS, rows)],
     }
-    measure.finish(document, options.json or measure.RESULTS / f"methods_{environment['platform']}.json")
+    records.finish(document, options.json or records.RESULTS / f"methods_{environment['platform']}.json")
 
 
 if __name__ == "__main__":

@@ -19,8 +19,9 @@ from typing import NamedTuple, get_args
 import jax
 import numpy as np
 
-from benchmarks.common import measure, shapes
-from benchmarks.common.measure import Json, Machine
+from benchmarks.common import measure, records, script, shapes
+from benchmarks.common.measure import Machine
+from benchmarks.common.records import Json
 from benchmarks.common.shapes import Inputs, Shape
 from benchmarks.speed.package_solve import DECOMPOSITION, Merge, Stage, stages, to_device
 from nufilt_jax.config import Decomposition
@@ -56,27 +57,27 @@ class Entry(NamedTuple):
 
 def main() -> None:
     """Parses the command line."""
-    measure.prepare_process()
+    script.prepare_process()
     parser = _parser()
     options = parser.parse_args()
     device = _torch_device(parser) if options.against else ""
     config = NufiltConfig(decomposition=options.decomposition, steps=options.steps)
     document = run(options, config, device)
-    measure.finish(document, options.json or default_path(options))
+    records.finish(document, options.json or default_path(options))
 
 
-def _parser() -> measure.Parser:
-    parser = measure.Parser(__doc__, "solve_MODEL_PLATFORM.json")
+def _parser() -> script.Parser:
+    parser = script.Parser(__doc__, "solve_MODEL_PLATFORM.json")
     parser.add_argument("--model", choices=shapes.MODELS, required=True, metavar="MODEL", help=", ".join(shapes.MODELS))
     add_problem_options(parser)
     parser.add_argument(
         "--against", choices=CONTENDERS, nargs="+", default=[], metavar="CONTENDER", help=", ".join(CONTENDERS)
     )
     parser.add_argument(
-        "--eager-repeats", type=measure.at_least(1), default=1, help="timed runs of the eager contenders (default: 1)"
+        "--eager-repeats", type=script.at_least(1), default=1, help="timed runs of the eager contenders (default: 1)"
     )
-    parser.add_argument("--steps", type=measure.at_least(1), default=50, help="Adam steps (default: 50)")
-    parser.add_argument("--tasks", type=measure.at_least(2), metavar="T", help="also merge T tasks in memory")
+    parser.add_argument("--steps", type=script.at_least(1), default=50, help="Adam steps (default: 50)")
+    parser.add_argument("--tasks", type=script.at_least(2), metavar="T", help="also merge T tasks in memory")
     parser.add_argument("--skip-plain", action="store_true", help="do not compare with the package's own SVD route")
     return parser
 
@@ -84,7 +85,7 @@ def _parser() -> measure.Parser:
 def add_problem_options(parser: argparse.ArgumentParser) -> None:
     """Options that say what is solved, but for the model."""
     parser.add_argument(
-        "--layers", type=measure.at_least(1), metavar="N", help="the first N blocks of each tower alone (default: all)"
+        "--layers", type=script.at_least(1), metavar="N", help="the first N blocks of each tower alone (default: all)"
     )
     parser.add_argument(
         "--alpha", type=float, default=shapes.ALPHA, help=f"decay of the spectra, k^-ALPHA (default: {shapes.ALPHA})"
@@ -96,13 +97,13 @@ def add_problem_options(parser: argparse.ArgumentParser) -> None:
         metavar="ROUTE",
         help=", ".join(get_args(Decomposition)) + " (default: auto)",
     )
-    parser.add_argument("--repeats", type=measure.at_least(1), default=5, help="timed runs (default: 5)")
+    parser.add_argument("--repeats", type=script.at_least(1), default=5, help="timed runs (default: 5)")
 
 
 def default_path(options: argparse.Namespace) -> Path:
     """Where results go if the command line does not say."""
     blocks = f"_{options.layers}-blocks" if options.layers else ""
-    return measure.RESULTS / f"solve_{options.model}{blocks}_{jax.default_backend()}.json"
+    return records.RESULTS / f"solve_{options.model}{blocks}_{jax.default_backend()}.json"
 
 
 def _torch_device(parser: argparse.ArgumentParser) -> str:
@@ -123,10 +124,10 @@ def run(options: argparse.Namespace, config: NufiltConfig, device: str) -> Json:
     environment = measure.environment()
     layers = shapes.layer_shapes(options.model, options.layers)
     inputs = shapes.inputs(layers, config.adapter_rank, alpha=options.alpha)
-    measure.say(f"{options.model}: {len(layers)} layers")
+    script.say(f"{options.model}: {len(layers)} layers")
     machine = measure.machine_rates()
     ours = Merge([inputs], config)
-    measure.say("compiled; timing the solve and its stages")
+    script.say("compiled; timing the solve and its stages")
     neighbours = measure.Neighbours()
     times = ours.times(options.repeats)
     parts = stages(to_device(inputs), config, options.repeats)
@@ -136,10 +137,10 @@ def run(options: argparse.Namespace, config: NufiltConfig, device: str) -> Json:
     entries = {OURS: Entry(ours.compile_seconds, seconds, updates, notes, neighbours.percent())}
     del ours
     if not options.skip_plain:
-        measure.say("the package's SVD route")
+        script.say("the package's SVD route")
         entries[PLAIN] = _plain(inputs, config)
     for name in options.against:
-        measure.say(name)
+        script.say(name)
         entries[name] = _contender(name, inputs, config, device, options)
     tables = [
         _totals(entries, options),
@@ -157,7 +158,7 @@ def run(options: argparse.Namespace, config: NufiltConfig, device: str) -> Json:
         "machine": {"matmul_gflops": machine.matmul, "copy_gb_per_s": machine.copy},
         "notes": {name: entry.notes for name, entry in entries.items() if entry.notes},
         "seconds": {name: entry.stages for name, entry in entries.items()},
-        "settings": measure.settings(options),
+        "settings": script.settings(options),
         "tables": [one for one in tables if one["rows"]],
     }
 
@@ -211,7 +212,7 @@ def _totals(entries: dict[str, Entry], options: argparse.Namespace) -> Json:
         times = [min(total), statistics.median(total), decompose, *others]
         rows.append([name, entry.setup_seconds, len(total), *times, entry.neighbours])
     blocks = f", {options.layers} blocks of each tower" if options.layers else ""
-    return measure.table(f"One task's solve, {options.model}{blocks}", columns, rows)
+    return records.table(f"One task's solve, {options.model}{blocks}", columns, rows)
 
 
 def _stages(parts: dict[str, Stage], machine: Machine) -> Json:
@@ -226,7 +227,7 @@ def _stages(parts: dict[str, Stage], machine: Machine) -> Json:
         rates += [size, size / seconds, 100 * size / seconds / machine.copy]
         rows.append([name, part.compile_seconds, part.times.minimum, seconds, *rates])
     title = f"Stages apart; the machine: {machine.matmul:.0f} GFLOP/s, {machine.copy:.1f} GB/s"
-    return measure.table(title, columns, rows)
+    return records.table(title, columns, rows)
 
 
 def _ratios(entries: dict[str, Entry]) -> Json:
@@ -247,7 +248,7 @@ def _ratios(entries: dict[str, Entry]) -> Json:
         for name, entry in entries.items()
         if name != OURS
     ]
-    return measure.table("Times ours, by medians", ("contender", "total", "decompose", "adam", "reduce + adam"), rows)
+    return records.table("Times ours, by medians", ("contender", "total", "decompose", "adam", "reduce + adam"), rows)
 
 
 def _agreement(entries: dict[str, Entry]) -> Json:
@@ -256,7 +257,7 @@ def _agreement(entries: dict[str, Entry]) -> Json:
         if name != OURS:
             apart = [difference(x, entry.updates[layer]) for layer, x in entries[OURS].updates.items()]
             rows.append([name, max(apart), statistics.median(apart)])
-    return measure.table("Relative difference of our updates", ("contender", "max", "median"), rows)
+    return records.table("Relative difference of our updates", ("contender", "max", "median"), rows)
 
 
 def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
@@ -265,12 +266,12 @@ def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def _merge(layers: dict[str, Shape], inputs: Inputs, config: NufiltConfig, options: argparse.Namespace) -> Json:
-    measure.say(f"a merge of {options.tasks} tasks")
+    script.say(f"a merge of {options.tasks} tasks")
     merge = Merge(merge_inputs(layers, inputs, config, options), config)
     times = merge.times(options.repeats)
     row = [options.tasks, merge.compile_seconds, times.minimum, times.median, times.median / (options.tasks - 1)]
     columns = ("tasks", "compile s", "min s", "median s", "median s per solve")
-    return measure.table("Merge in memory", columns, [row])
+    return records.table("Merge in memory", columns, [row])
 
 
 def merge_inputs(

@@ -10,8 +10,8 @@ from typing import Any
 
 import jax
 
-from benchmarks.common import measure, paper_tables, shapes
-from benchmarks.common.measure import Json
+from benchmarks.common import measure, paper_tables, records, script, shapes
+from benchmarks.common.records import Json
 from benchmarks.common.shapes import Inputs
 from benchmarks.speed.package_solve import Merge, stages, to_device
 from benchmarks.speed.solve import add_problem_options, merge_inputs
@@ -24,16 +24,16 @@ COLUMNS = ("method", "iterations", "solve s", "total s", "where")
 
 def main() -> None:
     """Parses the command line."""
-    measure.prepare_process()
-    parser = measure.Parser(__doc__, "steps_PLATFORM.json")
+    script.prepare_process()
+    parser = script.Parser(__doc__, "steps_PLATFORM.json")
     add_problem_options(parser)
     parser.add_argument(
-        "--iterations", type=measure.at_least(1), nargs="+", default=list(ITERATIONS), help="Adam steps of each merge"
+        "--iterations", type=script.at_least(1), nargs="+", default=list(ITERATIONS), help="Adam steps of each merge"
     )
-    parser.add_argument("--tasks", type=measure.at_least(2), default=8, help="tasks to merge (default: 8)")
+    parser.add_argument("--tasks", type=script.at_least(2), default=8, help="tasks to merge (default: 8)")
     options = parser.parse_args()
     document = run(options)
-    measure.finish(document, options.json or measure.RESULTS / f"steps_{jax.default_backend()}.json")
+    records.finish(document, options.json or records.RESULTS / f"steps_{jax.default_backend()}.json")
 
 
 def paper_rows() -> list[list[Any]]:
@@ -50,9 +50,9 @@ def run(options: argparse.Namespace) -> Json:
     tasks = merge_inputs(layers, first, config, options)
     rows = []
     for iterations in options.iterations:
-        measure.say(f"{iterations} iterations")
+        script.say(f"{iterations} iterations")
         settings = dataclasses.replace(config, steps=iterations)
-        rows.append(["nufilt_jax", iterations, *_seconds(tasks, settings, options.repeats), measure.where(environment)])
+        rows.append(["nufilt_jax", iterations, *_seconds(tasks, settings, options.repeats), records.where(environment)])
     blocks = f", {options.layers} blocks alone" if options.layers else ""
     title = f"Table 5, ViT-B/32, 8 tasks; nufilt_jax: {options.tasks} tasks in memory{blocks}"
     return {
@@ -61,8 +61,8 @@ def run(options: argparse.Namespace) -> Json:
         "environment": environment,
         "layers": shapes.shape_counts(layers.values()),
         "percent_cpu_of_others": neighbours.percent(),
-        "settings": measure.settings(options),
-        "tables": [measure.table(title, COLUMNS, paper_rows() + rows)],
+        "settings": script.settings(options),
+        "tables": [records.table(title, COLUMNS, paper_rows() + rows)],
     }
 
 

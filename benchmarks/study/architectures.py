@@ -21,11 +21,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.common import measure
+from benchmarks.common import measure, records, script
 from nufilt_jax.cli import main as command
 from nufilt_jax.methods import nufilt
 
-TESTS = measure.ROOT / "tests"
+TESTS = records.ROOT / "tests"
 COLUMNS = ("family", "stored by", "layers", "as expected", "tensors left", "kept", "largest error", "opens")
 FILTER_RANK, ADAPTER_RANK, TASK_RANK, STEPS = 4, 2, 2, 4
 SEED = 0
@@ -118,7 +118,7 @@ def opens(entry: Any, folder: Path) -> str | None:
 
 def main() -> None:
     """Parses the command line."""
-    parser = measure.Parser(__doc__, "architectures.json")
+    parser = script.Parser(__doc__, "architectures.json")
     entries = from_tests("architecture_models").ENTRIES
     families = sorted({entry.family for entry in entries})
     told: Any = {"metavar": "FAMILY", "help": ", ".join(families)}
@@ -128,7 +128,7 @@ def main() -> None:
     rows = []
     for entry in entries:
         if entry.family in options.families:
-            measure.say(f"{entry.family}, {source(entry)}")
+            script.say(f"{entry.family}, {source(entry)}")
             with tempfile.TemporaryDirectory() as folder:
                 rows.append(row(entry, Path(folder)))
     document = {
@@ -137,9 +137,9 @@ def main() -> None:
         "environment": measure.environment("transformers", "safetensors"),
         "settings": {"filter_rank": FILTER_RANK, "adapter_rank": ADAPTER_RANK, "task_rank": TASK_RANK, "steps": STEPS}
         | {"families": options.families},
-        "tables": [measure.table("Layers merged of each family", COLUMNS, rows)],
+        "tables": [records.table("Layers merged of each family", COLUMNS, rows)],
     }
-    measure.finish(document, options.json or measure.RESULTS / "architectures.json")
+    records.finish(document, options.json or records.RESULTS / "architectures.json")
 
 
 if __name__ == "__main__":

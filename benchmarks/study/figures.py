@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from benchmarks.common import measure
-from benchmarks.common.measure import Json
+from benchmarks.common import measure, records, script
+from benchmarks.common.records import Json
 from benchmarks.common.runs import Scores
 from benchmarks.common.streams import ORDERS, Stream, StudyStream
 from benchmarks.study import study_settings
@@ -44,23 +44,23 @@ class Drawn(NamedTuple):
 
 def main() -> None:
     """Parses the command line."""
-    measure.prepare_process()
-    parser = measure.Parser(__doc__, "figure_NUMBER_study.json")
+    script.prepare_process()
+    parser = script.Parser(__doc__, "figure_NUMBER_study.json")
     parser.add_argument("--figure", type=int, choices=(2, 4, 5), required=True)
     parser.add_argument(
-        "--orders", type=measure.at_least(1), nargs="+", default=list(ORDERS), help="default: 1 to 5; 5 takes the first"
+        "--orders", type=script.at_least(1), nargs="+", default=list(ORDERS), help="default: 1 to 5; 5 takes the first"
     )
-    parser.add_argument("--images", type=measure.at_least(1), default=500, help="per task (default: 500)")
+    parser.add_argument("--images", type=script.at_least(1), default=500, help="per task (default: 500)")
     options = parser.parse_args()
-    path = options.json or measure.RESULTS / f"figure_{options.figure}_study.json"
+    path = options.json or records.RESULTS / f"figure_{options.figure}_study.json"
     with parser.refusals():
         drawn = draw(options)
     path.parent.mkdir(parents=True, exist_ok=True)
     for name, figure in drawn.pictures.items():
         path.with_name(f"{path.stem}_{name}.png").write_bytes(as_png(figure))
-    settings = measure.settings(options)
+    settings = script.settings(options)
     document = {"benchmark": "figures", "environment": measure.environment(), "settings": settings}
-    measure.finish(document | {"tables": drawn.tables}, path)
+    records.finish(document | {"tables": drawn.tables}, path)
 
 
 def draw(options: argparse.Namespace) -> Drawn:
@@ -77,14 +77,14 @@ def ranks(stream: Stream, orders: Iterable[int]) -> Drawn:
     """Fig. 4: means over orders."""
     curves, tables = {}, []
     for field, settings in figure_4(stream.config["hidden_size"]).items():
-        measure.say(SYMBOLS[field])
+        script.say(SYMBOLS[field])
         scores = np.mean([_scores(stream, settings, order) for order in orders], axis=0)
         varied = [getattr(setting, field) for setting in settings]
         held = [(SYMBOLS[key], value) for key, value in settings[0]._asdict().items() if key != field]
         label = f"{SYMBOLS[field]} ({', '.join(f'{symbol} = {value}' for symbol, value in held)})"
         curves[label] = (varied, scores[:, 0].tolist(), scores[:, 1].tolist())
         rows = [[rank, *pair] for rank, pair in zip(varied, (100 * scores).tolist(), strict=True)]
-        tables.append(measure.table(f"Fig. 4, {stream.name}: {label}", ("rank", "ACC %", "BWT %"), rows))
+        tables.append(records.table(f"Fig. 4, {stream.name}: {label}", ("rank", "ACC %", "BWT %"), rows))
     return Drawn(tables, {"ranks": rank_figure(curves, title=f"Ranks of NUFILT, {stream.name}")})
 
 
@@ -114,7 +114,7 @@ def affinities(stream: Stream, names: tuple[str, ...], images: list[TaskImages])
         )
     pictures["distribution"] = plots.affinity_curves(found.affinities, found.layers, random=found.random)
     columns = ("layers", "own task", "other tasks", "random subspaces")
-    return Drawn([measure.table(f"Fig. 2, {stream.name}: mean affinity", columns, tables)], pictures)
+    return Drawn([records.table(f"Fig. 2, {stream.name}: mean affinity", columns, tables)], pictures)
 
 
 def all_losses(stream: Stream, names: tuple[str, ...], images: list[TaskImages]) -> Drawn:
@@ -130,7 +130,7 @@ def all_losses(stream: Stream, names: tuple[str, ...], images: list[TaskImages])
         for label, row in steps.items()
     ]
     title = f"Fig. 5, {stream.name}: mean over steps, {UNIT}"
-    table = measure.table(title, ("method", "stability", "plasticity", "harmonic mean"), rows)
+    table = records.table(title, ("method", "stability", "plasticity", "harmonic mean"), rows)
     return Drawn([table], {"losses": plots.loss_figure(steps, names, unit=UNIT)})
 
 

@@ -10,8 +10,8 @@ import dataclasses
 import numpy as np
 from rich.console import Console
 
-from benchmarks.common import measure
-from benchmarks.common.measure import Json
+from benchmarks.common import measure, records, script
+from benchmarks.common.records import Json
 from benchmarks.common.runs import mean_scores, merge, references
 from benchmarks.common.streams import ORDERS, Stream, StudyStream
 from benchmarks.study import study_settings
@@ -21,7 +21,7 @@ from nufilt_jax.zoo import STUDY, Family
 from nufilt_jax.zoo.store import weights_folder
 from nufilt_jax.zoo.train import build
 
-RESULTS = measure.RESULTS / "fine_tuning_study.json"
+RESULTS = records.RESULTS / "fine_tuning_study.json"
 ROWS = ("weight_average", "sum", "null_space", "iso_c", "opcm", "nufilt", CLOSED_FORM)
 TUNED = ("nufilt", CLOSED_FORM)
 RATES = (1.5e-4, 5e-4)
@@ -29,20 +29,20 @@ RATES = (1.5e-4, 5e-4)
 
 def main() -> None:
     """Parses the command line."""
-    measure.prepare_process()
-    parser = measure.Parser(__doc__, RESULTS.name)
+    script.prepare_process()
+    parser = script.Parser(__doc__, RESULTS.name)
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="peak learning rates of Adam")
-    parser.add_argument("--orders", type=measure.at_least(1), nargs="+", default=list(ORDERS), help="default: 1 to 5")
-    parser.add_argument("--images", type=measure.at_least(1), default=500, help="per task (default: 500)")
+    parser.add_argument("--orders", type=script.at_least(1), nargs="+", default=list(ORDERS), help="default: 1 to 5")
+    parser.add_argument("--images", type=script.at_least(1), default=500, help="per task (default: 500)")
     options = parser.parse_args()
     build(STUDY, weights_folder(STUDY), Console(stderr=True))
     columns = {rate: _at(rate, options.orders, options.images) for rate in options.rates}
     rows = [[label, *(columns[rate][label] for rate in options.rates)] for label in next(iter(columns.values()))]
     title = f"The study at several learning rates of fine-tuning: ACC / BWT in %, {len(options.orders)} orders"
-    table = measure.table(title, ("", *(f"{rate:g}" for rate in options.rates)), rows)
-    settings = measure.settings(options)
+    table = records.table(title, ("", *(f"{rate:g}" for rate in options.rates)), rows)
+    settings = script.settings(options)
     document: Json = {"benchmark": "fine_tuning", "environment": measure.environment(), "settings": settings}
-    measure.finish(document | {"tables": [table]}, options.json or RESULTS)
+    records.finish(document | {"tables": [table]}, options.json or RESULTS)
 
 
 def at_rate(rate: float) -> Family:
@@ -66,7 +66,7 @@ def _at(rate: float, orders: list[int], n_images: int) -> dict[str, str]:
     settings |= {f"{label}, chosen by validation": chosen[label] for label in TUNED}
     for label, setting in settings.items():
         acc, bwt = mean_scores([merge(stream, setting, order) for order in orders])
-        measure.say(f"{rate:g}, {label}: {acc:.1f} {bwt:+.1f}")
+        script.say(f"{rate:g}, {label}: {acc:.1f} {bwt:+.1f}")
         found[label] = f"{acc:.1f} / {bwt:+.1f}"
     return found
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from benchmarks.common import measure
+from benchmarks.common import measure, records, script
 from benchmarks.common.runs import Setting, merged_params
 from benchmarks.common.streams import ORDERS, StudyStream
 from benchmarks.study import study_settings
@@ -31,7 +31,7 @@ from nufilt_jax.engine.records import forecast_entry
 from nufilt_jax.evaluation import accuracy_matrix
 from nufilt_jax.presets import shuffled
 
-RESULTS = measure.RESULTS / "forecast_study.json"
+RESULTS = records.RESULTS / "forecast_study.json"
 ADDED = "added_share"
 FORECASTS = {**QUANTITIES, ADDED: "added in all, share of ‖τ‖²"}
 ROWS = ("nufilt", CLOSED_FORM)
@@ -48,10 +48,10 @@ class Checked(NamedTuple):
 
 def main() -> None:
     """Parses the command line."""
-    measure.prepare_process()
-    parser = measure.Parser(__doc__, RESULTS.name)
-    parser.add_argument("--orders", type=measure.at_least(1), nargs="+", default=list(ORDERS), help="default: 1 to 5")
-    parser.add_argument("--images", type=measure.at_least(1), default=500, help="per task (default: 500)")
+    script.prepare_process()
+    parser = script.Parser(__doc__, RESULTS.name)
+    parser.add_argument("--orders", type=script.at_least(1), nargs="+", default=list(ORDERS), help="default: 1 to 5")
+    parser.add_argument("--images", type=script.at_least(1), default=500, help="per task (default: 500)")
     options = parser.parse_args()
     stream = StudyStream(n_images=options.images)
     published = study_settings.published(stream.config["hidden_size"])
@@ -60,14 +60,14 @@ def main() -> None:
         merges = [check(stream, published[label], order) for order in options.orders]
         rows += [[label, words, *_agreement(merges, quantity)] for quantity, words in FORECASTS.items()]
     title = f"The forecast against measurements: rank correlations, {len(options.orders)} orders"
-    settings = measure.settings(options)
+    settings = script.settings(options)
     document = {"benchmark": "forecast_check", "environment": measure.environment(), "settings": settings}
-    measure.finish(document | {"tables": [measure.table(title, COLUMNS, rows)]}, options.json or RESULTS)
+    records.finish(document | {"tables": [records.table(title, COLUMNS, rows)]}, options.json or RESULTS)
 
 
 def check(stream: StudyStream, setting: Setting, order: int) -> Checked:
     """Merges in one order, and measures every task after every step."""
-    measure.say(f"{setting.label}: order {order}")
+    script.say(f"{setting.label}: order {order}")
     names = shuffled(stream.tasks, order)
     rule = methods.get(setting.method, setting.config, other_params=setting.other_params)
     base, models = stream.model("base"), [stream.model(name) for name in names]

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Float
 
-from benchmarks.common import measure
+from benchmarks.common import measure, records, script
 from benchmarks.common.runs import Scores, mean_scores, merge
 from benchmarks.common.streams import Params, Stream, StudyStream
 from benchmarks.study import study_settings
@@ -22,7 +22,7 @@ from nufilt_jax.methods.nufilt import NufiltConfig
 from nufilt_jax.methods.selection import published_layers
 from nufilt_jax.presets import shuffled
 
-RESULTS = measure.RESULTS / "study_levers.json"
+RESULTS = records.RESULTS / "study_levers.json"
 FC2 = re.compile(r"vision_model\.encoder\.layers\.\d+\.mlp\.fc2\.weight")
 
 Matrix = Float[np.ndarray, "m n"]
@@ -67,9 +67,9 @@ LEVERS: Mapping[str, Lever] = {
 
 def main() -> None:
     """Parses the command line."""
-    measure.prepare_process()
-    parser = measure.Parser(__doc__, RESULTS.name)
-    parser.add_argument("--images", type=measure.at_least(1), default=500, help="per task (default: 500)")
+    script.prepare_process()
+    parser = script.Parser(__doc__, RESULTS.name)
+    parser.add_argument("--images", type=script.at_least(1), default=500, help="per task (default: 500)")
     options = parser.parse_args()
     stream = StudyStream(n_images=options.images)
     chosen = study_settings.chosen(stream.config["hidden_size"])[CLOSED_FORM]
@@ -78,12 +78,12 @@ def main() -> None:
     rows = [["as chosen, the package", *mean_scores(package, "val")]]
     for label, lever in LEVERS.items():
         rows.append([label, *np.mean([scores(stream, lever, chosen.config, order) for order in ORDERS], axis=0)])
-        measure.say(f"{label}: {rows[-1][1]:.2f} {rows[-1][2]:+.2f}")
+        script.say(f"{label}: {rows[-1][1]:.2f} {rows[-1][2]:+.2f}")
     config = dataclasses.asdict(chosen.config)
     settings = {"draw": "validation", "images": options.images, "orders": ORDERS, "config": config}
     document = {"benchmark": "study_levers", "environment": measure.environment(), "settings": settings}
-    table = measure.table("The closed form on the study's validation draw", ("lever", "ACC %", "BWT %"), rows)
-    measure.finish(document | {"tables": [table]}, options.json or RESULTS)
+    table = records.table("The closed form on the study's validation draw", ("lever", "ACC %", "BWT %"), rows)
+    records.finish(document | {"tables": [table]}, options.json or RESULTS)
 
 
 def scores(stream: Stream, lever: Lever, config: NufiltConfig, order: int) -> tuple[float, float]:

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import measure
+from benchmarks.common import measure, records, script
 from benchmarks.common.runs import Setting, mean_scores, merge
 from benchmarks.common.streams import Stream, StudyStream
 from nufilt_jax import methods
 from nufilt_jax.methods import RULES
 
-RESULTS = measure.RESULTS / "study_settings.json"
+RESULTS = records.RESULTS / "study_settings.json"
 ORDERS = (6, 7)
 PUBLISHED_WIDTH = 768  # of ViT-B, for which Table 9 (arXiv:2509.21413v2) gives its ranks
 CLOSED_FORM = "nufilt, closed form"
@@ -102,7 +102,7 @@ def _try(stream: Stream, setting: Setting, name: str, value: Any) -> tuple[float
     """Mean ACC over the orders, and the row that says so."""
     runs = [merge(stream, setting, order, splits=("val",)) for order in ORDERS]
     acc, bwt = mean_scores(runs, "val")
-    measure.say(f"{setting.label}: {name} {value}: {acc:.2f} {bwt:+.2f}")
+    script.say(f"{setting.label}: {name} {value}: {acc:.2f} {bwt:+.2f}")
     return acc, [setting.label, name, value, acc, bwt, float(np.median(runs[-1]["seconds"]))]
 
 
@@ -122,9 +122,9 @@ def chosen(width: int) -> dict[str, Setting]:
 
 def main() -> None:
     """Parses the command line."""
-    parser = measure.Parser(__doc__, RESULTS.name)
+    parser = script.Parser(__doc__, RESULTS.name)
     parser.add_argument("--rows", nargs="+", choices=GRIDS, default=list(GRIDS), metavar="ROW", help=", ".join(GRIDS))
-    parser.add_argument("--images", type=measure.at_least(1), default=500, help="per task (default: 500)")
+    parser.add_argument("--images", type=script.at_least(1), default=500, help="per task (default: 500)")
     options = parser.parse_args()
     stream = StudyStream(n_images=options.images)
     start = published(stream.config["hidden_size"])
@@ -138,9 +138,9 @@ def main() -> None:
         "chosen": kept,
         "environment": measure.environment(),
         "settings": {"draw": "validation", "images": options.images, "orders": ORDERS},
-        "tables": [measure.table("Settings for the study, by its validation draw", COLUMNS, rows)],
+        "tables": [records.table("Settings for the study, by its validation draw", COLUMNS, rows)],
     }
-    measure.finish(document, options.json or RESULTS)
+    records.finish(document, options.json or RESULTS)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ import argparse
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from benchmarks.common import measure, paper_tables
-from benchmarks.common.measure import Json
+from benchmarks.common import paper_tables, records
+from benchmarks.common.records import Json
 from benchmarks.common.runs import Setting, find_run
 
 Columns = Mapping[str, Sequence[Setting]]  # rows, by where their settings are from
@@ -35,7 +35,7 @@ def _of_scores(document: Json, columns: Columns, options: argparse.Namespace) ->
         f"{metric} %, paper: {backbone if options.table == 1 else 'ViT-B/32'}, {group} tasks" for metric in metrics
     ]
     what = {1: "every method", 4: "the ablation"}[options.table]
-    return [measure.table(_title(options, what, document), ("method", *titles), rows)]
+    return [records.table(_title(options, what, document), ("method", *titles), rows)]
 
 
 def _of_overhead(document: Json, columns: Columns, options: argparse.Namespace) -> list[Json]:
@@ -49,7 +49,7 @@ def _of_overhead(document: Json, columns: Columns, options: argparse.Namespace) 
     for one in paper_tables.overhead():
         rows.append([one.model, one.iterations, one.total_s, one.parameters, one.acc, "paper: ViT-B/32, 8 tasks"])
     titles = ("method", "steps", "s per merge", "10^6 parameters", "ACC %", "where")
-    return [measure.table(_title(options, "overhead", document), titles, rows)]
+    return [records.table(_title(options, "overhead", document), titles, rows)]
 
 
 def _of_tasks(document: Json, columns: Columns, options: argparse.Namespace) -> list[Json]:
@@ -66,13 +66,13 @@ def _of_tasks(document: Json, columns: Columns, options: argparse.Namespace) -> 
             means = [_percent(run["at_the_end"][name] for run in runs) for name in tasks]
             rows.append([setting.label, *(round(mean, 1) for mean in means), round(statistics.mean(means), 1)])
         title = _title(options, f"accuracy in % on every task, settings {choice}", document)
-        found.append(measure.table(title, ("method", *tasks, "ACC"), rows))
+        found.append(records.table(title, ("method", *tasks, "ACC"), rows))
     theirs = paper_tables.glue() if options.table == 2 else paper_tables.per_task(paper_tables.BACKBONES[options.model])
     names = list(dict.fromkeys(task for _, task in theirs))
     labels = dict.fromkeys(label for label, _ in theirs)
     rows = [[label, *(theirs.get((label, name)) for name in names)] for label in labels]
     of = "Flan-T5-base" if options.table == 2 else f"{paper_tables.BACKBONES[options.model]}, 20 tasks"
-    found.append(measure.table(f"Table {options.table}: the paper's, {of}", ("method", *names), rows))
+    found.append(records.table(f"Table {options.table}: the paper's, {of}", ("method", *names), rows))
     return found
 
 

@@ -17,8 +17,8 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.common import measure, paper_tables
-from benchmarks.common.measure import Json
+from benchmarks.common import measure, paper_tables, records, script
+from benchmarks.common.records import Json
 from benchmarks.common.runs import Setting, find_run, merge, references
 from benchmarks.common.streams import ORDERS, PaperStream, Stream, StudyStream
 from benchmarks.study import study_settings, table_forms
@@ -39,16 +39,16 @@ AS_PUBLISHED, CHOSEN = "as published", "chosen by validation"
 
 def main() -> None:
     """Parses the command line."""
-    measure.prepare_process()
-    parser = measure.Parser(__doc__, "study.json, or paper_MODEL_GROUP.json")
+    script.prepare_process()
+    parser = script.Parser(__doc__, "study.json, or paper_MODEL_GROUP.json")
     parser.add_argument("--table", type=int, choices=sorted(LABELS), required=True)
     parser.add_argument("--on", choices=("study", "paper"), default="study")
     parser.add_argument(
         "--model", choices=paper_tables.BACKBONES, default="vit-b32", help="on paper (default: vit-b32)"
     )
     parser.add_argument("--group", type=int, choices=(8, 14, 20), default=8, help="on paper: tasks (default: 8)")
-    parser.add_argument("--orders", type=measure.at_least(1), nargs="+", default=list(ORDERS), help="default: 1 to 5")
-    parser.add_argument("--images", type=measure.at_least(1), default=500, help="on study: per task (default: 500)")
+    parser.add_argument("--orders", type=script.at_least(1), nargs="+", default=list(ORDERS), help="default: 1 to 5")
+    parser.add_argument("--images", type=script.at_least(1), default=500, help="on study: per task (default: 500)")
     parser.add_argument(
         "--data", type=Path, help="on paper: examples for adamerging and wemoe, as merge --data takes them"
     )
@@ -58,13 +58,13 @@ def main() -> None:
         parser.error("--table 2 is of Flan-T5, which the study does not have: say --on paper")
     with parser.refusals():
         document, path = run(options)
-    measure.finish(document, path)
+    records.finish(document, path)
 
 
 def run(options: argparse.Namespace) -> tuple[Json, Path]:
     """Merges what is missing, stores every run as soon as it is done, and makes the table."""
     stream, columns = study(options) if options.on == "study" else paper(options)
-    path = options.json or measure.RESULTS / f"{stream.name}.json"
+    path = options.json or records.RESULTS / f"{stream.name}.json"
     stored = json.loads(path.read_text()) if path.is_file() and not options.again else {}
     if stored.get("of", stream.identity) != stream.identity:
         raise SystemExit(f"{path}: holds runs of {stored['of']}, not of {stream.identity}: say --json or --again")
@@ -74,10 +74,10 @@ def run(options: argparse.Namespace) -> tuple[Json, Path]:
     for setting in dict.fromkeys(setting for rows in columns.values() for setting in rows):
         for order in options.orders:
             if find_run(document["runs"], setting, order) is None:
-                measure.say(f"{setting.label}: order {order}")
+                script.say(f"{setting.label}: order {order}")
                 document["runs"].append(merge(stream, setting, order))
                 document["environment"] = measure.environment()
-                measure.write_json(document, path)
+                records.write_json(document, path)
     others = [table for table in stored.get("tables", []) if not table["title"].startswith(f"Table {options.table}:")]
     document["tables"] = sorted(others + table_forms.make(document, columns, options), key=lambda table: table["title"])
     return document, path
