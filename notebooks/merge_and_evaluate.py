@@ -115,7 +115,7 @@ Image(OUT / "nufilt" / "accuracy_matrix.png")
 # Written down during the merge, without any data. Each row is a step, each column a layer: the share of the task vector
 # that the filter removed and that the adapter put back, the drift of the answers to earlier tasks, and how much of what
 # is merged the kept directions hold. What the filter let through says most of what a step will cost
-# (`benchmarks/STUDY.md`). `nufilt analyze FOLDER` makes a page of all this.
+# (`benchmarks/study/STUDY.md`). `nufilt analyze FOLDER` makes a page of all this.
 
 # %%
 from nufilt_jax.analysis import forecast, plots

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+STUDY = ROOT / "benchmarks" / "study"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -24,27 +25,27 @@ def test_its_python_runs():
     assert doctest.DocTestRunner().run(test).failed == 0
 
 
-@pytest.mark.parametrize("page", ["README.md", "benchmarks/STUDY.md"])
+@pytest.mark.parametrize("page", ["README.md", "benchmarks/study/STUDY.md"])
 def test_its_numbers_are_those_of_the_results_files(page):
-    import measure
-    import tiny
+    from benchmarks.common import records
+    from benchmarks.study import tiny
 
     written = (ROOT / page).read_text(encoding="utf-8")
     quoted = re.findall(r"<!-- results: (\S+) ?([^\n]*?) ?-->\n(.*?)\n<!-- end of results -->", written, re.DOTALL)
     assert len(quoted) == written.count("<!-- results:") > 1
     for path, title, text in quoted:
         results = json.loads((ROOT / path).read_text())
-        assert text == (tiny.markdown(results) if ROOT / path == tiny.RESULTS else measure.markdown(results, title))
+        assert text == (tiny.markdown(results) if ROOT / path == tiny.RESULTS else records.markdown(results, title))
 
 
 def test_the_pictures_of_the_study_are_there():
-    pictures = re.findall(r"!\[[^]]+\]\((\S+)\)", (ROOT / "benchmarks" / "STUDY.md").read_text(encoding="utf-8"))
+    pictures = re.findall(r"!\[[^]]+\]\((\S+)\)", (STUDY / "STUDY.md").read_text(encoding="utf-8"))
     assert pictures
-    assert all((ROOT / "benchmarks" / picture).is_file() for picture in pictures)
+    assert all((STUDY / picture).is_file() for picture in pictures)
 
 
 def test_its_options_exist():
-    commands = (["-m", "nufilt_jax.merge"], ["benchmarks/tables.py"], ["benchmarks/figures.py"])
+    commands = (["-m", "nufilt_jax.merge"], ["-m", "benchmarks.study.tables"], ["-m", "benchmarks.study.figures"])
     told = [
         subprocess.run(
             [sys.executable, *command, "--help"], capture_output=True, text=True, check=True, cwd=ROOT

@@ -33,8 +33,8 @@ from nufilt_jax.errors import (
     raise_all,
 )
 from nufilt_jax.evaluation import accuracy_matrix
+from nufilt_jax.evaluation.clip.images import TaskImages, read_task_images
 from nufilt_jax.evaluation.specs import Spec, load_specs
-from nufilt_jax.evaluation.task_images import TaskImages, read_task_images
 from nufilt_jax.models import parse_vision_config
 from nufilt_jax.output.documents import read_json, write_json
 from nufilt_jax.output.place import FORECAST, RECIPE, OutputPlace

@@ -15,8 +15,8 @@ from nufilt_jax.analysis.affinity import (
 )
 from nufilt_jax.analysis.document import Measured
 from nufilt_jax.analysis.losses import TaskLosses, join, task_losses
-from nufilt_jax.evaluation.moments import layer_input_moments, linear_layers
-from nufilt_jax.evaluation.task_images import TaskImages
+from nufilt_jax.evaluation.clip.images import TaskImages
+from nufilt_jax.evaluation.moments import layer_input_moments, tower_layers
 from nufilt_jax.methods.stacked import Params
 
 Matrices = dict[str, np.ndarray]
@@ -40,7 +40,7 @@ def measure(
       tasks: images of each model's task.
       rules: by name; none for affinities alone. They need no data and add no parameters.
     """
-    widths = linear_layers(config)
+    widths = tower_layers(config)
     layers, ranks = tuple(widths), tuple(default_rank(n) for n in widths.values())
     vectors = [_difference(model, base, layers) for model in models]
     used = [

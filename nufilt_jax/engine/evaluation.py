@@ -22,11 +22,11 @@ from nufilt_jax.errors import (
     raise_all,
 )
 from nufilt_jax.evaluation import accuracy_matrix
+from nufilt_jax.evaluation.clip.heads import TextHeads
 from nufilt_jax.evaluation.ready import OnBatch
 from nufilt_jax.evaluation.specs import Spec, load_specs
 from nufilt_jax.evaluation.suite import EvaluatedModel, Suite, open_tasks, spec_problems
-from nufilt_jax.evaluation.text_heads import TextHeads
-from nufilt_jax.evaluation.text_tokens import open_tokenizer
+from nufilt_jax.evaluation.tokenizer import open_tokenizer
 from nufilt_jax.output.documents import read_json, write_json
 from nufilt_jax.output.place import RECIPE
 from nufilt_jax.output.recipe import Recipe, Step

@@ -19,7 +19,7 @@ from nufilt_jax.config import problem
 from nufilt_jax.durable import make_folder, replacing
 from nufilt_jax.errors import NotYetError, Problem
 from nufilt_jax.evaluation import Task
-from nufilt_jax.evaluation.seeds import clip_task_data, t5_task_data
+from nufilt_jax.evaluation.learning_data import clip_task_data, t5_task_data
 from nufilt_jax.methods import TaskData
 from nufilt_jax.methods.adaptation import LearningConfig
 from nufilt_jax.models.clip_config import parse_vision_config

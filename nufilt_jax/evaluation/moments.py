@@ -32,7 +32,7 @@ class InputMoments(NamedTuple):
     tokens: int
 
 
-def linear_layers(config: Mapping[str, Any]) -> dict[str, int]:
+def tower_layers(config: Mapping[str, Any]) -> dict[str, int]:
     """The weights of all linear layers in the blocks of a vision tower, with their number of inputs.
 
     Args:
@@ -77,7 +77,7 @@ def layer_input_moments(
         raise ConfigError(Problem("params", "layers of experts have no input of their own", "take a model without"))
     vision = parse_vision_config(config)
     tree = to_flax_tree(params, vision, whole_model=config.get("model_type") == "clip")
-    layers = linear_layers(config)
+    layers = tower_layers(config)
     total = {name: jnp.zeros((n, n), jnp.float32) for name, n in layers.items() if _input_of(name) == name}
     scaling = np.array(mean, np.float32), np.array(std, np.float32)
     for start in range(0, len(images), batch_size):

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from nufilt_jax.config import ComputeType
 from nufilt_jax.errors import ConfigError, Problem
-from nufilt_jax.evaluation.heads import class_logits, padded_head
+from nufilt_jax.evaluation.clip.zero_shot import class_logits, padded_head
 from nufilt_jax.models.clip import vision_features
 from nufilt_jax.models.clip_config import ClipVisionConfig, parse_vision_config
 from nufilt_jax.models.clip_names import to_flax_tree

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nufilt_jax.errors import ConfigError, Problem, raise_all
-from nufilt_jax.evaluation.text_spec import TextSpec
+from nufilt_jax.evaluation.t5.spec import TextSpec
 from nufilt_jax.strict_json import JsonError, parse_object
 
 

@@ -10,14 +10,14 @@ from jax.typing import ArrayLike
 
 from nufilt_jax.config import ComputeType
 from nufilt_jax.errors import CheckpointError, NufiltError, Problem, gathering, raise_all
+from nufilt_jax.evaluation.clip.heads import HeadMaker
+from nufilt_jax.evaluation.clip.tasks import open_image_task
 from nufilt_jax.evaluation.data_sets import open_data_set
-from nufilt_jax.evaluation.image_tasks import open_image_task
 from nufilt_jax.evaluation.ready import OnBatch, ReadyTask
 from nufilt_jax.evaluation.specs import ImageSpec, Spec
-from nufilt_jax.evaluation.text_heads import HeadMaker
-from nufilt_jax.evaluation.text_spec import TextSpec
-from nufilt_jax.evaluation.text_tasks import open_text_task
-from nufilt_jax.evaluation.text_tokens import open_tokenizer
+from nufilt_jax.evaluation.t5.spec import TextSpec
+from nufilt_jax.evaluation.t5.tasks import open_text_task
+from nufilt_jax.evaluation.tokenizer import open_tokenizer
 from nufilt_jax.strict_json import JsonError, parse_object
 
 _KINDS: Mapping[str, type] = {"clip": ImageSpec, "clip_vision_model": ImageSpec, "t5": TextSpec}

@@ -6,6 +6,7 @@ import sys
 import analysis_builders as build
 import numpy as np
 import pytest
+from drawn_figures import drawn
 from matplotlib.text import Text
 
 from nufilt_jax.analysis import figures, pictures, plots
@@ -21,14 +22,6 @@ HOSTILE = ("$\\frac{1}", "a\nb\x1b[31m", "<script>", "数据", "x" * 200, "")
 
 def texts(part):
     return [text.get_text() for text in part.findobj(Text) if text.get_visible() and text.get_text()]
-
-
-def drawn(figure):
-    """The figure, laid out; everything that is drawn stands inside it."""
-    figure.canvas.draw()
-    box, room = figure.get_tightbbox(), figure.get_size_inches()  # inches
-    assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= room[0] and box.y1 <= room[1], (box, room)
-    return figure
 
 
 def cells(axes):
@@ -118,22 +111,6 @@ def test_lines_differ_in_more_than_colour():
     assert len(set(styles)) == 21
     in_grey = [(style["marker"], style["linestyle"]) for style in map(figures.line_style, range(21))]
     assert len(set(in_grey)) == 21
-
-
-def test_rank_sensitivity():
-    curves = {
-        "r_p (r_l = r_v = 0)": ((0, 16, 32), (0.5, 0.75, 0.7), (-0.3, -0.1, 0.0)),
-        "r_l (r_p = 128)": ((0, 8), (0.5, 0.6), (-0.2, -0.1)),
-    }
-    figure = drawn(plots.rank_figure(curves, title="study"))
-    assert figure.axes[0].get_ylabel() == "ACC, %" and figure.axes[2].get_ylabel() == "BWT, points"
-    for column, (label, (ranks, acc, bwt)) in enumerate(curves.items()):
-        above, below = figure.axes[column], figure.axes[column + 2]
-        np.testing.assert_allclose(above.lines[0].get_ydata(), 100 * np.array(acc))
-        np.testing.assert_allclose(below.lines[0].get_ydata(), 100 * np.array(bwt))
-        assert [tick.get_text() for tick in below.get_xticklabels()] == [str(rank) for rank in ranks]
-        assert below.get_xlabel() == label
-    assert figure.axes[0].get_ylim() == figure.axes[1].get_ylim()
 
 
 def test_forecast_by_block():

@@ -2,8 +2,9 @@
 
 import json
 
-import architectures
 import pytest
+
+from benchmarks.study import architectures
 
 FAMILIES = ("clip", "t5_relu")
 
@@ -16,7 +17,7 @@ def test_rows_are_what_was_merged(tmp_path, monkeypatch, capsys):
     )
     architectures.main()
     document = json.loads(out.read_text())
-    rows = architectures.measure.rows(document, "Layers merged of each family")
+    rows = architectures.records.rows(document, "Layers merged of each family")
     sources = [f"transformers {series}" for series in ("4.57", "5")]
     assert [(row["family"], row["stored by"]) for row in rows] == [(f, s) for f in FAMILIES for s in sources]
     assert [row["layers"] for row in rows] == [10, 10, 32, 32]

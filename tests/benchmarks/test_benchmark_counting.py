@@ -2,16 +2,17 @@
 
 import functools
 
-import counting
 import jax
 import jax.numpy as jnp
 import numpy as np
-import package_solve
 import pytest
-import shapes
-from counting import Count, counted, product
 
+from benchmarks.common import shapes
+from benchmarks.common.counting import counted
+from benchmarks.speed import package_solve
 from nufilt_jax.core import solve
+from nufilt_jax.engine import counts
+from nufilt_jax.engine.counts import Count, product
 from nufilt_jax.methods.nufilt import NufiltConfig
 
 CONFIG = NufiltConfig(filter_rank=6, adapter_rank=5, task_rank=2, steps=3, decomposition="svd")
@@ -76,12 +77,12 @@ def stages_of(shape):
 @pytest.mark.parametrize("shape", [(20, 12), (12, 12), (5, 16)], ids=str)
 def test_formulas(shape):
     found = stages_of(shape)
-    assert found["reduce"] == counting.reduce_count(*shape, CONFIG)
-    assert found["fuse"] == counting.fuse_count(*shape, CONFIG)
-    adam = counting.adam_count(*shape, CONFIG, factored=2 * shape[0] < shape[1])
+    assert found["reduce"] == counts.reduce_count(*shape, CONFIG)
+    assert found["fuse"] == counts.fuse_count(*shape, CONFIG)
+    adam = counts.adam_count(*shape, CONFIG, factored=2 * shape[0] < shape[1])
     trained = 2 * shape[1] * CONFIG.adapter_rank * CONFIG.steps
     # The elementwise update is no product: the formula alone has it.
-    assert found["adam"] == Count(adam.flops - counting.ADAM_FLOPS * trained, adam.bytes - 4 * 7 * trained)
+    assert found["adam"] == Count(adam.flops - counts.ADAM_FLOPS * trained, adam.bytes - 4 * 7 * trained)
 
 
 def test_stages_together_are_the_solve():

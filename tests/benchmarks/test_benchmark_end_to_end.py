@@ -6,13 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import end_to_end
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from benchmarks.speed import end_to_end
+
 REPOSITORY = Path(__file__).parents[2]
-SCRIPT = REPOSITORY / "benchmarks" / "end_to_end.py"
+MODULE = "benchmarks.speed.end_to_end"
 
 
 def test_the_models_have_the_true_size_of_a_vision_tower():
@@ -45,7 +46,7 @@ def test_a_line_is_drawn_through_the_times():
 def test_the_command_runs_and_its_times_add_up(tmp_path):
     options = ("--tasks", "2", "--width", "64", "--blocks", "1", "--cold", "--json", str(tmp_path / "results.json"))
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    run = subprocess.run([sys.executable, SCRIPT, *options], capture_output=True, text=True, env=environment)
+    run = subprocess.run([sys.executable, "-m", MODULE, *options], capture_output=True, text=True, env=environment)
     assert (run.returncode, run.stderr) == (0, ""), run.stderr
     document = json.loads((tmp_path / "results.json").read_text())
     seconds, hidden = document["tables"]

@@ -6,14 +6,14 @@ import sys
 import types
 
 import datasets
-import evaluation
 import jax.numpy as jnp
-import measure
 import numpy as np
 import pytest
-from end_to_end import Tower
 
 import nufilt_jax as nj
+from benchmarks.common import records
+from benchmarks.speed import evaluation
+from benchmarks.speed.end_to_end import Tower
 
 SMALL = ("--images", 4, "--batches", 2, 4, "--repeats", 2, "--blocks", 1, "--width", 64)
 
@@ -59,15 +59,15 @@ def test_wrong_usage_is_one_line(arguments, code, message, monkeypatch, capsys):
 def test_alone(monkeypatch, capsys, tmp_path):
     call(monkeypatch, *SMALL, "--json", tmp_path / "out.json")
     stored = json.loads((tmp_path / "out.json").read_text())
-    assert capsys.readouterr().out.strip() == measure.markdown(stored)
+    assert capsys.readouterr().out.strip() == records.markdown(stored)
     assert stored["environment"]["versions"]["datasets"] == datasets.__version__
-    rows = measure.rows(stored, evaluation.MEMORY)
+    rows = records.rows(stored, evaluation.MEMORY)
     assert [(row["contender"], row["batch"]) for row in rows] == [("nufilt_jax", 2), ("nufilt_jax", 4)]
     for row in rows:
         seconds = stored["seconds"]["memory"]["nufilt_jax"][str(row["batch"])]
         assert row["median images/s"] == pytest.approx(4 / np.median(seconds))
         assert row["best images/s"] == pytest.approx(4 / min(seconds))
-    [row] = measure.rows(stored, evaluation.JPEG)
+    [row] = records.rows(stored, evaluation.JPEG)
     assert 0 <= row["accuracy"] <= 1
     assert len(stored["tables"]) == 2
 
@@ -91,15 +91,15 @@ def test_beside_another(monkeypatch, tmp_path):
             assert len(datasets.load_dataset(str(folder), split="test")) == 4
             return 0.75
 
-    monkeypatch.setitem(sys.modules, "torch_vision", types.SimpleNamespace(Model=Model))
+    monkeypatch.setitem(sys.modules, "benchmarks.speed.torch_vision", types.SimpleNamespace(Model=Model))
     monkeypatch.setattr(evaluation.importlib.util, "find_spec", lambda name: True)
     monkeypatch.setattr(evaluation, "from_jpeg", lambda *_: evaluation.timed(lambda: 0.5, 2))
     call(monkeypatch, "--against", "torch", *SMALL, "--json", tmp_path / "out.json")
     stored = json.loads((tmp_path / "out.json").read_text())
-    names = [(row["contender"], row["batch"]) for row in measure.rows(stored, evaluation.MEMORY)]
+    names = [(row["contender"], row["batch"]) for row in records.rows(stored, evaluation.MEMORY)]
     assert names == [(name, batch) for batch in (2, 4) for name in (evaluation.OURS, evaluation.THEIRS)]
-    assert [row["accuracy"] for row in measure.rows(stored, evaluation.JPEG)] == [0.5, 0.75]
-    memory, files = measure.rows(stored, evaluation.RATIO)
+    assert [row["accuracy"] for row in records.rows(stored, evaluation.JPEG)] == [0.5, 0.75]
+    memory, files = records.rows(stored, evaluation.RATIO)
     seconds = {name: min(map(np.median, one.values())) for name, one in stored["seconds"]["memory"].items()}
     assert memory["images/s"] == pytest.approx(seconds[evaluation.THEIRS] / seconds[evaluation.OURS])
     assert 0.3 < memory["largest difference"] < 0.6

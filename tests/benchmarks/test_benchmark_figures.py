@@ -5,18 +5,15 @@ import functools
 import json
 import shutil
 
-import figures
-import forecast_check
-import measure
 import numpy as np
 import pytest
 import scipy.stats
-import streams
-import study_settings
 
+from benchmarks.common import records, streams
+from benchmarks.study import figures, forecast_check, study_settings
+from benchmarks.study.rank_sweep import Ranks
 from nufilt_jax import NufiltConfig, methods, zoo
 from nufilt_jax.evaluation import evaluate_tasks
-from nufilt_jax.methods.sweep import Ranks
 from nufilt_jax.presets import shuffled
 
 SMALL = dataclasses.replace(zoo.TINY, name="small", tasks=("letters", "shapes"))
@@ -68,17 +65,17 @@ def test_rank_sensitivity(run, monkeypatch):
     titles = ["Fig. 4, small: r_p (r_l = 0, r_v = 0)", "Fig. 4, small: r_v (r_p = 24, r_l = 6)"]
     assert [table["title"] for table in document["tables"]] == titles
     for title, settings in zip(titles, curves.values(), strict=True):
-        for row, ranks in zip(measure.rows(document, title), settings, strict=True):
+        for row, ranks in zip(records.rows(document, title), settings, strict=True):
             wanted = np.mean([by_hand(ranks, order) for order in (1, 3)], axis=0)
             # An image whose two best classes are nearly alike may fall to the other one.
             np.testing.assert_allclose([row["ACC %"], row["BWT %"]], wanted, atol=100 / IMAGES)
-    assert [row["rank"] for row in measure.rows(document, titles[0])] == [0, 24]
+    assert [row["rank"] for row in records.rows(document, titles[0])] == [0, 24]
 
 
 def test_affinities(run):
     document, pictures = run(2)
     assert pictures == ["attention.png", "distribution.png", "mlp.png", "whole_model.png"]
-    rows = measure.rows(document, "Fig. 2, small: mean affinity")
+    rows = records.rows(document, "Fig. 2, small: mean affinity")
     assert [row["layers"] for row in rows] == ["whole model", "attention", "MLP"]
     for row in rows:
         assert 1 > row["own task"] > row["other tasks"] > row["random subspaces"] == pytest.approx(1 / 6, abs=0.01)
@@ -90,7 +87,7 @@ def test_losses(run, monkeypatch):
     monkeypatch.setattr(study_settings, "published", lambda width: {label: published(width)[label] for label in kept})
     document, pictures = run(5)
     assert pictures == ["losses.png"]
-    found = {row["method"]: row for row in measure.rows(document, f"Fig. 5, small: mean over steps, {figures.UNIT}")}
+    found = {row["method"]: row for row in records.rows(document, f"Fig. 5, small: mean over steps, {figures.UNIT}")}
     assert tuple(found) == kept[:2]  # the others need data
     # The mean of two models gives each half of what the sum adds, and takes half of the first away.
     assert found["weight_average"]["stability"] < found["sum"]["stability"]

@@ -3,16 +3,17 @@
 import json
 
 import jax
-import measure
 import pytest
+
+from benchmarks.common import measure, records, script
 
 
 def document(**environment):
     return {
         "environment": measure.environment() | environment,
         "tables": [
-            measure.table("speed", ("name", "runs", "seconds"), [["a", 5, 0.123456], ["b", 1, None]]),
-            measure.table("error", ("name", "max"), [["a", 1.23e-6]]),
+            records.table("speed", ("name", "runs", "seconds"), [["a", 5, 0.123456], ["b", 1, None]]),
+            records.table("error", ("name", "max"), [["a", 1.23e-6]]),
         ],
     }
 
@@ -64,18 +65,18 @@ def test_an_unknown_package_has_no_version():
 
 def test_json_is_sorted_indented_and_whole(tmp_path):
     path = tmp_path / "new" / "results.json"
-    measure.write_json({"b": [1], "a": 2}, path)
+    records.write_json({"b": [1], "a": 2}, path)
     assert path.read_text() == '{\n "a": 2,\n "b": [\n  1\n ]\n}\n'
 
 
 def test_tables_come_back_from_json(tmp_path):
-    measure.write_json(document(), tmp_path / "r.json")
+    records.write_json(document(), tmp_path / "r.json")
     stored = json.loads((tmp_path / "r.json").read_text())
-    assert measure.rows(stored, "speed")[0] == {"name": "a", "runs": 5, "seconds": 0.123456}
+    assert records.rows(stored, "speed")[0] == {"name": "a", "runs": 5, "seconds": 0.123456}
 
 
 def test_markdown():
-    text = measure.markdown(document(commit="0123456789", uncommitted_changes=False, date="2026-01-02T03:04:05"))
+    text = records.markdown(document(commit="0123456789", uncommitted_changes=False, date="2026-01-02T03:04:05"))
     lines = text.splitlines()
     assert lines[:6] == [
         "**speed**",
@@ -90,7 +91,7 @@ def test_markdown():
 
 
 def test_markdown_marks_uncommitted_changes():
-    assert "01234567 with changes" in measure.markdown(document(commit="0123456789", uncommitted_changes=True))
+    assert "01234567 with changes" in records.markdown(document(commit="0123456789", uncommitted_changes=True))
 
 
 @pytest.mark.parametrize(
@@ -98,17 +99,17 @@ def test_markdown_marks_uncommitted_changes():
     [(0.0, "0"), (138.9, "138.9"), (123456.0, "123456"), (2.5e7, "2.5e+07"), (0.999, "1 - 1.0e-03"), (1.0, "1")],
 )
 def test_numbers_in_cells(value, cell):
-    assert measure._cell(value) == cell
+    assert records._cell(value) == cell
 
 
 def test_whole_numbers_of_an_argument():
-    assert measure.at_least(2)("2") == 2
-    with pytest.raises(measure.argparse.ArgumentTypeError, match="must be at least 2, got 1"):
-        measure.at_least(2)("1")
+    assert script.at_least(2)("2") == 2
+    with pytest.raises(script.argparse.ArgumentTypeError, match="must be at least 2, got 1"):
+        script.at_least(2)("1")
 
 
 def test_stored_results_are_printed(tmp_path, monkeypatch, capsys):
-    measure.write_json(document(), tmp_path / "r.json")
-    monkeypatch.setattr("sys.argv", ["measure.py", str(tmp_path / "r.json")])
-    measure.main()
+    records.write_json(document(), tmp_path / "r.json")
+    monkeypatch.setattr("sys.argv", ["records.py", str(tmp_path / "r.json")])
+    records.main()
     assert capsys.readouterr().out.startswith("**speed**")

@@ -2,9 +2,10 @@
 
 import json
 
-import measure
-import memory
 import pytest
+
+from benchmarks.common import records
+from benchmarks.speed import memory
 
 
 def test_memory(monkeypatch, capsys, tmp_path):
@@ -14,8 +15,8 @@ def test_memory(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("sys.argv", [str(part) for part in argv])
     memory.main()
     stored = json.loads(out.read_text())
-    assert capsys.readouterr().out.strip() == measure.markdown(stored)
-    [row] = measure.rows(stored, memory.TITLE)
+    assert capsys.readouterr().out.strip() == records.markdown(stored)
+    [row] = records.rows(stored, memory.TITLE)
     model = memory.Llama(32, 48, 1, 64)
     assert (row["method"], row["tasks"]) == ("sum", 1)
     assert row["times the model in float32"] == pytest.approx(1e9 * row["peak GB"] / model.n_bytes)

@@ -3,14 +3,11 @@
 import json
 import re
 
-import decompositions
-import measure
-import methods
 import numpy as np
 import pytest
-import shapes
-import solve
-import steps
+
+from benchmarks.common import measure, records, shapes
+from benchmarks.speed import decompositions, methods, solve, steps
 
 SCRIPTS = {"solve": solve, "decompositions": decompositions, "steps": steps, "methods": methods}
 TINY = (shapes.Tower("vision_model.encoder.layers.{}.", 2, {"a.weight": (40, 32), "b.weight": (32, 32)}),)
@@ -66,17 +63,17 @@ def test_solve(monkeypatch, capsys, tmp_path):
     quickly = ("--layers", 1, "--decomposition", "svd")
     call("solve", monkeypatch, "--model", "vit-b32", *quickly, "--repeats", 2, "--tasks", 2, "--json", out)
     stored = json.loads(out.read_text())
-    assert capsys.readouterr().out.strip() == measure.markdown(stored)
+    assert capsys.readouterr().out.strip() == records.markdown(stored)
     assert stored["layers"] == {"32x32": 1, "40x32": 1}
     assert stored["settings"]["layers"] == 1
     titles = [table["title"] for table in stored["tables"]]
     assert titles[0] == "One task's solve, vit-b32, 1 blocks of each tower"
-    stages = measure.rows(stored, titles[1])
+    stages = records.rows(stored, titles[1])
     assert [row["stage"] for row in stages] == ["decompose D", "decompose τ", "reduce", "adam", "fuse"]
     assert all(row["GFLOP"] > 0 and row["min s"] <= row["median s"] for row in stages)
-    [plain] = measure.rows(stored, "Relative difference of our updates")
+    [plain] = records.rows(stored, "Relative difference of our updates")
     assert plain["contender"] == "nufilt_jax, svd" and plain["max"] < 5e-5
-    [merge] = measure.rows(stored, "Merge in memory")
+    [merge] = records.rows(stored, "Merge in memory")
     assert merge["tasks"] == 2
 
 
@@ -86,7 +83,7 @@ def test_decompositions(monkeypatch, tmp_path):
     routes = ("svd", "subspace", "cholqr", "lobpcg")  # eigh shares its code with subspace
     case = ("--n", 25, "--batch", 2, "--spectra", "k^-1", "--routes", *routes)
     call("decompositions", monkeypatch, *case, "--repeats", 1, "--json", out)
-    rows = measure.rows(json.loads(out.read_text()), "V2: 4 directions")
+    rows = records.rows(json.loads(out.read_text()), "V2: 4 directions")
     assert tuple(row["route"] for row in rows) == routes
     for row in rows:
         assert (row["n"], row["batch"], row["reference"], row["remark"]) == (25, 2, "float64", "")
@@ -134,7 +131,7 @@ def test_steps(monkeypatch, tmp_path):
     call("steps", monkeypatch, "--iterations", 2, 3, "--tasks", 3, "--layers", 1, "--json", out)
     stored = json.loads(out.read_text())
     [title] = [table["title"] for table in stored["tables"]]
-    rows = measure.rows(stored, title)
+    rows = records.rows(stored, title)
     ours = [row for row in rows if row["method"] == "nufilt_jax"]
     assert [(row["iterations"], row["solve s"], row["total s"]) for row in ours] == [(2, 0.2, 20), (3, 0.3, 20)]
     published = {row["iterations"]: row["total s"] for row in rows if row["method"] == "NUFILT"}
@@ -147,9 +144,9 @@ def test_methods(monkeypatch, capsys, tmp_path):
     chosen = ("weight_average", "iso_c", "wemoe")
     call("methods", monkeypatch, "--methods", *chosen, "--blocks", 1, "--width", 64, "--repeats", 1, "--json", out)
     stored = json.loads(out.read_text())
-    assert capsys.readouterr().out.strip() == measure.markdown(stored)
+    assert capsys.readouterr().out.strip() == records.markdown(stored)
     rows = {
-        row["method"]: row for row in measure.rows(stored, "One task by every method, a tower of 1 blocks, 64 wide")
+        row["method"]: row for row in records.rows(stored, "One task by every method, a tower of 1 blocks, 64 wide")
     }
     assert tuple(rows) == chosen
     assert all(row["min s"] > 0 and row["peak GiB"] > 0.05 for row in rows.values())

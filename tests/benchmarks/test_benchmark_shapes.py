@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 import pytest
-import shapes
 
+from benchmarks.common import shapes
 from nufilt_jax.methods.selection import select
 
 # Numbers in the selected layers: blocks x (attention matrices + feed-forward matrices).

@@ -5,19 +5,14 @@ import functools
 import io
 import json
 
-import fine_tuning
 import jax
-import measure
 import numpy as np
-import paper_tables
 import pytest
-import streams
-import study_levers
-import study_settings
-import tables
 from rich.console import Console
 
 import nufilt_jax as nj
+from benchmarks.common import paper_tables, records, streams
+from benchmarks.study import fine_tuning, study_levers, study_settings, tables
 from nufilt_jax import zoo
 from nufilt_jax.errors import ConfigError
 from nufilt_jax.evaluation import evaluate_tasks
@@ -205,7 +200,7 @@ def test_the_levers_start_from_what_the_package_does(chosen, monkeypatch, tmp_pa
     monkeypatch.setattr(study_levers, "LEVERS", levers)
     out = tmp_path / "levers.json"
     call(study_levers, monkeypatch, "--images", 64, "--json", out)
-    package, ours, more = measure.rows(json.loads(out.read_text()), "The closed form on the study's validation draw")
+    package, ours, more = records.rows(json.loads(out.read_text()), "The closed form on the study's validation draw")
     assert ours["ACC %"] == pytest.approx(package["ACC %"], abs=1)  # rounding may move an image or two
     assert ours["BWT %"] == pytest.approx(package["BWT %"], abs=1)
     assert more != ours

@@ -11,8 +11,8 @@ from evaluation_commands import NAMES, evaluate, merge, read, with_scores, write
 from nufilt_jax.cli import main
 from nufilt_jax.engine import run as engine_run
 from nufilt_jax.errors import ConfigError, Problem
-from nufilt_jax.evaluation import text_tasks
 from nufilt_jax.evaluation.suite import Suite
+from nufilt_jax.evaluation.t5 import tasks as t5_tasks
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +186,6 @@ def test_half_precision(study, merged, nufilt, monkeypatch):
         dtypes.append(dtype)
         return []
 
-    monkeypatch.setattr(text_tasks, "generated", answered)
+    monkeypatch.setattr(t5_tasks, "generated", answered)
     found = nufilt(*evaluate(study, merged, "--dtype", "bfloat16")).json["evaluation"]
     assert (found["dtype"], found["models"][0]["bwt"], dtypes) == ("bfloat16", None, ["bfloat16"] * 3)

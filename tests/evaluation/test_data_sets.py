@@ -104,6 +104,6 @@ def test_without_the_library(monkeypatch):
 
 
 def test_the_library_is_not_imported_for_nothing():
-    code = "import sys, nufilt_jax.evaluation.image_tasks; print(*{'datasets', 'transformers', 'PIL'} & {*sys.modules})"
+    code = "import sys, nufilt_jax.evaluation.clip.tasks; print(*{'datasets', 'transformers', 'PIL'} & {*sys.modules})"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert run.stdout.split() == []

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nufilt_jax.evaluation.preprocess import parse_preprocessor
+from nufilt_jax.evaluation.clip.preprocess import parse_preprocessor
 
 # (h, w): odd, alike, tiny, of the size asked for, large. One or three rows are missing: version 4 takes them for
 # channels.

@@ -4,7 +4,7 @@ import numpy as np
 from preprocess_cases import SIZES, assert_same, modes, picture, settings
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from nufilt_jax.evaluation.preprocess import parse_preprocessor
+from nufilt_jax.evaluation.clip.preprocess import parse_preprocessor
 
 
 @settings

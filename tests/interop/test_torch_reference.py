@@ -1,22 +1,17 @@
 """The benchmarks' PyTorch contenders solve the problem that the package solves."""
 
 import functools
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import torch
 
+from benchmarks.common import shapes
+from benchmarks.speed import torch_batched, torch_reference
+from benchmarks.speed.torch_common import to_numpy
 from nufilt_jax.core.solve import solve_group
 from nufilt_jax.methods.nufilt import NufiltConfig
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import shapes
-import torch
-import torch_batched
-import torch_reference
-from torch_common import to_numpy
 
 CONFIG = NufiltConfig(filter_rank=8, adapter_rank=6, task_rank=3)
 LAYERS = {"q": (48, 48), "k": (48, 48), "up": (120, 48), "down": (48, 120)}  # two widths, and two shapes of one

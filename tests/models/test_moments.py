@@ -9,7 +9,7 @@ import pytest
 
 from nufilt_jax.errors import ConfigError
 from nufilt_jax.evaluation import moments
-from nufilt_jax.evaluation.moments import layer_input_moments, linear_layers
+from nufilt_jax.evaluation.moments import layer_input_moments, tower_layers
 from nufilt_jax.models import canonical_shapes, clip_image_features, parse_vision_config
 
 CONFIG = {
@@ -84,7 +84,7 @@ def test_moments_are_those_of_all_tokens(batch_size):
     wanted = by_hand(params, images)
     found = layer_input_moments(params, CONFIG, images, batch_size=batch_size)
     assert found.tokens == 7 * TOKENS
-    assert list(found.second) == list(linear_layers(CONFIG)) and found.second.keys() == wanted.keys()
+    assert list(found.second) == list(tower_layers(CONFIG)) and found.second.keys() == wanted.keys()
     for name, x in wanted.items():
         np.testing.assert_allclose(found.second[name], x, rtol=0, atol=1e-5 * np.trace(x), err_msg=name)
 
@@ -100,7 +100,7 @@ def test_bytes_are_normalised_first():
 
 
 def test_the_widths_of_the_layers():
-    widths = linear_layers(CONFIG)
+    widths = tower_layers(CONFIG)
     assert len(widths) == 12
     assert {n for name, n in widths.items() if "fc2" in name} == {12}
     assert {n for name, n in widths.items() if "fc2" not in name} == {8}
@@ -110,7 +110,7 @@ def test_a_projection_is_no_layer_of_a_block():
     rng = np.random.default_rng(3)
     params = random_params() | {"visual_projection.weight": rng.normal(size=(4, 8)).astype(np.float32)}
     found = layer_input_moments(params, CONFIG, random_images(2), batch_size=3)
-    assert found.second.keys() == linear_layers(CONFIG).keys()
+    assert found.second.keys() == tower_layers(CONFIG).keys()
 
 
 def test_one_compilation_for_all_models_and_batches():

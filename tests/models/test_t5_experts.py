@@ -6,7 +6,7 @@ import pytest
 
 from nufilt_jax import methods
 from nufilt_jax.errors import CheckpointError, ConfigError
-from nufilt_jax.evaluation.seeds import T5_EXAMPLES, t5_task_data
+from nufilt_jax.evaluation.learning_data import T5_EXAMPLES, t5_task_data
 from nufilt_jax.methods.adamerging import AdaMergingConfig
 from nufilt_jax.methods.wemoe import WemoeConfig
 from nufilt_jax.models import parse_t5_config, t5_logits, t5_shapes

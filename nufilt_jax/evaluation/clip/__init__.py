@@ -1,0 +1,1 @@
+"""CLIP: images, their preprocessing, and the heads that classify them zero-shot."""
