@@ -103,18 +103,19 @@ def windows(stacks: Sequence[Stack], most_bytes: float) -> list[tuple[Stack, ...
 def pieces(stack: Stack, most_bytes: float) -> list[Stack]:
     """A stack in equal pieces of whole chunks, each of at most `most_bytes` if that can be.
 
-    Layers that are left over go with the last piece, and where a piece alone would be solved in other chunks than the
-    stack is, there are fewer.
+    Layers that are left over go with the last piece; no piece is such that it alone would be solved in other chunks than
+    the stack is.
     """
     n_layers, chunk = len(stack.layers), stack.chunk
-    n_chunks = max(1, n_layers // chunk)
-    at_most = max(1, int(most_bytes // (chunk * stack.n_bytes)))
-    for n_pieces in range(-(-n_chunks // at_most), 1, -1):
+    n_chunks, found = n_layers // chunk, [stack]
+    for n_pieces in range(1, n_chunks + 1):
         starts = [chunk * -(-i * n_chunks // n_pieces) for i in range(n_pieces)]
         parts = [stack.part(start, end) for start, end in zip(starts, [*starts[1:], n_layers], strict=True)]
-        if all(_is_alike(part) for part in parts):
-            return parts
-    return [stack]
+        if all(map(_is_alike, parts)):
+            found = parts
+            if max(part.total for part in parts) <= most_bytes:
+                break
+    return found
 
 
 def _is_alike(part: Stack) -> bool:
