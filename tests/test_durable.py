@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 from power_loss import Disk
 
-from nufilt_jax import durable
+from nufilt_jax import durable, methods
 from nufilt_jax.checkpoints import open_checkpoint, save, write_checkpoint
 from nufilt_jax.engine.examples import write_examples
 from nufilt_jax.evaluation import Task
-from nufilt_jax.output import place
+from nufilt_jax.output import state
 from nufilt_jax.output.place import OutputPlace
-from nufilt_jax.output.state import load_state, save_state
+from nufilt_jax.output.recipe import Model, Recipe, Settings, Step
+from nufilt_jax.output.state import CellRecord, StoredWindow, stored_windows
+from nufilt_jax.output.stored import Stored
 from nufilt_jax.zoo import store
 
 sys.path.append(str(Path(__file__).parent / "checkpoints"))
@@ -84,20 +86,24 @@ def test_a_tree_stays(root, tmp_path, monkeypatch):
     assert [folder_bytes(folder) for folder in kept(disk, tmp_path)] == [{name: name.encode() for name in names}]
 
 
-def fake_save(folder, arrays, step):
+LAYERS = {0: ("a", "b"), 1: ("c",)}  # of two windows
+
+
+def fake_save(folder, arrays):
     (folder / "d").mkdir(parents=True)
-    (folder / "d" / "arrays").write_text(f"{arrays} {step}")
-    (folder / "meta").write_text(str(step))
-
-
-def fake_load(folder):
-    step = int((folder / "meta").read_text())
-    assert (folder / "d" / "arrays").read_text() == f"{ {'D': step} } {step}"
-    return {}, step
+    (folder / "d" / "arrays").write_text(str(arrays))
 
 
 def recipe(n_steps):
-    return {"steps": [f"step {n}" for n in range(n_steps)]}
+    model = Model("base", "base", None, {"file": "hash"})
+    tasks = tuple(Model(f"task{n}", f"task{n}", None, {"file": "hash"}) for n in range(n_steps))
+    settings = Settings(method="sum", config=methods.find("sum").config())
+    return Recipe(base=model, tasks=tasks, settings=settings, steps=tuple(Step(task=task.name) for task in tasks))
+
+
+def window(where, number, done):
+    cells = [CellRecord(Step(task=f"task{n}"), {"near_equal_cuts": [], "layers": {}}) for n in range(done)]
+    return StoredWindow(where.state, number, LAYERS[number], tuple(cells))
 
 
 def stage(where, n_steps):
@@ -107,47 +113,48 @@ def stage(where, n_steps):
     (where.staging / "sub" / "config").write_text("config")
 
 
-def steps_found(folder):
-    """How many steps a later run finds done; fails if what it finds is not whole."""
+def cells_found(folder):
+    """How many cells a later run finds done; fails if what it finds is not whole."""
     where = OutputPlace(folder / "deep" / "out")
     with where.locked():
-        found = where.unfinished()
+        unfinished = where.unfinished()
         if where.out.exists():
-            finished = where.finished()
-            assert (where.out / "model").read_text() == f"model of {len(finished['steps'])}"
+            n_steps = len(where.finished()["steps"])
+            assert (where.out / "model").read_text() == f"model of {n_steps}"
             assert (where.out / "sub" / "config").read_text() == "config"
             assert (where.out / "README.md").read_text() == "card"
-            assert json.loads((where.out / "forecast.json").read_text()) == recipe(len(finished["steps"]))
-            found = finished if found is None else found
-        if found is None:
-            return 0
-        if found["steps"]:
-            where.load_state(len(found["steps"]))
-            assert len(where.forecast(99)["steps"]) >= len(found["steps"])
-        return len(found["steps"])
+            assert json.loads((where.out / "forecast.json").read_text()) == {"steps": n_steps}
+            assert {row.done for row in stored_windows(where.out / "state")} == {n_steps}
+        found = where.windows() if unfinished or where.out.exists() else []
+        for row in found:
+            assert (row.folder / "arrays" / "d" / "arrays").read_text() == str({"D": row.done})
+        done = {row.number: max(r.done for r in found if r.number == row.number) for row in found}
+        return sum(done.values())
 
 
 def merge(where, first, last):
-    """A run that goes on from `first` steps, and says after each call how many are promised."""
+    """A run that goes on from `first` steps, row by row, and says after each call how many cells are promised."""
     with where.locked():
-        where.record(recipe(first), recipe(first), None)
-        yield first
-        for n in range(first + 1, last + 1):
-            where.record(recipe(n), recipe(n), {"D": n})
-            yield n
+        where.record(recipe(first))
+        yield 2 * first
+        rows = {}
+        for number in LAYERS:
+            for n in range(first + 1, last + 1):
+                rows[number] = where.keep(window(where, number, n), {"D": n})
+                where.record(recipe(first if number == 0 else n))
+                yield 2 * first + number * (last - first) + n - first
         stage(where, last)
-        where.publish(recipe(last), recipe(last), "card")
-        yield last
+        where.publish(recipe(last), {"steps": last}, "card", rows.values())
+        yield 2 * last
 
 
 @pytest.mark.parametrize("first", [0, 2], ids=["new", "added"])
 def test_a_merge_is_never_less_than_it_was(root, tmp_path, monkeypatch, first):
-    monkeypatch.setattr(place, "save_state", fake_save)
-    monkeypatch.setattr(place, "load_state", fake_load)
+    monkeypatch.setattr(state, "_save_arrays", fake_save)
     where = OutputPlace(root / "deep" / "out")
     if first:
         list(merge(where, 0, first))
-    disk, least = Disk(root), first
+    disk, least = Disk(root), 2 * first
     with disk.watching(monkeypatch):
         for n in merge(where, first, first + 2):
             disk.mark(f"promise {n}")
@@ -157,22 +164,23 @@ def test_a_merge_is_never_less_than_it_was(root, tmp_path, monkeypatch, first):
         for number, crash in enumerate(instant.crashes()):
             folder = tmp_path / f"crash-{at}-{number}"
             disk.restore(*crash, folder)
-            assert least <= steps_found(folder) <= first + 2, (instant.call, at)
+            assert least <= cells_found(folder) <= 2 * (first + 2), (instant.call, at)
     for folder in kept(disk, tmp_path / "disk"):
-        assert OutputPlace(folder / "deep" / "out").finished() == recipe(first + 2)
+        assert OutputPlace(folder / "deep" / "out").finished() == recipe(first + 2).to_json()
 
 
 def test_a_real_state_reaches_the_disk(root, tmp_path, monkeypatch):
     where = OutputPlace(root / "out")
-    arrays = {"delta": {"w": np.arange(6, dtype=np.float32).reshape(2, 3)}}
+    values = np.arange(6, dtype=np.float32).reshape(2, 3)
     disk = Disk(root)
     with disk.watching(monkeypatch), where.locked():
-        where.record(recipe(1), recipe(1), arrays)
+        where.record(recipe(1))
+        where.keep(window(where, 1, 1), {"delta": {"c": values}})
         disk.mark("promise")
         [instant] = [instant for instant in disk.instants if instant.call == "promise"]
         disk.restore(*next(instant.crashes()), tmp_path / "left")
-    found, step = load_state(tmp_path / "left" / "out.partial" / "state-1")
-    assert step == 1 and found["delta"]["w"].tobytes() == arrays["delta"]["w"].tobytes()
+    with Stored(stored_windows(tmp_path / "left" / "out.partial" / "state")) as stored:
+        assert stored.done("c") == 1 and stored.deltas("c")["c"].tobytes() == values.tobytes()
 
 
 def test_a_state_is_written_without_a_copy(root, monkeypatch):
@@ -187,7 +195,7 @@ def test_a_state_is_written_without_a_copy(root, monkeypatch):
         return write(self, value, *rest)
 
     monkeypatch.setattr(type_handlers.NumpyHandler, "_open_and_write", watched)
-    save_state(root / "state", {"delta": {"w": big}}, 1)
+    state.save_window(root, StoredWindow(root, 0, ("w",), ()), {"delta": {"w": big}})
     assert any(seen)
 
 

@@ -103,19 +103,29 @@ def windows(stacks: Sequence[Stack], most_bytes: float) -> list[tuple[Stack, ...
 def pieces(stack: Stack, most_bytes: float) -> list[Stack]:
     """A stack in equal pieces of whole chunks, each of at most `most_bytes` if that can be.
 
-    Layers that are left over go with the last piece; no piece is such that it alone would be solved in other chunks than
-    the stack is.
+    Layers that are left over go with the last piece. No piece is such that alone it would be solved in other chunks.
     """
-    n_layers, chunk = len(stack.layers), stack.chunk
-    n_chunks, found = n_layers // chunk, [stack]
-    for n_pieces in range(1, n_chunks + 1):
-        starts = [chunk * -(-i * n_chunks // n_pieces) for i in range(n_pieces)]
-        parts = [stack.part(start, end) for start, end in zip(starts, [*starts[1:], n_layers], strict=True)]
+    most_pieces = max(1, len(stack.layers) // stack.chunk // stack.fewest)
+    wanted = min(most_pieces, max(1, -(-stack.total // max(1, int(most_bytes)))))
+    finest = [stack]
+    for n_pieces in range(wanted, most_pieces + 1):
+        parts = _cut(stack, n_pieces)
         if all(map(_is_alike, parts)):
-            found = parts
+            finest = parts
             if max(part.total for part in parts) <= most_bytes:
-                break
-    return found
+                return parts
+    if len(finest) > 1:
+        return finest
+    coarser = (_cut(stack, n_pieces) for n_pieces in range(wanted, 1, -1))
+    return next((parts for parts in coarser if all(map(_is_alike, parts))), finest)
+
+
+def _cut(stack: Stack, n_pieces: int) -> list[Stack]:
+    """Pieces of whole chunks, as equal as can be."""
+    n_chunks = len(stack.layers) // stack.chunk
+    starts = [stack.chunk * -(-i * n_chunks // n_pieces) for i in range(n_pieces)]
+    ends = [*starts[1:], len(stack.layers)]
+    return [stack.part(start, end) for start, end in zip(starts, ends, strict=True)]
 
 
 def _is_alike(part: Stack) -> bool:

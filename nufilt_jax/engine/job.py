@@ -10,7 +10,7 @@ from nufilt_jax.errors import Problem
 from nufilt_jax.methods import find
 from nufilt_jax.output.place import OutputPlace
 from nufilt_jax.output.recipe import Model, Recipe, Settings
-from nufilt_jax.output.state import Stored
+from nufilt_jax.output.stored import Stored
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,12 +1,13 @@
 """The merged model for those who write it: each tensor is made when it is asked for, so that one is in memory."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from nufilt_jax.methods.stacked import Array, Params
 from nufilt_jax.methods.state import joined, merged_tensor
+from nufilt_jax.output.stored import Stored
 
 _ROWS_BYTES = 1 << 24  # of what is made at once
 
@@ -48,3 +49,22 @@ def merged_tensors(base: Params, delta: Mapping[str, Array]) -> dict[str, Merged
       delta: D by layer; on the host.
     """
     return {name: MergedTensor(name, tensor, delta) for name, tensor in base.items()}
+
+
+class StoredDelta(Mapping[str, Any]):  # not of arrays: a type checker at run time would read one
+    """D by layer, each read from disk when it is asked for."""
+
+    def __init__(self, stored: Stored) -> None:
+        self._stored = stored
+
+    def __getitem__(self, layer: str) -> Array:
+        return self._stored.deltas([layer])[layer]
+
+    def __contains__(self, layer: object) -> bool:
+        return isinstance(layer, str) and self._stored.holds(layer)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored.layers)
+
+    def __len__(self) -> int:
+        return len(self._stored.layers)

@@ -27,7 +27,7 @@ from nufilt_jax.methods.selection import Selection, reach_of, select, wanted_by
 from nufilt_jax.methods.stacked import stack_names
 from nufilt_jax.output.place import OutputPlace
 from nufilt_jax.output.recipe import Model, Settings, other_merge_problems
-from nufilt_jax.output.state import Stored
+from nufilt_jax.output.stored import Stored
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,13 +11,14 @@ from nufilt_jax.engine.merged import merged_tensors
 from nufilt_jax.engine.plan import Plan
 from nufilt_jax.engine.records import new_recipe
 from nufilt_jax.engine.timing import Clock, CompileLog
-from nufilt_jax.engine.walk import Evaluation, Walk, Watcher
+from nufilt_jax.engine.walk import Walk
+from nufilt_jax.engine.watching import Evaluation, Watcher
 from nufilt_jax.errors import EvaluationError, NufiltError, OutputError
 from nufilt_jax.methods import find
 from nufilt_jax.output.card import model_card
 from nufilt_jax.output.place import OutputPlace
 from nufilt_jax.output.recipe import Recipe
-from nufilt_jax.output.state import Stored
+from nufilt_jax.output.stored import Stored
 
 
 def run(

@@ -2,80 +2,31 @@
 
 import dataclasses
 import gc
-import hashlib
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
+from collections.abc import Mapping
+from typing import Any, cast
 
-import jax
-
-from nufilt_jax import methods
-from nufilt_jax.anatomy import tensor_of
-from nufilt_jax.checkpoints import Checkpoint
-from nufilt_jax.checkpoints.tensors import PassingTensors
 from nufilt_jax.engine.ahead import ReadAhead
+from nufilt_jax.engine.cell import Task, examples, file_entry, load_task, rule_of, touched, update
 from nufilt_jax.engine.grid import Cell, Window, cells
-from nufilt_jax.engine.merged import merged_tensors
+from nufilt_jax.engine.merged import StoredDelta, merged_tensors
 from nufilt_jax.engine.plan import Plan
 from nufilt_jax.engine.records import forecast_entry, step_of
 from nufilt_jax.engine.timing import Clock
 from nufilt_jax.engine.uninterrupted import uninterrupted
-from nufilt_jax.errors import EvaluationError, NufiltError, Problem
-from nufilt_jax.methods.adaptation import LearningConfig
-from nufilt_jax.methods.selection import Selection
-from nufilt_jax.methods.stacked import Array, Params, TaskVector, stacked, task_vector
-from nufilt_jax.methods.state import LayerReport, MergeState
+from nufilt_jax.engine.watching import Evaluation, Watcher
+from nufilt_jax.errors import EvaluationError, NufiltError
+from nufilt_jax.methods.stacked import Array, Params, stacked
+from nufilt_jax.methods.state import MergeState
 from nufilt_jax.output.place import OutputPlace
 from nufilt_jax.output.recipe import Recipe, Step
-from nufilt_jax.output.state import CellRecord, Stored, StoredWindow
+from nufilt_jax.output.state import CellRecord, StoredWindow
+from nufilt_jax.output.stored import Stored
 
 KEPT_EVERY = 60.0  # seconds of work after which a state is written at the latest, if no cell takes longer
 _KEEPING_SHARE = 0.05  # of the time of a run that writing states in between may take
 _WRITE_RATE = 5e8  # bytes of state per second, until one has been written
-
-
-class Evaluation(Protocol):
-    """Scores the merged model; see `engine.evaluation`."""
-
-    def entry(self, params: Mapping[str, Any], task: str) -> dict[str, Any]:
-        """What the recipe's entry of a step gets."""
-        ...
-
-    def covers(self, step: Step) -> bool:
-        """Whether a step holds what `entry` would say."""
-        ...
-
-    def finish(self, folder: Path, recipe: Recipe) -> None:
-        """Adds files to the finished folder before it gets its name."""
-        ...
-
-
-@runtime_checkable
-class Watcher(Protocol):
-    """Is told how a run goes on."""
-
-    def cell(self, task: str, window: str, done: int, total: int) -> None:
-        """A cell begins, after `done` of `total`; `window` is empty if there is one only."""
-        ...
-
-    def stack(self, description: str, report: LayerReport) -> None:
-        """A group of layers is solved."""
-        ...
-
-    def phase(self, description: str) -> None:
-        """Something else begins."""
-        ...
-
-
-class Task(NamedTuple):
-    """A task that is ready to be merged into a window, and the time that reading it took."""
-
-    name: str
-    checkpoint: Checkpoint
-    vector: TaskVector
-    clock: Clock
 
 
 @dataclasses.dataclass
@@ -127,7 +78,7 @@ class Walk:
         # What a step says of the model as a whole: from the recipe so far, and then as it is found out.
         self._told = {step.task: step for step in recipe.steps}
         self._row: Row | None = None
-        self._rule = _rule(plan, plan.rows[0])
+        self._rule = rule_of(plan, plan.rows[0])
         self._state: MergeState | None = None  # of the row; None while a program is changing it
         self._since = time.perf_counter()
         self._write_rate = _WRITE_RATE
@@ -198,7 +149,7 @@ class Walk:
         """D of every layer, on the host: of the window in memory, or read from disk when it is asked for."""
         if self._state is not None and len(self.rows) == 1:
             return self._state.delta.on_host()
-        return _StoredDelta(self._stored)
+        return StoredDelta(self._stored)
 
     # A window.
 
@@ -207,7 +158,7 @@ class Walk:
         if self._row is not None and self._row.window is window:
             return
         self._row = next(row for row in self.rows if row.window is window)
-        self._rule = _rule(self._plan, window)
+        self._rule = rule_of(self._plan, window)
         state = self._rule.init(self._base(window))
         done = len(self._row.records)
         if done:
@@ -219,7 +170,7 @@ class Walk:
 
     def _base(self, window: Window) -> Params:
         # Only a rule that runs the model needs the tensors that it does not touch.
-        return self._plan.base.read(None if self._plan.examples else _touched(window))
+        return self._plan.base.read(None if self._plan.examples else touched(window))
 
     def _keep_if_due(self, *, is_last: bool) -> None:
         work, row = time.perf_counter() - self._since, cast(Row, self._row)
@@ -249,16 +200,7 @@ class Walk:
     # A cell.
 
     def _load(self, cell: Cell, stop: threading.Event) -> Task:
-        """Forms a task vector on the device, tensor by tensor from the mapped base and the task's files."""
-        name = self._names[cell.task]
-        checkpoint, clock, touched = self._plan.tasks[name], Clock(), _touched(cell.window)
-        theirs = checkpoint.unread(touched, stop=stop)
-        with clock.spent_on("read"):
-            base = PassingTensors(self._plan.base.read(touched))
-            vector = task_vector(base, theirs, tuple(stack.layers for stack in cell.window.stacks))
-        with clock.spent_on("put"):
-            jax.block_until_ready(vector.stacks)
-        return Task(name, checkpoint, vector, clock)
+        return load_task(self._plan, cell.window, self._names[cell.task], stop)
 
     def _merge(self, cell: Cell, tasks: ReadAhead[Cell, Task], number: int, total: int) -> None:
         row, name = cast(Row, self._row), self._names[cell.task]
@@ -269,15 +211,15 @@ class Walk:
         task.clock.add("wait", time.perf_counter() - start)
         if self._plan.memory.read_ahead:
             tasks.begin()
-        data = _examples(self._plan, name, cell.task + 1)
+        data = examples(self._plan, name, cell.task + 1)
         with uninterrupted():
             state, self._state = cast(MergeState, self._state), None
-            self._state = state = _update(self._rule, state, task, self._watcher, data)
+            self._state = state = update(self._rule, state, task, self._watcher, data)
             step = step_of(name, time.perf_counter() - start, state.report, task.clock.as_dict())
             row.records.append(CellRecord(step, forecast_entry(state.report)))
         self._tell(name, outside=self._outside.get(name))
         if self._plan.examples:
-            self._tell(name, examples=_file_entry(self._plan.examples[name]))
+            self._tell(name, examples=file_entry(self._plan.examples[name]))
         del task, state  # before the next one is read
         gc.collect(0)  # where JAX lets go of host memory that was the device's too; else when a program runs next
 
@@ -307,77 +249,6 @@ class Walk:
             self._enter(self.rows[0].window)
         touched = merged_tensors(self._plan.base.read(self._plan.selection.touched), self.delta)
         return {**self._plan.base.read(), **{name: x.made() for name, x in touched.items()}, **self.added}
-
-
-class _StoredDelta(Mapping[str, Any]):  # not of arrays: a type checker at run time would read one
-    """D by layer, each read from disk when it is asked for."""
-
-    def __init__(self, stored: Stored) -> None:
-        self._stored = stored
-
-    def __getitem__(self, layer: str) -> Array:
-        return self._stored.deltas([layer])[layer]
-
-    def __contains__(self, layer: object) -> bool:
-        return isinstance(layer, str) and self._stored.holds(layer)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._stored.layers)
-
-    def __len__(self) -> int:
-        return len(self._stored.layers)
-
-
-def _rule(plan: Plan, window: Window) -> methods.Merger:
-    """The rule for the layers of a window alone."""
-    settings = plan.settings
-    layers = tuple(name for stack in window.stacks if stack.is_solved for name in stack.layers)
-    others = tuple(name for stack in window.stacks if not stack.is_solved for name in stack.layers)
-    return methods.get(
-        settings.method,
-        settings.config,
-        seed=settings.seed,
-        layers=settings.layers,
-        other_params=settings.other_params,
-        conv=settings.conv,
-        selection=Selection(layers, others),
-    )
-
-
-def _touched(window: Window) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(map(tensor_of, window.layers)))
-
-
-def _update(
-    rule: methods.Merger, state: MergeState, task: Task, watcher: Watcher, data: methods.TaskData | None
-) -> MergeState:
-    try:
-        with task.clock.spent_on("solve"):
-            return jax.block_until_ready(
-                rule.update(state, task.vector, on_stack=watcher.stack, donate=True, data=data)
-            )
-    except NufiltError as error:  # a rule knows canonical names only, and no files
-        raise type(error)(*(_in_file(task.checkpoint, problem) for problem in error.problems)) from error
-
-
-def _in_file(checkpoint: Checkpoint, problem: Problem) -> Problem:
-    info = checkpoint.tensors.get(tensor_of(problem.tensor))
-    return problem if info is None else Problem(str(info.file), problem.what, problem.fix, info.stored_name)
-
-
-def _examples(plan: Plan, name: str, step: int) -> methods.TaskData | None:
-    if not plan.examples:
-        return None
-    from nufilt_jax.engine.examples import drawing_seed, load_examples  # with models, which no other merge needs
-
-    config = cast(LearningConfig, plan.settings.config)
-    seed = drawing_seed(plan.settings.seed, step, name)
-    return load_examples(plan.examples[name], plan.base.config, config, seed)
-
-
-def _file_entry(path: Path) -> dict[str, str]:
-    with path.open("rb") as file:
-        return {"file": str(path), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _joined_forecast(column: list[CellRecord]) -> dict[str, Any]:

@@ -133,7 +133,7 @@ def test_a_stopped_run_in_other_windows(shared_models, tmp_path, nufilt, command
 
 def test_ctrl_c_waits_for_the_cell(shared_models, tmp_path, nufilt, command, monkeypatch):
     """D is being written over by the program: what is kept is what it makes of it."""
-    update, calls = walk._update, []
+    update, calls = walk.update, []
 
     def struck(*args):
         calls.append(args)
@@ -141,7 +141,7 @@ def test_ctrl_c_waits_for_the_cell(shared_models, tmp_path, nufilt, command, mon
             signal.raise_signal(signal.SIGINT)
         return update(*args)
 
-    monkeypatch.setattr(walk, "_update", struck)
+    monkeypatch.setattr(walk, "update", struck)
     assert nufilt(*command(shared_models, tmp_path / "out")).code == 130
     monkeypatch.undo()
     result = nufilt(*command(shared_models, tmp_path / "out", "--json"))

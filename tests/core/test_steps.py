@@ -9,13 +9,13 @@ import numpy as np
 import oracle
 import pytest
 
-from nufilt_jax.config import NufiltConfig
 from nufilt_jax.core.adapt import Adapter, Objective, draw_start, loss_and_gradients, reduced_objective
 from nufilt_jax.core.filter import authors_first_filter, null_space_filter, target
 from nufilt_jax.core.fuse import fuse
 from nufilt_jax.core.solve import solve_group
 from nufilt_jax.core.stages import train
 from nufilt_jax.linalg.grams import GramFactor, GramMatrix
+from nufilt_jax.methods.nufilt import NufiltConfig
 
 CONFIG = NufiltConfig(filter_rank=2, adapter_rank=4, task_rank=2, steps=2)
 

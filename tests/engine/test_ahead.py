@@ -15,7 +15,8 @@ from nufilt_jax.engine.ahead import ReadAhead
 from nufilt_jax.engine.walk import Walk
 from nufilt_jax.methods import stacked
 from nufilt_jax.output.place import OutputPlace
-from nufilt_jax.output.state import Stored, StoredWindow, stored_windows
+from nufilt_jax.output.state import StoredWindow, stored_windows
+from nufilt_jax.output.stored import Stored
 
 FAST = ("--method", "sum")
 
@@ -70,7 +71,7 @@ def test_nothing_of_an_item_that_was_taken_is_kept():
 def test_task_vectors_that_are_alive(shared_models, tmp_path, nufilt, command, monkeypatch):
     """The one that is merged, and the next; when D is written, none that was merged."""
     loaded, alive, held = [], [], []
-    load, update, keep = Walk._load, walk._update, OutputPlace.keep
+    load, update, keep = Walk._load, walk.update, OutputPlace.keep
 
     def counted(*args):
         task = load(*args)
@@ -87,7 +88,7 @@ def test_task_vectors_that_are_alive(shared_models, tmp_path, nufilt, command, m
         return keep(*args)
 
     monkeypatch.setattr(Walk, "_load", counted)
-    monkeypatch.setattr(walk, "_update", updated)
+    monkeypatch.setattr(walk, "update", updated)
     monkeypatch.setattr(OutputPlace, "keep", kept)
     assert nufilt(*command(shared_models, tmp_path / "out", *FAST, n=4)).code == 0
     assert max(alive) <= 2 and held and not any(map(any, held))

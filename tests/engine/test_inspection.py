@@ -109,5 +109,5 @@ def test_a_merged_number_that_cannot_be_written_leaves_what_is_merged(models, tm
     assert not out.exists() and not (tmp_path / "out.partial" / "output").exists()
     recorded = json.loads((tmp_path / "out.partial" / "nufilt.json").read_text())
     assert [step["task"] for step in recorded["steps"]] == ["alpha", "beta", "gamma"]
-    monkeypatch.setattr(walk, "_update", None)  # nothing is merged again
+    monkeypatch.setattr(walk, "update", None)  # nothing is merged again
     assert nufilt(*argv).err == result.err

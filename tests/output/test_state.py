@@ -4,7 +4,8 @@ import pytest
 
 from nufilt_jax.errors import CheckpointError, OutputError
 from nufilt_jax.output.recipe import Step
-from nufilt_jax.output.state import CellRecord, Stored, StoredWindow, save_window, stored_windows
+from nufilt_jax.output.state import CellRecord, StoredWindow, save_window, stored_windows
+from nufilt_jax.output.stored import Stored
 
 DELTA = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b[0]": np.float32(2.5)}
 BESIDE = {"extra": {"seen": np.arange(3), "half": np.ones(2, ml_dtypes.bfloat16)}, "added": {}}

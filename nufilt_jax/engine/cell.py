@@ -1,0 +1,110 @@
+"""One cell of the grid: a window's part of a task is read, and merged by the rule for these layers."""
+
+import hashlib
+import threading
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import jax
+
+from nufilt_jax import methods
+from nufilt_jax.anatomy import tensor_of
+from nufilt_jax.checkpoints import Checkpoint
+from nufilt_jax.checkpoints.tensors import PassingTensors
+from nufilt_jax.engine.grid import Window
+from nufilt_jax.engine.plan import Plan
+from nufilt_jax.engine.timing import Clock
+from nufilt_jax.engine.watching import Watcher
+from nufilt_jax.errors import NufiltError, Problem
+from nufilt_jax.methods.adaptation import LearningConfig
+from nufilt_jax.methods.selection import Selection
+from nufilt_jax.methods.stacked import TaskVector, task_vector
+from nufilt_jax.methods.state import MergeState
+
+
+class Task(NamedTuple):
+    """A task that is ready to be merged into a window, and the time that reading it took."""
+
+    name: str
+    checkpoint: Checkpoint
+    vector: TaskVector
+    clock: Clock
+
+
+def rule_of(plan: Plan, window: Window) -> methods.Merger:
+    """The rule for the layers of a window alone."""
+    settings = plan.settings
+    layers = tuple(name for stack in window.stacks if stack.is_solved for name in stack.layers)
+    others = tuple(name for stack in window.stacks if not stack.is_solved for name in stack.layers)
+    return methods.get(
+        settings.method,
+        settings.config,
+        seed=settings.seed,
+        layers=settings.layers,
+        other_params=settings.other_params,
+        conv=settings.conv,
+        selection=Selection(layers, others),
+    )
+
+
+def load_task(plan: Plan, window: Window, name: str, stop: threading.Event) -> Task:
+    """Forms a task vector on the device, tensor by tensor from the mapped base and the task's files.
+
+    Args:
+      plan: of the merge.
+      window: whose layers are read.
+      name: of the task.
+      stop: once it is set, reading ends with `CancelledError`.
+    """
+    checkpoint, clock, names = plan.tasks[name], Clock(), touched(window)
+    theirs = checkpoint.unread(names, stop=stop)
+    with clock.spent_on("read"):
+        base = PassingTensors(plan.base.read(names))
+        vector = task_vector(base, theirs, tuple(stack.layers for stack in window.stacks))
+    with clock.spent_on("put"):
+        jax.block_until_ready(vector.stacks)
+    return Task(name, checkpoint, vector, clock)
+
+
+def touched(window: Window) -> tuple[str, ...]:
+    """Names of the tensors that a window's layers are in, each once."""
+    return tuple(dict.fromkeys(map(tensor_of, window.layers)))
+
+
+def update(
+    rule: methods.Merger, state: MergeState, task: Task, watcher: Watcher, data: methods.TaskData | None
+) -> MergeState:
+    """The window after one more task; gives up the memory of the state.
+
+    Raises:
+      NufiltError: the rule refuses the task; the file is named.
+    """
+    try:
+        with task.clock.spent_on("solve"):
+            return jax.block_until_ready(
+                rule.update(state, task.vector, on_stack=watcher.stack, donate=True, data=data)
+            )
+    except NufiltError as error:  # a rule knows canonical names only, and no files
+        raise type(error)(*(_in_file(task.checkpoint, problem) for problem in error.problems)) from error
+
+
+def _in_file(checkpoint: Checkpoint, problem: Problem) -> Problem:
+    info = checkpoint.tensors.get(tensor_of(problem.tensor))
+    return problem if info is None else Problem(str(info.file), problem.what, problem.fix, info.stored_name)
+
+
+def examples(plan: Plan, name: str, step: int) -> methods.TaskData | None:
+    """What the rule learns from at a step, counted from 1; None if it needs nothing."""
+    if not plan.examples:
+        return None
+    from nufilt_jax.engine.examples import drawing_seed, load_examples  # with models, which no other merge needs
+
+    config = cast(LearningConfig, plan.settings.config)
+    seed = drawing_seed(plan.settings.seed, step, name)
+    return load_examples(plan.examples[name], plan.base.config, config, seed)
+
+
+def file_entry(path: Path) -> dict[str, str]:
+    """A file in the recipe, with its hash."""
+    with path.open("rb") as file:
+        return {"file": str(path), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

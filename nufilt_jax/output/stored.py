@@ -1,0 +1,149 @@
+"""Reading the state of a merge back, layer by layer."""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nufilt_jax.checkpoints.dtypes import Array
+from nufilt_jax.errors import CheckpointError, Problem
+from nufilt_jax.output.recipe import Step
+from nufilt_jax.output.state import AGAIN, ARRAYS, CellRecord, StoredWindow, quiet, spelt_plainly
+
+
+class Stored:
+    """All that some windows on disk hold, layer by layer: whatever windows are laid over them now.
+
+    Where two hold a layer, the one that holds more tasks counts. A context, in which arrays can be read.
+    """
+
+    def __init__(self, windows: Iterable[StoredWindow] = ()) -> None:
+        self._homes: dict[str, StoredWindow] = {}
+        for window in windows:
+            self.add(window)
+        self._readers = contextlib.ExitStack()
+        self._checkpointer: Any = None
+
+    def add(self, window: StoredWindow) -> None:
+        """Takes in a window that is on disk."""
+        for layer in window.layers:
+            if layer not in self._homes or self._homes[layer].done <= window.done:
+                self._homes[layer] = window
+
+    @property
+    def least(self) -> int:
+        """Number of tasks that are merged into every layer that is in some window."""
+        return min((window.done for window in self._homes.values()), default=0)
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of all layers that are in some window."""
+        return list(self._homes)
+
+    def holds(self, layer: str) -> bool:
+        """Whether a layer is in some window."""
+        return layer in self._homes
+
+    def windows_of(self, layers: Iterable[str]) -> list[StoredWindow]:
+        """The windows in which some layers are found."""
+        homes = (self._homes[layer] for layer in layers if layer in self._homes)
+        return list({window.folder: window for window in homes}.values())
+
+    @property
+    def next_number(self) -> int:
+        """A number that no window has."""
+        return 1 + max((window.number for window in self._homes.values()), default=-1)
+
+    def done(self, layer: str) -> int:
+        """Number of tasks that are merged into a layer."""
+        return self._homes[layer].done if layer in self._homes else 0
+
+    def records(self, layers: Iterable[str]) -> tuple[CellRecord, ...]:
+        """What each task did to some layers into which the same tasks are merged.
+
+        The time and losses of a window of then are told with its first layer.
+        """
+        layers = tuple(layers)
+        homes = self.windows_of(layers)
+        records = []
+        for row in zip(*(window.cells for window in homes), strict=True):
+            told = [cell for cell, window in zip(row, homes, strict=True) if window.layers[0] in layers]
+            step = Step.joined([cell.step for cell in told]) if told else Step(task=row[0].step.task)
+            records.append(CellRecord(step, _forecast_of(layers, [cell.forecast for cell in row])))
+        return tuple(records)
+
+    def __enter__(self) -> "Stored":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._readers.close()
+        self._checkpointer = None
+
+    def deltas(self, layers: Iterable[str]) -> dict[str, Array]:
+        """D of some layers.
+
+        Raises:
+          CheckpointError: one is missing or damaged.
+        """
+        wanted: dict[Path, list[str]] = {}
+        for layer in layers:
+            if layer not in self._homes:
+                what = "the state of the merge does not hold the tensors that the recipe selects"
+                raise CheckpointError(Problem(layer, what, AGAIN))
+            wanted.setdefault(self._homes[layer].folder, []).append(layer)
+        return {
+            name: array
+            for folder, members in wanted.items()
+            for name, array in self._restored(folder, {"delta": members})["delta"].items()
+        }
+
+    def others(self, layers: Iterable[str]) -> dict[str, dict[str, Array]]:
+        """The groups beside D of all windows that hold some of the layers."""
+        found: dict[str, dict[str, Array]] = {}
+        for folder in (window.folder for window in self.windows_of(layers)):
+            with _failures(folder), spelt_plainly(folder / ARRAYS) as path:
+                tree = self._reader().metadata(path).item_metadata.tree
+            names = {group: list(named) for group, named in tree.items() if group != "delta" and named}
+            for group, named in (self._restored(folder, names) if names else {}).items():
+                found[group] = found.get(group, {}) | named
+        return found
+
+    def _restored(self, folder: Path, names: Mapping[str, Iterable[str]]) -> dict[str, dict[str, Array]]:
+        """Some arrays of each group, and nothing else read."""
+        import orbax.checkpoint as ocp
+
+        as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
+        how = {group: dict.fromkeys(members, as_numpy) for group, members in names.items()}
+        item = {group: dict.fromkeys(members, 0) for group, members in names.items()}
+        part = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
+        with _failures(folder), spelt_plainly(folder / ARRAYS) as path:
+            return self._reader().restore(path, args=part)
+
+    def _reader(self) -> Any:
+        import orbax.checkpoint as ocp
+
+        if self._checkpointer is None:
+            self._readers.enter_context(quiet())
+            self._checkpointer = self._readers.enter_context(ocp.Checkpointer(ocp.PyTreeCheckpointHandler()))
+        return self._checkpointer
+
+
+def _forecast_of(layers: Iterable[str], parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The forecast of some layers, from those of the windows that hold them."""
+    wanted = set(layers)
+    parts = list(parts)
+    near = [name for part in parts for name in part["near_equal_cuts"] if name in wanted]
+    rows = {name: row for part in parts for name, row in part["layers"].items() if name in wanted}
+    return {"near_equal_cuts": near, "layers": rows}
+
+
+@contextlib.contextmanager
+def _failures(folder: Path) -> Iterator[None]:
+    """Turns what orbax raises into one line."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        what = f"the state of the merge cannot be read: {type(error).__name__}: {error}"
+        raise CheckpointError(Problem(str(folder), what, AGAIN)) from error
