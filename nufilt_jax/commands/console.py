@@ -1,6 +1,7 @@
 """What a run shows: progress on stderr while it goes on, tables on stdout when it is done."""
 
 import json
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,15 +11,17 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from nufilt_jax.anatomy import FLAT, shape_in
+from nufilt_jax.anatomy import FLAT
 from nufilt_jax.engine.coverage import Rows, coverage, coverage_lines
 from nufilt_jax.engine.plan import Plan
 from nufilt_jax.methods.state import LayerReport
 from nufilt_jax.output.recipe import Recipe
 
+QUIET_SECONDS = 10.0  # for so long nothing is said on what is no terminal: scripts take a line there for a warning
+
 
 class ProgressWatcher:
-    """A bar on stderr: the task, the stack just solved and its loss. Silent unless stderr is a terminal."""
+    """A bar on stderr with the cell, the stack just solved and its loss; in a log, a line per cell of a long run."""
 
     def __init__(self, console: Console, *, quiet: bool) -> None:
         columns = (
@@ -30,19 +33,23 @@ class ProgressWatcher:
         shown = console.is_terminal and not quiet
         self.progress = Progress(*columns, console=console, transient=True, disable=not shown)
         self._console = console
+        # In a log a line for each cell takes the place of the bar, if the run is long enough for somebody to look.
+        self._tells_lines, self._begun = not console.is_terminal and not quiet, time.monotonic()
         self._bar = self.progress.add_task("reading", total=None)
         self._task = ""
 
-    def coverage(self, selected: Rows, left: Rows) -> None:
-        """What will be merged, and what will be left; on no terminal it is told with the results."""
+    def head(self, plan: Plan, selected: Rows, left: Rows) -> None:
+        """What will be merged, and in which windows; on no terminal it is told with the results."""
         if not self.progress.disable:
-            for line in coverage_lines(selected, left):
+            for line in (*coverage_lines(selected, left), *grid_lines(plan)):
                 show_line(self._console, line)
 
     def cell(self, task: str, window: str, done: int, total: int) -> None:
         """A cell begins, after `done` of `total`."""
         self._task = f"{task}, {window} ({done + 1} of {total})" if window else f"{task} ({done + 1} of {total})"
         self.progress.update(self._bar, description=self._task, completed=done, total=total)
+        if self._tells_lines and time.monotonic() - self._begun > QUIET_SECONDS:
+            show_line(self._console, f"nufilt: {self._task}")
 
     def stack(self, description: str, report: LayerReport) -> None:
         """A group of layers is solved."""
@@ -73,8 +80,8 @@ def show_json(console: Console, document: Mapping[str, Any]) -> None:
     console.file.write(json.dumps(document, indent=1, allow_nan=False) + "\n")
 
 
-def plan_document(plan: Plan) -> dict[str, Any]:
-    """A plan as JSON."""
+def plan_document(plan: Plan, estimate: Mapping[str, Any]) -> dict[str, Any]:
+    """A plan as JSON, with what it will take."""
     selected, left = coverage(plan, {})
     return {
         "out": None if plan.out is None else str(plan.out),
@@ -89,26 +96,50 @@ def plan_document(plan: Plan) -> dict[str, Any]:
         "left": left,
         "other_touched": len(plan.selection.other),
         "kept_from_base": len(plan.base.tensors) - len(plan.selection.touched),
-        "stacks": [
-            {"layers": len(stack.layers), "shape": list(shape_in(plan.base.tensors, stack.layers[0]))}
-            for stack in plan.stacks
-        ],
-        "bytes": model_bytes(plan),
+        "stacks": [{"layers": n_layers, "shape": list(shape)} for shape, n_layers in _stacks(plan).items()],
+        "windows": [{"layers": len(row.layers), "bytes": row.n_bytes, "tasks": row.done} for row in plan.rows],
+        "memory": plan.memory.to_json(),
+        **estimate,
         "warnings": list(plan.warnings),
     }
 
 
-def model_bytes(plan: Plan) -> dict[str, int]:
-    """Bytes to read, and of the output at the base's own types."""
-    base = sum(info.nbytes for info in plan.base.tensors.values())
-    tasks = sum(info.nbytes for task in plan.tasks.values() for info in task.tensors.values())
-    state = 4 * sum(plan.base.tensors[name].size for name in plan.selection.touched)
-    return {"read": base + tasks, "model": base, "state": state}
+def _stacks(plan: Plan) -> dict[tuple[int, ...], int]:
+    """How many layers of each shape the method works on."""
+    found: dict[tuple[int, ...], int] = {}
+    for stack in plan.stacks:
+        found[stack.shape] = found.get(stack.shape, 0) + len(stack.layers)
+    return found
 
 
-def show_plan(console: Console, plan: Plan) -> None:
+def grid_lines(plan: Plan) -> list[str]:
+    """In how many windows a merge is done, and the memory that takes."""
+    memory, n_rows = plan.memory, len(plan.rows)
+    told = "allowed by --max-memory" if memory.is_asked_for else "are half of what is free"
+    largest = max(row.n_bytes for row in plan.rows) / 1e9
+    rows = "one window" if n_rows == 1 else f"{n_rows} windows of at most {largest:.2f} GB"
+    return [
+        f"grid    {rows} x {len(plan.sources)} tasks, {plan.walk} first",
+        f"memory  about {memory.planned / 1e9:.2f} GB at most; {memory.allowed / 1e9:.2f} GB {told}",
+    ]
+
+
+def estimate_lines(estimate: Mapping[str, Any]) -> list[str]:
+    """What a merge will take of the disk and of time."""
+    n_bytes, disk, seconds = (estimate[key] for key in ("bytes", "disk", "seconds"))
+    fetched = f", {n_bytes['fetch'] / 1e9:.2f} GB of it fetched" if n_bytes["fetch"] else ""
+    merging = "time unknown for merging" if seconds["merging"] is None else f"{seconds['merging']:.0f} s merging"
+    compiling = "" if not seconds["compiling"] else f", and up to {seconds['compiling']:.0f} s of compiling"
+    return [
+        f"read    {n_bytes['read'] / 1e9:.2f} GB{fetched}",
+        f"disk    {disk['needed'] / 1e9:.2f} GB for model and state; {disk['free'] / 1e9:.2f} GB are free",
+        f"time    about {seconds['files']:.0f} s on files, {merging}{compiling}",
+    ]
+
+
+def show_plan(console: Console, plan: Plan, estimate: Mapping[str, Any]) -> None:
     """A plan as tables."""
-    document = plan_document(plan)
+    document = plan_document(plan, estimate)
     settings = ", ".join(f"{k} {v}" for k, v in document["config"].items()) or "no settings"
     lines = [
         f"base    {plan.base.source}" + (f" at {plan.base.revision}" if plan.base.revision else ""),
@@ -117,7 +148,8 @@ def show_plan(console: Console, plan: Plan) -> None:
         f"moved ({plan.settings.other_params}), {document['kept_from_base']} kept from the base",
         *(f"        {row['layers']} of shape [{row['shape'][0]}, {row['shape'][1]}]" for row in document["stacks"]),
         *coverage_lines(document["selected"], document["left"]),
-        f"read    {document['bytes']['read'] / 1e9:.2f} GB; state {document['bytes']['state'] / 1e9:.2f} GB",
+        *grid_lines(plan),
+        *estimate_lines(estimate),
         *([f"out     {plan.out}"] if plan.out else []),
     ]
     lines += [

@@ -11,6 +11,7 @@ from nufilt_jax.commands.arguments import Arguments
 from nufilt_jax.commands.method_help import method_documents, method_lines
 from nufilt_jax.commands.request import check_usage, continued_job, new_job
 from nufilt_jax.engine.coverage import coverage, outside_warnings
+from nufilt_jax.engine.estimate import estimate
 from nufilt_jax.engine.inspection import inspect
 from nufilt_jax.engine.plan import Plan, make_plan
 from nufilt_jax.engine.run import run
@@ -58,9 +59,9 @@ def _plan(arguments: Arguments, scratch: Path, stdout: Console, stderr: Console)
     plan = make_plan(job, offline=arguments.offline, headers_only=True)
     show.show_warnings(stderr, plan.warnings)
     if arguments.json:
-        show.show_json(stdout, show.plan_document(plan))
+        show.show_json(stdout, show.plan_document(plan, estimate(plan)))
     elif not arguments.quiet:
-        show.show_plan(stdout, plan)
+        show.show_plan(stdout, plan, estimate(plan))
 
 
 def _run(arguments: Arguments, stdout: Console, stderr: Console) -> None:
@@ -77,7 +78,7 @@ def _run(arguments: Arguments, stdout: Console, stderr: Console) -> None:
             inspection = inspect(plan)
         show.show_warnings(stderr, inspection.warnings)
         show.show_warnings(stderr, outside_warnings(plan.base, plan.selection, plan.settings, inspection.changes))
-        watcher.coverage(*coverage(plan, inspection.changes))
+        watcher.head(plan, *coverage(plan, inspection.changes))
         recipe = run(plan, inspection, place, watcher, clock, evaluation=evaluation)
         scores = _scores(plan, place, watcher)
     show.show_warnings(stderr, tuple(evaluation.warnings) if evaluation else ())

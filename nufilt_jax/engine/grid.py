@@ -7,6 +7,7 @@ Windows are whole chunks of the solver (`linalg.chunks`): then every layer is so
 windows are, and on one machine the bits are the same.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
@@ -20,7 +21,7 @@ class Stack(NamedTuple):
 
     Attributes:
       layers: their names.
-      n_bytes: of one of them, in float32.
+      shape: of each of them.
       chunk: so many are solved at a time, in the whole stack.
       at_once: so many could be, see `linalg.chunks`; 1 where layers have nothing to do with each other.
       fewest: chunks that a piece must have, unless it is the whole: of one chunk the compiler makes no loop, and rounds
@@ -29,11 +30,16 @@ class Stack(NamedTuple):
     """
 
     layers: tuple[str, ...]
-    n_bytes: int
+    shape: tuple[int, ...]
     chunk: int = 1
     at_once: int = 1
     fewest: int = 1
     is_solved: bool = True
+
+    @property
+    def n_bytes(self) -> int:
+        """Of one layer, in float32."""
+        return 4 * math.prod(self.shape)
 
     @property
     def total(self) -> int:
@@ -81,8 +87,8 @@ def windows(stacks: Sequence[Stack], most_bytes: float) -> list[tuple[Stack, ...
 
     Stacks stay whole where they fit. One that does not is cut into equal windows, so that few programs serve all.
 
-    >>> stack = Stack(tuple("abcdefgh"), n_bytes=10, chunk=2, at_once=2)
-    >>> [[s.layers for s in window] for window in windows([stack], 50)]
+    >>> stack = Stack(tuple("abcdefgh"), (5, 2), chunk=2, at_once=2)
+    >>> [[s.layers for s in window] for window in windows([stack], 200)]
     [[('a', 'b', 'c', 'd')], [('e', 'f', 'g', 'h')]]
     """
     found: list[tuple[Stack, ...]] = []

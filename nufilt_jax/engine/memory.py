@@ -17,8 +17,8 @@ _UNITS |= {f"{prefix}B": 10 ** (3 * power) for power, prefix in enumerate("KMGT"
 _UNITS |= {f"{prefix}iB": 2 ** (10 * power) for power, prefix in enumerate("KMGT", 1)}
 _SIZE = re.compile(r"(?P<number>\d{1,15}(\.\d{1,9})?)\s*(?P<unit>[A-Za-z]*)")
 
-# Of Python, JAX and orbax, and of compilers at work, beside what is counted below: measured at 0.48 GB where the compile
-# cache has all programs, and at 0.93 GB where it has none.
+# Of Python, JAX and orbax, and of compilers at work, beside what is counted below: measured at 0.48 GB where the
+# compile cache has all programs, and at 0.93 GB where it has none.
 RUNTIME = 950 * 10**6
 _READERS = 4  # files that are looked into at a time, each with two pieces and a tensor of the base
 _PIECE = 2 << 24
@@ -110,7 +110,7 @@ def workspace(shape: tuple[int, ...], chunk: int, config: MethodConfig) -> int:
     ranks = sum(getattr(config, name, 0) for name in ("filter_rank", "adapter_rank", "task_rank"))
     # Of wide layers no Gram matrix is formed.
     numbers = 6.9 * m * n if 2 * m < n else 8.3 * m * n + 1.5 * n * n
-    return int(4 * chunk * (numbers + 4 * n * min(ranks, 2 * n)))
+    return int(4 * chunk * (numbers + 6 * n * min(ranks, 2 * n)))
 
 
 class Sizes(NamedTuple):

@@ -1,7 +1,6 @@
 """What a merge would do, and everything that speaks against it, from headers alone."""
 
 import dataclasses
-import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,12 +18,11 @@ from nufilt_jax.checkpoints.outputs import plan_shards
 from nufilt_jax.config import MethodConfig, option, problem
 from nufilt_jax.engine.grid import Stack, Walk, Window
 from nufilt_jax.engine.job import EvaluationOptions, Job, Recorded, recorded_in
-from nufilt_jax.engine.memory import Memory, Reach, Sizes, largest_workspace, plan_windows
+from nufilt_jax.engine.layout import lay_out, needs_of
+from nufilt_jax.engine.memory import Memory, Reach
 from nufilt_jax.errors import CheckpointError, ConfigError, NufiltError, Problem, gathering, raise_all
-from nufilt_jax.linalg.chunks import chunk_size, layers_at_once
 from nufilt_jax.methods import find
 from nufilt_jax.methods.selection import Selection, reach_of, select, wanted_by
-from nufilt_jax.methods.stacked import stack_names
 from nufilt_jax.output.place import OutputPlace
 from nufilt_jax.output.recipe import Model, Settings, other_merge_problems
 from nufilt_jax.output.stored import Stored
@@ -85,6 +83,11 @@ class Plan:
         return tuple(stack for row in self.rows for stack in row.stacks if stack.is_solved)
 
     @property
+    def reach(self) -> Reach:
+        """What the method needs at a time."""
+        return needs_of(self.settings.method)
+
+    @property
     def walk(self) -> Walk:
         """Row by row, unless the whole model is wanted after each step."""
         needs_model = self.evaluation is not None or bool(self.examples)
@@ -126,7 +129,7 @@ def make_plan(job: Job, *, offline: bool = False, headers_only: bool = False) ->
             problems += _output_problems(base, job.settings, place)
         problems += _state_problems(recorded, selection, len(job.sources))
         with gathering(problems):
-            rows, memory = _windows(job, base, tuple(tasks.values()), selection, stored)
+            rows, memory = lay_out(job, base, tuple(tasks.values()), selection, stored)
     if problems or base is None or memory is None:
         raise NufiltError(*dict.fromkeys(problems))
     return Plan(
@@ -167,38 +170,6 @@ def _state_problems(recorded: Recorded | None, selection: Selection, n_tasks: in
     if any(stored.done(layer) != recorded.done for layer in selection.layers + selection.other):
         what = "the state of the merge does not hold the tensors that the recipe selects"
         yield Problem(str(recorded.folder), what, "merge again from the start")
-
-
-def _windows(
-    job: Job, base: Checkpoint, tasks: tuple[Checkpoint, ...], selection: Selection, stored: Stored
-) -> tuple[list[Window], Memory]:
-    """The grid's rows, and the memory that it takes.
-
-    Raises:
-      ConfigError: no windows are small enough.
-    """
-    rule, config = find(job.settings.method), job.settings.config
-    shapes = {name: shape_in(base.tensors, name) for name in selection.layers + selection.other}
-    at_once = layers_at_once()
-    stacks, programs = list[Stack](), list[tuple[tuple[int, ...], int]]()
-    for names, is_solved in ((selection.layers, True), (selection.other, False)):
-        for members in stack_names(shapes, names):
-            shape = shapes[members[0]]
-            most = at_once if is_solved and len(shape) == 2 else 1
-            chunk = chunk_size(len(members), most)
-            fewest = 2 if is_solved and len(shape) == 2 else 1
-            stacks.append(Stack(members, 4 * math.prod(shape), chunk, most, fewest, is_solved))
-            programs += [(shape, chunk)] if is_solved else []
-    runs_model = job.evaluation is not None or rule.needs_data
-    everything = [info for model in (base, *tasks) for info in model.tensors.values()]
-    sizes = Sizes(
-        workspace=largest_workspace(programs, config),
-        tensor=max((4 * base.tensors[name].size for name in selection.touched), default=0),
-        stored=max((info.nbytes for info in everything), default=0),
-        model=sum(4 * info.size for info in base.tensors.values()) if runs_model else 0,
-    )
-    reach = Reach(rule.states, rule.workspace, rule.whole_model)
-    return plan_windows(stacks, sizes, reach, job.max_memory, stored.done, stored.next_number)
 
 
 def _name_problems(sources: tuple[Model, ...]) -> list[Problem]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from nufilt_jax.linalg.certificate import (
     Certificate,
@@ -108,7 +108,7 @@ def _turned(
     scale = jnp.trace(coupling)
     coupling /= jnp.where(scale > 0, scale, 1)
 
-    def sweep(_: int, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def sweep(_: Int[Array, ""], state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         step, coupling, size = _sweep(state[1], rank, threshold)
         return matmul(state[0], step), coupling, size
 

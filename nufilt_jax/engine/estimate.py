@@ -1,0 +1,116 @@
+"""What a merge will take, before it begins: bytes, disk, seconds."""
+
+import math
+import shutil
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nufilt_jax.checkpoints import Checkpoint
+from nufilt_jax.core.settings import SolveConfig
+from nufilt_jax.engine.counts import adam_count, fuse_count, reduce_count
+from nufilt_jax.engine.plan import Plan
+from nufilt_jax.linalg.chebyshev import block_width
+from nufilt_jax.linalg.subspace import FULL_WIDTH
+
+# All on 2 cores, from the runs of benchmarks/results/end_to_end.json and scale.json; their ratios hold elsewhere.
+_SHARE_OF_PRODUCTS = 0.55  # of the rate of large products, that a whole solve reaches
+_DEGREE = 12  # products with the Gram matrix, of a decomposition by iteration
+_EIGH = 60  # times n³ operations at that rate, for all eigenvectors: LAPACK is far from it
+_CHECKED = 1.0e9  # bytes per second: read, hashed, and looked through
+_MERGED = 0.5e9  # bytes of D per second of methods that treat every number alike
+_WRITTEN = 0.5e9  # bytes per second, with what reaches the disk
+_START = 2.5  # seconds of imports
+COMPILED = 6.0  # seconds per width of layers, where the compile cache has nothing
+
+
+def plan_bytes(plan: Plan) -> dict[str, int]:
+    """Bytes to read, how many of them are fetched from the Hub first, of the output, and of the state beside it."""
+    models = (plan.base, *plan.tasks.values())
+    state = sum(row.n_bytes for row in plan.rows)
+    fetched = sum(map(_stored, (model for model in models if not model.is_local)))
+    return {"read": sum(map(_stored, models)), "fetch": fetched, "model": _stored(plan.base), "state": state}
+
+
+def _stored(model: Checkpoint) -> int:
+    return sum(info.nbytes for info in model.tensors.values())
+
+
+def plan_disk(plan: Plan) -> dict[str, int]:
+    """Bytes of disk that the merge needs for its output and its state, and that are free there."""
+    here = Path.cwd() if plan.out is None else plan.out.parent
+    there = next(folder for folder in (here, *here.absolute().parents) if folder.is_dir())
+    n_bytes = plan_bytes(plan)
+    return {"needed": n_bytes["model"] + n_bytes["state"], "free": shutil.disk_usage(there).free}
+
+
+def plan_seconds(plan: Plan, rate: float) -> dict[str, float | None]:
+    """About how long the run will take: on files, on merging, and apart from these on compiling.
+
+    Args:
+      plan: what to do.
+      rate: of `products_per_second`.
+
+    Returns:
+      None for merging by a method of which the cost is not known here.
+    """
+    n_bytes, n_left = plan_bytes(plan), len(plan.sources) - plan.done
+    files = _START + n_bytes["read"] / _CHECKED + (n_bytes["model"] + n_bytes["state"]) / _WRITTEN
+    config, state = plan.settings.config, n_bytes["state"]
+    solved = n_left - (plan.done == 0)
+    if isinstance(config, SolveConfig):
+        shapes = ((stack.shape, len(stack.layers)) for stack in plan.stacks)
+        merging = solved * _flops(shapes, config) / (_SHARE_OF_PRODUCTS * rate) + n_left * state / _CHECKED
+        widths = {stack.shape[-1] for stack in plan.stacks}
+        compiling = COMPILED * len(widths) if solved > 0 else 0.0
+    elif plan.reach.workspace == 0:
+        merging, compiling = n_left * state / _MERGED, 1.0
+    else:
+        merging, compiling = None, None
+    return {"files": files, "merging": merging, "compiling": compiling}
+
+
+def _flops(shapes: Iterable[tuple[tuple[int, ...], int]], config: SolveConfig) -> float:
+    """Operations of one task, for layers of some shapes and their numbers."""
+    return sum(n_layers * _layer_flops(shape[0], shape[1], config) for shape, n_layers in shapes if len(shape) == 2)
+
+
+def _layer_flops(m: int, n: int, config: SolveConfig) -> float:
+    factored = 2 * m < n
+    stages = reduce_count(m, n, config) + fuse_count(m, n, config)
+    if config.closed_form_ridge is None:
+        stages += adam_count(m, n, config, factored=factored)
+    gram = 0 if factored else m * n * n
+    found = sum(gram + _directions(m, n, rank, factored) for rank in (config.filter_rank, config.task_rank) if rank)
+    return stages.flops + found
+
+
+def _directions(m: int, n: int, rank: int, factored: bool) -> float:
+    """Operations that find the leading directions and refine them."""
+    b = block_width(min(rank, n), n)
+    refined = 4 * m * n * b + 2 * m * b * b + 4 * n * b * b + 24 * b**3
+    if n <= FULL_WIDTH or b == n:
+        return _EIGH * n**3 + refined
+    product = 4 * m * n * b if factored else 2 * n * n * b
+    return _DEGREE * (product + n * b * b) + refined
+
+
+def products_per_second(seconds: float = 1.0) -> float:
+    """Operations per second of products of large matrices in float32, measured here for about so long."""
+    x = np.full((1024, 1024), 1 / 32, np.float32)
+    best, start = math.inf, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        begun = time.perf_counter()
+        x @ x
+        best = min(best, time.perf_counter() - begun)
+    return 2 * 1024**3 / best
+
+
+def estimate(plan: Plan) -> dict[str, Any]:
+    """All of it, for `--plan`."""
+    seconds = plan_seconds(plan, products_per_second())
+    rounded = {what: None if x is None else round(x, 1) for what, x in seconds.items()}
+    return {"bytes": plan_bytes(plan), "disk": plan_disk(plan), "seconds": rounded}

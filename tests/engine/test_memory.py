@@ -1,0 +1,97 @@
+"""What a merge takes is planned from shapes: against the compiled programs' own account, and at the edges."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from nufilt_jax import NufiltConfig
+from nufilt_jax.engine import memory
+from nufilt_jax.engine.grid import Stack
+from nufilt_jax.engine.memory import RUNTIME, Reach, Sizes, parse_size, plan_windows, workspace
+from nufilt_jax.errors import ConfigError
+from nufilt_jax.linalg.chunks import layers_at_once
+from nufilt_jax.methods import nufilt
+
+MB = 10**6
+
+
+@pytest.mark.parametrize(
+    ("text", "n_bytes"),
+    [("8GB", 8 * 10**9), ("8GiB", 8 << 30), ("512 mib", 512 << 20), ("1.5TB", 15 * 10**11), ("70000B", 70000)],
+)
+def test_a_size_is_read(text, n_bytes):
+    assert parse_size(text) == n_bytes
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "8 apples", "0GB", "1e9", "8GB8", "9" * 40, "∞GB"])
+def test_no_size_is_refused(text):
+    with pytest.raises(ConfigError, match=r"--max-memory: must be a size as 8GB or 8GiB"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize("shape", [(256, 256), (768, 768), (768, 256), (128, 768)], ids=str)
+@pytest.mark.parametrize(
+    "config", [NufiltConfig(), NufiltConfig(filter_rank=16, adapter_rank=8, steps=3)], ids=["paper", "small"]
+)
+def test_the_workspace_is_what_the_compiler_says(shape, config):
+    if jax.default_backend() != "cpu":
+        return  # there all layers are solved at once
+    chunk, n_layers = layers_at_once(), 2 * layers_at_once()
+    stack = jax.ShapeDtypeStruct((n_layers, *shape), jnp.float32)
+    keys = jax.ShapeDtypeStruct((n_layers, 2), jnp.uint32)
+    lowered = nufilt._step.lower((stack,), (stack,), keys, config=config, until_certified=False)
+    said = lowered.compile().memory_analysis().temp_size_in_bytes
+    assert 0.75 * said <= workspace(shape, chunk, config) <= 2 * said
+
+
+SIZES = Sizes(workspace=10 * MB, tensor=20 * MB, stored=5 * MB, model=0)
+STACK = Stack(tuple(f"layer{i:02}" for i in range(40)), (5 * MB,), 2, 2, 2)  # 20 MB each
+
+
+LAYERS = Reach()
+
+
+def planned(cap, reach=LAYERS):
+    return plan_windows([STACK], SIZES, reach, cap, lambda _: 0, 0)
+
+
+def test_a_model_that_fits_is_one_window():
+    rows, found = planned(RUNTIME + 3 * STACK.total + 100 * MB)
+    assert len(rows) == 1 and found.read_ahead and found.planned <= found.allowed
+
+
+@pytest.mark.parametrize("cap", [RUNTIME + n * MB for n in (400, 700, 1100, 2000)])
+def test_what_is_planned_is_under_the_cap(cap):
+    rows, found = planned(cap)
+    assert found.planned <= cap and len(rows) > 1
+    assert sum(row.n_bytes for row in rows) == STACK.total
+
+
+def test_with_little_room_nothing_is_read_ahead():
+    rows, found = planned(RUNTIME + 10 * MB + 40 * MB + 2 * 80 * MB)
+    assert not found.read_ahead and {len(row.layers) for row in rows} == {4}
+
+
+def test_an_impossible_cap_is_refused_with_the_least_that_would_do():
+    with pytest.raises(ConfigError, match="GB are too little") as caught:
+        planned(RUNTIME)
+    least = parse_size(str(caught.value).split("--max-memory ")[1].rstrip(")"))
+    assert planned(least)[1].planned <= least
+    with pytest.raises(ConfigError):
+        planned(least - 2 * MB)
+
+
+def test_a_rule_of_the_whole_model_has_one_window_or_none():
+    reach = Reach(states=2, workspace=2.0, whole_model=True)
+    rows, _ = planned(RUNTIME + 7 * STACK.total, reach)
+    assert len(rows) == 1
+    with pytest.raises(ConfigError, match="with all layers together, as this method needs"):
+        planned(RUNTIME + 3 * STACK.total, reach)
+
+
+def test_without_a_cap_half_of_what_is_free_is_taken(monkeypatch):
+    monkeypatch.setattr(memory, "free_memory", lambda: 2 * (RUNTIME + 1100 * MB))
+    rows, found = planned(None)
+    assert len(rows) > 1 and found.to_json()["by"] == "half of what is free"
+    monkeypatch.setattr(memory, "free_memory", lambda: 1000)
+    assert planned(None)[0]  # nobody asked for a cap: it is tried
