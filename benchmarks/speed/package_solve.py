@@ -119,7 +119,7 @@ class Merge:
     def _solved(self, program: Program, merged: tuple[jax.Array, ...], task: Task) -> solve.GroupSolution:
         """As the package does it: layers without a certificate are solved again."""
         found = run_alone(program, merged, task.task, task.start)
-        return solve.mended(found, found.updates, task.task, task.start, self._again)
+        return solve.mended(found, None, task.task, task.start, self._again)
 
 
 def stages(tasks: list[Task], config: NufiltConfig, repeats: int, *, count: bool = True) -> dict[str, Stage]:

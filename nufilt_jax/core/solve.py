@@ -12,7 +12,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from nufilt_jax.core.forecast import Forecast
 from nufilt_jax.core.settings import SolveConfig
@@ -154,42 +154,45 @@ def _solve_at_once(
 
 def mended(
     found: GroupSolution,
-    merged: Sequence[Any],
+    merged: Sequence[Any] | None,
     task: Sequence[Any],
     start: Any,
     again: Callable[..., GroupSolution],
 ) -> GroupSolution:
-    """Solves the layers that got no certificate once more, alone; `again` is compiled only if there are any.
+    """Solves the layers that got no certificate once more; `again` is compiled only if there are any.
+
+    Each alone: beside others its result would depend on which they are, and so on how a model is cut into windows.
 
     Args:
-      found: of `solve_group` with `until_certified` off.
-      merged: D as it was; its layers without a certificate are read.
+      found: of `solve_group` with `until_certified` off; its memory is taken.
+      merged: D as it was; its layers without a certificate are read. None where the updates of `found` still have it.
       task: τ.
       start: of every layer, as `again` takes it.
       again: `solve_group` with `until_certified` on, of the same settings; may take the memory of its first argument.
     """
-    # Looking at numbers waits for the program, on any device.
-    certified = np.asarray(found.forecast.certified)
+    certified = np.array(found.forecast.certified)  # a copy: its memory is taken below
     for index, (i, j) in enumerate(bounds(tuple(task))):
-        rows = np.flatnonzero(~certified[i:j])
-        if rows.size == 0:
-            continue
-        # Copies of the last one make their number a power of two, so that few programs serve all numbers.
-        some = np.pad(rows, (0, (1 << int(rows.size - 1).bit_length()) - rows.size), mode="edge")
-        # A copied layer is solved twice, to the same bits; `[: rows.size]` below drops it.
-        new = run_alone(again, (merged[index][some],), (task[index][some],), start[i + some])
-        stack = found.updates[index].at[rows].set(new.updates[0][: rows.size])
-        updates = (*found.updates[:index], stack, *found.updates[index + 1 :])
-        rest = jax.tree.map(
-            lambda old, new, at=i + rows: old.at[at].set(new[: len(at)]),
-            found._replace(updates=()),
-            new._replace(updates=()),
-        )
-        found = rest._replace(updates=updates)
+        for row in np.flatnonzero(~certified[i:j]):
+            before = found.updates[index] if merged is None else merged[index]
+            d, t, own = _layer(before, row), _layer(task[index], row), _layer(start, i + row)
+            new = run_alone(again, (d,), (t,), own)
+            stack = _replaced(found.updates[index], new.updates[0], row)
+            rest = _replaced(found._replace(updates=()), new._replace(updates=()), i + row)
+            found = rest._replace(updates=(*found.updates[:index], stack, *found.updates[index + 1 :]))
     return found
 
 
-# Nothing donated: `mended` reads D again, and the arrays are the caller's. `methods.nufilt` has a program that does.
+@jax.jit
+def _layer(stack: Shaped[Array, "layers *rest"], row: Int[Array, ""] | int) -> Shaped[Array, "1 *rest"]:
+    return jax.lax.dynamic_slice_in_dim(jnp.asarray(stack), row, 1)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _replaced(old: Any, new: Any, row: Int[Array, ""] | int) -> Any:
+    """Arrays with a layer axis, of which one layer is another; in their memory."""
+    return jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, row, 0), old, new)
+
+
 _solve_group = jax.jit(solve_group, static_argnames=("config", "add", "until_certified"))
 
 

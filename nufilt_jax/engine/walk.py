@@ -1,7 +1,6 @@
 """Walks the grid of a merge: reads ahead, solves cell after cell, and keeps what is done."""
 
 import dataclasses
-import gc
 import threading
 import time
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from typing import Any, cast
 from nufilt_jax.engine.ahead import ReadAhead
 from nufilt_jax.engine.cell import Task, examples, file_entry, load_task, rule_of, touched, update
 from nufilt_jax.engine.grid import Cell, Window, cells
+from nufilt_jax.engine.memory import release_memory
 from nufilt_jax.engine.merged import StoredDelta, merged_tensors
 from nufilt_jax.engine.plan import Plan
 from nufilt_jax.engine.records import forecast_entry, step_of
@@ -179,7 +179,7 @@ class Walk:
             self._keep()
         if is_last and len(self.rows) > 1:
             self._row = self._state = None
-            gc.collect(0)
+            release_memory()
 
     def _keep(self) -> None:
         """Makes what the window in memory holds durable."""
@@ -211,6 +211,7 @@ class Walk:
         task.clock.add("wait", time.perf_counter() - start)
         if self._plan.memory.read_ahead:
             tasks.begin()
+        release_memory()
         data = examples(self._plan, name, cell.task + 1)
         with uninterrupted():
             state, self._state = cast(MergeState, self._state), None
@@ -221,7 +222,7 @@ class Walk:
         if self._plan.examples:
             self._tell(name, examples=file_entry(self._plan.examples[name]))
         del task, state  # before the next one is read
-        gc.collect(0)  # where JAX lets go of host memory that was the device's too; else when a program runs next
+        release_memory()
 
     def _tell(self, task: str, **what: Any) -> None:
         self._told[task] = dataclasses.replace(self._told.get(task, Step(task=task)), **what)

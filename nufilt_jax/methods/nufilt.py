@@ -122,7 +122,7 @@ class _UnderWay(NamedTuple):
 def _mended(begun: _UnderWay, config: SolveConfig) -> GroupSolution:
     """The group's new D, its layers without a certificate solved once more, from the D that they were left with."""
     again = functools.partial(_step, config=config, until_certified=True)
-    return mended(begun.found, begun.found.updates, begun.task, begun.keys, again)
+    return mended(begun.found, None, begun.task, begun.keys, again)
 
 
 def _told(group: Group, solution: GroupSolution, on_stack: OnStack | None) -> dict[str, LayerReport]:

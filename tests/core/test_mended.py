@@ -65,6 +65,15 @@ def test_a_hard_layer_compiles_it_and_its_neighbours_stay_as_they_were(kind):
     assert not bool(alone.forecast.certified[0])
 
 
+def test_a_hard_layer_is_solved_alone():
+    """Whatever other layers are hard: a model cut into windows has the bits of the whole."""
+    tau = layers("easy", "easy", "easy", "easy", seed=2)
+    one, other = (layers("easy", "flat", kind, "easy") for kind in ("easy", "nearly flat"))
+    found = [solved(d.at[:2].set(one[:2]), tau)[0] for d in (one, other)]
+    np.testing.assert_array_equal(found[0].update[1], found[1].update[1])
+    assert not np.array_equal(found[0].update[2], found[1].update[2])
+
+
 def test_a_merge_solves_hard_layers_from_the_d_before():
     """Where D is overwritten in place, a layer without a certificate is left as it was until it is solved again."""
     names = [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(3)]
