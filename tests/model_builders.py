@@ -73,6 +73,11 @@ def as_bfloat16(tensors):
 def write(folder, tensors, *, shards=1, **config):
     """A model folder with safetensors weights, a config and side-car files."""
     write_beside(folder, **config)
+    return write_weights(folder, tensors, shards=shards)
+
+
+def write_weights(folder, tensors, *, shards=1):
+    """The safetensors weights of a model folder; returns the folder."""
     if shards == 1:
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
         return folder

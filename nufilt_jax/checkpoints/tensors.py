@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 from nufilt_jax.checkpoints.dtypes import Array, numpy_dtype
 
 Bytes = UInt8[np.ndarray, " bytes"]
-_CHUNK = 1 << 24  # bytes per piece when streaming: 16 MiB keeps memory flat and disks busy
+CHUNK = 1 << 24  # bytes per piece when streaming: 16 MiB keeps memory flat and disks busy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class TensorInfo:
         return (self, *self.aliases)
 
 
-def stream_bytes(info: TensorInfo, chunk: int = _CHUNK, *, stop: threading.Event | None = None) -> Iterator[bytes]:
+def stream_bytes(info: TensorInfo, chunk: int = CHUNK, *, stop: threading.Event | None = None) -> Iterator[bytes]:
     """The tensor's bytes in file order, in pieces; read, not mapped, so that memory stays flat.
 
     Args:
@@ -84,7 +84,7 @@ def stream_bytes(info: TensorInfo, chunk: int = _CHUNK, *, stop: threading.Event
 
 
 def stream_spans(
-    path: Path, spans: Iterable[tuple[int, int]], chunk: int = _CHUNK, *, stop: threading.Event | None = None
+    path: Path, spans: Iterable[tuple[int, int]], chunk: int = CHUNK, *, stop: threading.Event | None = None
 ) -> Iterator[bytes]:
     """The bytes of some ranges `(start, end)` of a file; see `stream_bytes`."""
     with path.open("rb") as file:

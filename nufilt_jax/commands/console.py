@@ -97,7 +97,7 @@ def plan_document(plan: Plan, estimate: Mapping[str, Any]) -> dict[str, Any]:
         "other_touched": len(plan.selection.other),
         "kept_from_base": len(plan.base.tensors) - len(plan.selection.touched),
         "stacks": [{"layers": n_layers, "shape": list(shape)} for shape, n_layers in _stacks(plan).items()],
-        "windows": [{"layers": len(row.layers), "bytes": row.n_bytes, "tasks": row.done} for row in plan.rows],
+        "windows": [row.entry(row.done) for row in plan.rows],
         "memory": plan.memory.to_json(),
         **estimate,
         "warnings": list(plan.warnings),

@@ -3,7 +3,7 @@
 import math
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from nufilt_jax.engine.counts import adam_count, fuse_count, reduce_count
 from nufilt_jax.engine.plan import Plan
 from nufilt_jax.linalg.chebyshev import block_width
 from nufilt_jax.linalg.subspace import FULL_WIDTH
+from nufilt_jax.methods import find
 
-# All on 2 cores, from the runs of benchmarks/results/end_to_end.json and scale.json; their ratios hold elsewhere.
+# Fitted to one machine of 2 cores and a ViT-B/32; not yet compared with runs of other models or machines.
 _SHARE_OF_PRODUCTS = 0.55  # of the rate of large products, that a whole solve reaches
 _DEGREE = 12  # products with the Gram matrix, of a decomposition by iteration
 _EIGH = 60  # times n³ operations at that rate, for all eigenvectors: LAPACK is far from it
@@ -24,7 +25,7 @@ _CHECKED = 1.0e9  # bytes per second: read, hashed, and looked through
 _MERGED = 0.5e9  # bytes of D per second of methods that treat every number alike
 _WRITTEN = 0.5e9  # bytes per second, with what reaches the disk
 _START = 2.5  # seconds of imports
-COMPILED = 6.0  # seconds per width of layers, where the compile cache has nothing
+_COMPILED = 6.0  # seconds per width of layers, where the compile cache has nothing
 
 
 def plan_bytes(plan: Plan) -> dict[str, int]:
@@ -39,25 +40,25 @@ def _stored(model: Checkpoint) -> int:
     return sum(info.nbytes for info in model.tensors.values())
 
 
-def plan_disk(plan: Plan) -> dict[str, int]:
+def plan_disk(plan: Plan, n_bytes: Mapping[str, int]) -> dict[str, int]:
     """Bytes of disk that the merge needs for its output and its state, and that are free there."""
     here = Path.cwd() if plan.out is None else plan.out.parent
     there = next(folder for folder in (here, *here.absolute().parents) if folder.is_dir())
-    n_bytes = plan_bytes(plan)
     return {"needed": n_bytes["model"] + n_bytes["state"], "free": shutil.disk_usage(there).free}
 
 
-def plan_seconds(plan: Plan, rate: float) -> dict[str, float | None]:
+def plan_seconds(plan: Plan, n_bytes: Mapping[str, int], rate: float) -> dict[str, float | None]:
     """About how long the run will take: on files, on merging, and apart from these on compiling.
 
     Args:
       plan: what to do.
+      n_bytes: of `plan_bytes`.
       rate: of `products_per_second`.
 
     Returns:
       None for merging by a method of which the cost is not known here.
     """
-    n_bytes, n_left = plan_bytes(plan), len(plan.sources) - plan.done
+    n_left = len(plan.sources) - plan.done
     files = _START + n_bytes["read"] / _CHECKED + (n_bytes["model"] + n_bytes["state"]) / _WRITTEN
     config, state = plan.settings.config, n_bytes["state"]
     solved = n_left - (plan.done == 0)
@@ -65,8 +66,8 @@ def plan_seconds(plan: Plan, rate: float) -> dict[str, float | None]:
         shapes = ((stack.shape, len(stack.layers)) for stack in plan.stacks)
         merging = solved * _flops(shapes, config) / (_SHARE_OF_PRODUCTS * rate) + n_left * state / _CHECKED
         widths = {stack.shape[-1] for stack in plan.stacks}
-        compiling = COMPILED * len(widths) if solved > 0 else 0.0
-    elif plan.reach.workspace == 0:
+        compiling = _COMPILED * len(widths) if solved > 0 else 0.0
+    elif find(plan.settings.method).workspace == 0:
         merging, compiling = n_left * state / _MERGED, 1.0
     else:
         merging, compiling = None, None
@@ -101,16 +102,18 @@ def _directions(m: int, n: int, rank: int, factored: bool) -> float:
 def products_per_second(seconds: float = 1.0) -> float:
     """Operations per second of products of large matrices in float32, measured here for about so long."""
     x = np.full((1024, 1024), 1 / 32, np.float32)
+    product = np.empty_like(x)
     best, start = math.inf, time.perf_counter()
     while time.perf_counter() - start < seconds:
         begun = time.perf_counter()
-        x @ x
+        np.matmul(x, x, out=product)
         best = min(best, time.perf_counter() - begun)
     return 2 * 1024**3 / best
 
 
 def estimate(plan: Plan) -> dict[str, Any]:
     """All of it, for `--plan`."""
-    seconds = plan_seconds(plan, products_per_second())
+    n_bytes = plan_bytes(plan)
+    seconds = plan_seconds(plan, n_bytes, products_per_second())
     rounded = {what: None if x is None else round(x, 1) for what, x in seconds.items()}
-    return {"bytes": plan_bytes(plan), "disk": plan_disk(plan), "seconds": rounded}
+    return {"bytes": n_bytes, "disk": plan_disk(plan, n_bytes), "seconds": rounded}

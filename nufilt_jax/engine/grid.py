@@ -74,6 +74,10 @@ class Window(NamedTuple):
         """Bytes of its D."""
         return sum(stack.total for stack in self.stacks)
 
+    def entry(self, done: int) -> dict[str, int]:
+        """A window in plan and recipe, with the number of tasks that are merged into it."""
+        return {"layers": len(self.layers), "bytes": self.n_bytes, "tasks": done}
+
 
 class Cell(NamedTuple):
     """One task and one window."""

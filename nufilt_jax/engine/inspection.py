@@ -10,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from nufilt_jax.checkpoints import Checkpoint, Findings, survey_file
 from nufilt_jax.checkpoints.dtypes import OUTPUT_DTYPES
 from nufilt_jax.checkpoints.outputs import new_types, range_problem
+from nufilt_jax.engine.memory import READERS
 from nufilt_jax.engine.plan import Plan
 from nufilt_jax.errors import CheckpointError, Problem, raise_all
 
-_READERS = 4  # threads; more only compete for the disk
 _NONFINITE = "has NaN or infinite numbers"
 
 
@@ -76,7 +76,7 @@ def _read_all(plan: Plan) -> list[list[Findings]]:
             return survey_file(path, tensors, new_types=kept, stop=stop)
         return survey_file(path, tensors, base=plan.base.tensors, stop=stop)
 
-    with ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1), thread_name_prefix="inspect") as pool:
+    with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1), thread_name_prefix="inspect") as pool:
         try:
             coming = [
                 [pool.submit(survey, checkpoint, index) for index in range(len(checkpoint.weight_files))]

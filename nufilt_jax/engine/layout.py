@@ -4,7 +4,7 @@ from nufilt_jax.anatomy import shape_in
 from nufilt_jax.checkpoints import Checkpoint
 from nufilt_jax.engine.grid import Stack, Window
 from nufilt_jax.engine.job import Job
-from nufilt_jax.engine.memory import Memory, Reach, Sizes, largest_workspace, plan_windows
+from nufilt_jax.engine.memory import Memory, Reach, Sizes, plan_windows, workspace
 from nufilt_jax.linalg.chunks import chunk_size, layers_at_once
 from nufilt_jax.methods import find
 from nufilt_jax.methods.selection import Selection
@@ -23,27 +23,19 @@ def lay_out(
     rule, config = find(job.settings.method), job.settings.config
     shapes = {name: shape_in(base.tensors, name) for name in selection.layers + selection.other}
     at_once = layers_at_once()
-    stacks, programs = list[Stack](), list[tuple[tuple[int, ...], int]]()
+    stacks = list[Stack]()
     for names, is_solved in ((selection.layers, True), (selection.other, False)):
         for members in stack_names(shapes, names):
             shape = shapes[members[0]]
-            most = at_once if is_solved and len(shape) == 2 else 1
-            chunk = chunk_size(len(members), most)
-            fewest = 2 if is_solved and len(shape) == 2 else 1
-            stacks.append(Stack(members, shape, chunk, most, fewest, is_solved))
-            programs += [(shape, chunk)] if is_solved else []
+            most, fewest = (at_once, 2) if is_solved and len(shape) == 2 else (1, 1)
+            stacks.append(Stack(members, shape, chunk_size(len(members), most), most, fewest, is_solved))
     runs_model = job.evaluation is not None or rule.needs_data
     everything = [info for model in (base, *tasks) for info in model.tensors.values()]
     sizes = Sizes(
-        workspace=largest_workspace(programs, config),
+        workspace=max((workspace(stack.shape, stack.chunk, config) for stack in stacks if stack.is_solved), default=0),
         tensor=max((4 * base.tensors[name].size for name in selection.touched), default=0),
         stored=max((info.nbytes for info in everything), default=0),
         model=sum(4 * info.size for info in base.tensors.values()) if runs_model else 0,
     )
-    return plan_windows(stacks, sizes, needs_of(rule.name), job.max_memory, stored.done, stored.next_number)
-
-
-def needs_of(name: str) -> Reach:
-    """What a method needs at a time."""
-    rule = find(name)
-    return Reach(rule.states, rule.workspace, rule.whole_model)
+    reach = Reach(rule.states, rule.workspace, rule.whole_model)
+    return plan_windows(stacks, sizes, reach, job.max_memory, stored.done, stored.next_number)

@@ -7,10 +7,11 @@ import gc
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nufilt_jax.checkpoints.tensors import CHUNK
 from nufilt_jax.config import MethodConfig, problem
 from nufilt_jax.engine.grid import Stack, Window, restarted, smallest
 from nufilt_jax.errors import ConfigError, Problem
@@ -23,8 +24,9 @@ _SIZE = re.compile(r"(?P<number>\d{1,15}(\.\d{1,9})?)\s*(?P<unit>[A-Za-z]*)")
 # Of Python, JAX and orbax, and of compilers at work, beside what is counted below: measured at 0.48 GB where the
 # compile cache has all programs, and at 0.93 GB where it has none.
 RUNTIME = 950 * 10**6
-_READERS = 4  # files that are looked into at a time, each with two pieces and a tensor of the base
-_PIECE = 2 << 24
+READERS = (
+    4  # threads that look into files, each with two pieces and a tensor of the base; more only compete for the disk
+)
 
 
 class Reach(NamedTuple):
@@ -81,13 +83,8 @@ def parse_size(text: str) -> int:
 
 def free_memory() -> int:
     """Bytes that this machine could still give."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError):
-        pass
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # where nobody tells
+    free = _told_by("/proc/meminfo", "MemAvailable")
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 if free is None else free
 
 
 def release_memory() -> None:
@@ -103,20 +100,22 @@ def release_memory() -> None:
 
 def peak_memory() -> int | None:
     """The most bytes that were resident in this process at any time; None where nobody tells."""
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
+    return _told_by("/proc/self/status", "VmHWM")
+
+
+def _told_by(path: str, key: str) -> int | None:
+    """Bytes that a file of the system tells in kB; None where there is none, or it tells something else."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path(path).read_text().splitlines():
+            if line.startswith(f"{key}:"):
                 return int(line.split()[1]) * 1024
-    except (OSError, ValueError):
-        pass
     return None
 
 
 def workspace(shape: tuple[int, ...], chunk: int, config: MethodConfig) -> int:
     """Bytes that the program of a stack takes beside D and τ: it does not grow with the number of layers.
 
-    An upper bound of the compiled programs' own `memory_analysis()`, within a third of it for n from 256 to 8192; a
-    test compares the two.
+    About what the compiled programs' own `memory_analysis()` says; a test holds it between three quarters and twice.
     """
     if len(shape) != 2:
         return 0
@@ -148,7 +147,7 @@ class Sizes(NamedTuple):
         walk = int((reach.states + vectors + reach.workspace) * window) + self.workspace + 2 * self.tensor
         # Written are θ0 + D tensor by tensor; of one window D is in memory still.
         write = (reach.states * window if n_windows == 1 else 0) + 4 * self.tensor
-        inspect = _READERS * (self.stored + _PIECE)
+        inspect = READERS * (self.stored + 2 * CHUNK)
         return RUNTIME + max(walk, write, inspect) + 3 * self.model
 
 
@@ -157,7 +156,7 @@ def plan_windows(
     sizes: Sizes,
     reach: Reach,
     cap: int | None,
-    done: Any,
+    done: Callable[[str], int],
     first: int,
 ) -> tuple[list[Window], Memory]:
     """The windows of a merge, as large as its memory allows.
@@ -195,9 +194,8 @@ def plan_windows(
 
 def _most(allowed: int, sizes: Sizes, reach: Reach, *, read_ahead: bool) -> int:
     """Bytes of the largest window that fits."""
-    fixed = sizes.peak(0, 2, reach, read_ahead=read_ahead)
-    walk = RUNTIME + sizes.workspace + 2 * sizes.tensor + 3 * sizes.model
-    return int((allowed - min(walk, fixed)) / (reach.states + reach.workspace + (2 if read_ahead else 1)))
+    fixed = RUNTIME + sizes.workspace + 2 * sizes.tensor + 3 * sizes.model
+    return int((allowed - fixed) / (reach.states + reach.workspace + (2 if read_ahead else 1)))
 
 
 def _impossible(cap: int, needed: int, reach: Reach) -> Problem:
@@ -205,8 +203,3 @@ def _impossible(cap: int, needed: int, reach: Reach) -> Problem:
     why = "with all layers together, as this method needs" if reach.whole_model else "layer by layer"
     what = f"{cap / 1e9:.2f} GB are too little: {why} this merge takes {least / 1e3:.3f} GB"
     return problem("max_memory", what, f"at least --max-memory {least}MB")
-
-
-def largest_workspace(shapes: Iterable[tuple[tuple[int, ...], int]], config: MethodConfig) -> int:
-    """Of the programs of some stacks, given by shape and chunk."""
-    return max((workspace(shape, chunk, config) for shape, chunk in shapes), default=0)

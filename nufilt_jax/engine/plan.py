@@ -18,8 +18,8 @@ from nufilt_jax.checkpoints.outputs import plan_shards
 from nufilt_jax.config import MethodConfig, option, problem
 from nufilt_jax.engine.grid import Stack, Walk, Window
 from nufilt_jax.engine.job import EvaluationOptions, Job, Recorded, recorded_in
-from nufilt_jax.engine.layout import lay_out, needs_of
-from nufilt_jax.engine.memory import Memory, Reach
+from nufilt_jax.engine.layout import lay_out
+from nufilt_jax.engine.memory import Memory
 from nufilt_jax.errors import CheckpointError, ConfigError, NufiltError, Problem, gathering, raise_all
 from nufilt_jax.methods import find
 from nufilt_jax.methods.selection import Selection, reach_of, select, wanted_by
@@ -81,11 +81,6 @@ class Plan:
     def stacks(self) -> tuple[Stack, ...]:
         """The layers that the method works on, window by window."""
         return tuple(stack for row in self.rows for stack in row.stacks if stack.is_solved)
-
-    @property
-    def reach(self) -> Reach:
-        """What the method needs at a time."""
-        return needs_of(self.settings.method)
 
     @property
     def walk(self) -> Walk:

@@ -52,7 +52,7 @@ def run(
     compiled = CompileLog()
     outside = {name: outside_share(plan.base, plan.selection, moved) for name, moved in inspection.changes.items()}
     try:
-        with compiled.listening(), Stored(place.windows()) as stored:
+        with compiled.listening(), plan.recorded.stored if plan.recorded else Stored() as stored:
             walk = Walk(plan, recipe, place, stored, watcher, clock, evaluation, outside)
             walk.go()
             recipe = walk.recipe()

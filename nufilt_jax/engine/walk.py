@@ -22,7 +22,7 @@ from nufilt_jax.methods.state import MergeState
 from nufilt_jax.output.place import OutputPlace
 from nufilt_jax.output.recipe import Recipe, Step
 from nufilt_jax.output.state import CellRecord, StoredWindow
-from nufilt_jax.output.stored import Stored
+from nufilt_jax.output.stored import Stored, forecast_of
 
 KEPT_EVERY = 60.0  # seconds of work after which a state is written at the latest, if no cell takes longer
 _KEEPING_SHARE = 0.05  # of the time of a run that writing states in between may take
@@ -114,9 +114,7 @@ class Walk:
 
     def recipe(self) -> Recipe:
         """The recipe as far as windows are kept on disk."""
-        windows = [
-            {"layers": len(row.window.layers), "bytes": row.window.n_bytes, "tasks": row.n_kept} for row in self.rows
-        ]
+        windows = [row.window.entry(row.n_kept) for row in self.rows]
         done = min(row.n_kept for row in self.rows)
         return dataclasses.replace(self._recipe, steps=self.steps(done), windows=windows)
 
@@ -128,8 +126,14 @@ class Walk:
 
     def forecast(self) -> dict[str, Any]:
         """The content of `forecast.json`."""
+        layers = [layer for row in self.rows for layer in row.window.layers]
         columns = zip(*(row.records for row in self.rows), strict=True)
-        return {"steps": [_joined_forecast([cell for cell in column]) for column in columns]}
+        return {
+            "steps": [
+                {"task": column[0].step.task, **forecast_of(layers, [cell.forecast for cell in column])}
+                for column in columns
+            ]
+        }
 
     @property
     def windows(self) -> list[StoredWindow]:
@@ -250,10 +254,3 @@ class Walk:
             self._enter(self.rows[0].window)
         touched = merged_tensors(self._plan.base.read(self._plan.selection.touched), self.delta)
         return {**self._plan.base.read(), **{name: x.made() for name, x in touched.items()}, **self.added}
-
-
-def _joined_forecast(column: list[CellRecord]) -> dict[str, Any]:
-    """A step in `forecast.json`, from those of the windows."""
-    near = [name for cell in column for name in cell.forecast["near_equal_cuts"]]
-    layers = {name: row for cell in column for name, row in cell.forecast["layers"].items()}
-    return {"task": column[0].step.task, "near_equal_cuts": near, "layers": layers}

@@ -71,7 +71,7 @@ class Stored:
         for row in zip(*(window.cells for window in homes), strict=True):
             told = [cell for cell, window in zip(row, homes, strict=True) if window.layers[0] in layers]
             step = Step.joined([cell.step for cell in told]) if told else Step(task=row[0].step.task)
-            records.append(CellRecord(step, _forecast_of(layers, [cell.forecast for cell in row])))
+            records.append(CellRecord(step, forecast_of(layers, [cell.forecast for cell in row])))
         return tuple(records)
 
     def __enter__(self) -> "Stored":
@@ -130,7 +130,7 @@ class Stored:
         return self._checkpointer
 
 
-def _forecast_of(layers: Iterable[str], parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def forecast_of(layers: Iterable[str], parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """The forecast of some layers, from those of the windows that hold them."""
     wanted = set(layers)
     parts = list(parts)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from model_builders import write_weights
+from safetensors.numpy import load_file
 
 FAMILIES = json.loads(Path(__file__).with_name("families.json").read_text())["families"]
 FILTER = ("--filter-rank", "4", "--decomposition", "svd")  # which compiles fastest
@@ -190,18 +191,7 @@ def write(folder, tensors, config, *, shards=1):
     """A model folder."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
-    if shards == 1:
-        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-        return folder
-    weight_map = {}
-    for index in range(shards):
-        file = f"model-{index + 1:05d}-of-{shards:05d}.safetensors"
-        part = {name: tensors[name] for name in sorted(tensors)[index::shards]}
-        save_file(part, folder / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(part, file)
-    index = {"metadata": {"total_size": sum(x.nbytes for x in tensors.values())}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return folder
+    return write_weights(folder, tensors, shards=shards)
 
 
 def write_trio(folder, base, config, tasks=None, **how):

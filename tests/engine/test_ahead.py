@@ -94,20 +94,28 @@ def test_task_vectors_that_are_alive(shared_models, tmp_path, nufilt, command, m
     assert max(alive) <= 2 and held and not any(map(any, held))
 
 
+@pytest.fixture
+def kept(monkeypatch):
+    """The number of tasks in each window that is kept, as it happens."""
+    keep, done = OutputPlace.keep, []
+
+    def counted(place, window, arrays):
+        done.append(window.done)
+        return keep(place, window, arrays)
+
+    monkeypatch.setattr(OutputPlace, "keep", counted)
+    return done
+
+
 @pytest.mark.parametrize("share", [0.0, 1e9], ids=["at the end", "after every cell"])
 def test_however_often_a_state_is_kept_the_bits_are_the_same(
-    shared_models, tmp_path, nufilt, command, monkeypatch, share
+    shared_models, tmp_path, nufilt, command, monkeypatch, kept, share
 ):
     assert nufilt(*command(shared_models, tmp_path / "whole", n=4)).code == 0
-    keep, done = OutputPlace.keep, []
+    kept.clear()
     monkeypatch.setattr(walk, "_KEEPING_SHARE", share)
-    monkeypatch.setattr(
-        OutputPlace,
-        "keep",
-        lambda place, window, arrays: keep(place, window, arrays) if done.append(window.done) is None else None,
-    )
     assert nufilt(*command(shared_models, tmp_path / "out", n=4)).code == 0
-    assert done == ([4] if share == 0 else [1, 2, 3, 4])
+    assert kept == ([4] if share == 0 else [1, 2, 3, 4])
     assert build.weight_bytes(tmp_path / "out") == build.weight_bytes(tmp_path / "whole")
     states = []
     for name in ("out", "whole"):
@@ -116,17 +124,11 @@ def test_however_often_a_state_is_kept_the_bits_are_the_same(
     assert states[0] and all(build.same_bits(value, states[1][name]) for name, value in states[0].items())
 
 
-def test_a_state_is_kept_after_a_minute_of_work(shared_models, tmp_path, nufilt, command, monkeypatch):
-    keep, done = OutputPlace.keep, []
+def test_a_state_is_kept_after_a_minute_of_work(shared_models, tmp_path, nufilt, command, monkeypatch, kept):
     monkeypatch.setattr(walk, "_KEEPING_SHARE", 0.0)
     monkeypatch.setattr(walk, "KEPT_EVERY", 0.0)
-    monkeypatch.setattr(
-        OutputPlace,
-        "keep",
-        lambda place, window, arrays: keep(place, window, arrays) if done.append(window.done) is None else None,
-    )
     assert nufilt(*command(shared_models, tmp_path / "out", *FAST)).code == 0
-    assert done == [1, 2, 3]
+    assert kept == [1, 2, 3]
 
 
 def test_a_task_vector_gives_its_memory_back_before_d_is_written(shared_models, tmp_path, nufilt, command, monkeypatch):

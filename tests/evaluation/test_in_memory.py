@@ -4,28 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_towers import CONFIG, random_params
 
 from nufilt_jax.errors import CheckpointError, ConfigError
 from nufilt_jax.evaluation import Task, accuracy, class_logits, evaluate_tasks, normalise_head, orthogonal_head
 from nufilt_jax.evaluation.in_memory import _check
 from nufilt_jax.evaluation.scoring import _count_hits
-from nufilt_jax.models import canonical_shapes, clip_image_features, parse_vision_config
-
-CONFIG = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 8,
-    "intermediate_size": 12,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 4,
-    "patch_size": 2,
-}
-
-
-def random_params(seed=0, **extra):
-    rng = np.random.default_rng(seed)
-    shapes = canonical_shapes(parse_vision_config(CONFIG)) | extra
-    return {name: rng.normal(0, 0.5, shape).astype(np.float32) for name, shape in shapes.items()}
+from nufilt_jax.models import clip_image_features
 
 
 def random_task(name="a", n=23, n_classes=5, seed=0, dim=8):

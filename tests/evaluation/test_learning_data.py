@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_towers import CONFIG, random_params
 
 from nufilt_jax import methods
 from nufilt_jax.errors import CheckpointError, ConfigError
@@ -13,25 +14,9 @@ from nufilt_jax.evaluation.learning_data import clip_task_data, shuffled_batches
 from nufilt_jax.methods import adaptation
 from nufilt_jax.methods.adamerging import AdaMergingConfig
 from nufilt_jax.methods.wemoe import WemoeConfig
-from nufilt_jax.models import canonical_shapes, clip_image_features, parse_vision_config
+from nufilt_jax.models import clip_image_features
 
-CONFIG = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 8,
-    "intermediate_size": 12,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 4,
-    "patch_size": 2,
-}
 WHOLE = {"model_type": "clip", "vision_config": {k: v for k, v in CONFIG.items() if k != "model_type"}}
-
-
-def random_params(seed=0, base=None, **extra):
-    rng = np.random.default_rng(seed)
-    shapes = canonical_shapes(parse_vision_config(CONFIG)) | extra
-    params = {name: rng.normal(0, 0.5, shape).astype(np.float32) for name, shape in shapes.items()}
-    return params if base is None else {name: base[name] + np.float32(0.2) * x for name, x in params.items()}
 
 
 def numbered_images(n):
