@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from nufilt_jax.checkpoints import from_flax as from_flax
     from nufilt_jax.checkpoints import load as load
     from nufilt_jax.checkpoints import save as save
+    from nufilt_jax.compile_cache import enable_compile_cache as enable_compile_cache
     from nufilt_jax.core.solve import LayerSolution as LayerSolution
     from nufilt_jax.core.solve import solve_layer as solve_layer
     from nufilt_jax.core.solve import solve_stack as solve_stack
@@ -23,6 +24,7 @@ _HOMES = {
     "from_flax": "nufilt_jax.checkpoints",
     "load": "nufilt_jax.checkpoints",
     "save": "nufilt_jax.checkpoints",
+    "enable_compile_cache": "nufilt_jax.compile_cache",
     "NufiltConfig": "nufilt_jax.methods.nufilt",
     "LayerSolution": "nufilt_jax.core.solve",
     "solve_layer": "nufilt_jax.core.solve",

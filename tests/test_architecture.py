@@ -37,6 +37,7 @@ ROOMS = {
         "presets",
         "zoo",
     },
+    "compile_cache": set(),
     "config": set(),
     "durable": set(),
     "errors": set(),

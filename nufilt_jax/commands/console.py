@@ -36,7 +36,7 @@ class ProgressWatcher:
         # In a log a line for each cell takes the place of the bar, if the run is long enough for somebody to look.
         self._tells_lines, self._begun = not console.is_terminal and not quiet, time.monotonic()
         self._bar = self.progress.add_task("reading", total=None)
-        self._task = ""
+        self._task = "reading"
 
     def head(self, plan: Plan, selected: Rows, left: Rows) -> None:
         """What will be merged, and in which windows; on no terminal it is told with the results."""
@@ -59,8 +59,13 @@ class ProgressWatcher:
             text += f", loss {first:.3g} → {last:.3g}"
         self.progress.update(self._bar, description=text)
 
+    def compiling(self, program: str) -> None:
+        """A program is about to be compiled, or looked for among those that were."""
+        self.progress.update(self._bar, description=f"{self._task}: compiling {program}")
+
     def phase(self, description: str) -> None:
         """Something else begins."""
+        self._task = description
         self.progress.update(self._bar, description=description)
 
 

@@ -4,6 +4,8 @@ import os
 import warnings
 from pathlib import Path
 
+from nufilt_jax.compile_cache import default_folder
+
 _CACHE = "JAX_COMPILATION_CACHE_DIR"
 
 
@@ -12,21 +14,13 @@ def prepare_process() -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it says on stderr that it found no torch
-    if _CACHE not in os.environ and (folder := _cache_folder()):
+    if _CACHE not in os.environ and (folder := default_folder()):
         os.environ[_CACHE] = folder
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     if not _can_be_written(os.environ.get(_CACHE, "")):
         os.environ.pop(_CACHE, None)
     # A full disk, or a folder that only looks as if it could be written: what is not kept is compiled again.
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
-
-
-def _cache_folder() -> str | None:
-    """Where compiled programs are kept; None where this user has no home folder."""
-    if chosen := os.environ.get("NUFILT_CACHE"):
-        return os.path.join(os.path.expanduser(chosen), "xla")
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return os.path.join(cache, "nufilt_jax", "xla") if os.path.isabs(cache) else None
 
 
 def _can_be_written(folder: str) -> bool:

@@ -19,6 +19,7 @@ from nufilt_jax.core.settings import SolveConfig
 from nufilt_jax.core.stages import correct, fuse_updates, prior_directions, reduce, task_directions, train
 from nufilt_jax.errors import ConfigError, Problem, raise_all
 from nufilt_jax.linalg.chunks import after, in_chunks, layers_at_once
+from nufilt_jax.linalg.compiling import Program
 from nufilt_jax.linalg.dispatch import is_traced, run_alone
 from nufilt_jax.linalg.grams import gram_of
 from nufilt_jax.linalg.stacks import Stacks, bounds, joined
@@ -193,7 +194,7 @@ def _replaced(old: Any, new: Any, row: Int[Array, ""] | int) -> Any:
     return jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, row, 0), old, new)
 
 
-_solve_group = jax.jit(solve_group, static_argnames=("config", "add", "until_certified"))
+_solve_group = Program(solve_group, static_argnames=("config", "add", "until_certified"))
 
 
 def solve_stack(

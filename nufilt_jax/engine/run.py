@@ -49,7 +49,7 @@ def run(
     recipe = new_recipe(plan, inspection)
     if plan.is_finished:
         return dataclasses.replace(recipe, memory=plan.recorded.recipe.memory if plan.recorded else {})
-    compiled = CompileLog()
+    compiled = CompileLog(watcher.compiling)
     outside = {name: outside_share(plan.base, plan.selection, moved) for name, moved in inspection.changes.items()}
     try:
         with compiled.listening(), plan.recorded.stored if plan.recorded else Stored() as stored:

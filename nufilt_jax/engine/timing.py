@@ -2,13 +2,14 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from jax import monitoring
 
 _COMPILE_EVENTS = "/jax/core/compile/"
 _PROGRAM_EVENT = "/jax/core/compile/backend_compile_duration"  # comes for programs found in the cache too
+_LOWERED_EVENT = "/jax/core/compile/jaxpr_to_mlir_module_duration"  # what comes next is the compiler itself
 _HIT_EVENT = "/jax/compilation_cache/cache_hits"
 
 
@@ -41,9 +42,14 @@ class Clock:
 
 
 class CompileLog:
-    """The programs that JAX traced and compiled, or found in its cache on disk."""
+    """The programs that JAX traced and compiled, or found in its cache on disk.
 
-    def __init__(self) -> None:
+    Args:
+      tell: is told the name of each before it is compiled.
+    """
+
+    def __init__(self, tell: Callable[[str], None] = lambda name: None) -> None:
+        self._tell = tell
         self._programs = self._cached = 0
         self._spans: list[tuple[float, float]] = []
 
@@ -62,7 +68,9 @@ class CompileLog:
         """For the recipe."""
         return {"programs": self._programs, "from_cache": self._cached, "seconds": round(self._seconds(), 3)}
 
-    def _on_duration(self, event: str, duration_secs: float, **_: str | int) -> None:
+    def _on_duration(self, event: str, duration_secs: float, **facts: str | int) -> None:
+        if event == _LOWERED_EVENT:
+            self._tell(str(facts.get("fun_name", "")).removeprefix("jit(").strip("_()"))
         if event.startswith(_COMPILE_EVENTS):
             now = time.perf_counter()
             self._spans.append((now - duration_secs, now))

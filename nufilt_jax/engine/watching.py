@@ -36,6 +36,10 @@ class Watcher(Protocol):
         """A group of layers is solved."""
         ...
 
+    def compiling(self, program: str) -> None:
+        """A program is about to be compiled, or looked for among those that were."""
+        ...
+
     def phase(self, description: str) -> None:
         """Something else begins."""
         ...

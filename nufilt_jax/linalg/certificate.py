@@ -12,11 +12,10 @@ are of Frobenius norms, so k directions may have √k times the angle of one.
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from nufilt_jax.linalg.dense import gram, matmul
+from nufilt_jax.linalg.dense import gram, matmul, scattered
 
 # Root mean square angle, per direction, between certified and true directions, next to float32 rounding. Updates are
 # held to 5e-5 of those in float64 (tests/core/test_solve.py): directions have to be better.
@@ -43,7 +42,8 @@ class Spectrum(NamedTuple):
       is_kept: the same, of all columns: null directions among the leading ones count as dropped.
       full: whether all that are to be kept count.
       top: σ_1².
-      least: ‖X v‖² of the weakest column, to which no direction outside a good block comes; 0 for a block of all.
+      least: σ_b², to which no direction outside the block comes: ‖X v‖² of the weakest column, unless `bounded_by`
+        knows better; 0 for a block of all.
       first: σ_1.
       last: σ_k.
       following: the strongest that is not kept.
@@ -116,12 +116,12 @@ def orthonormal(block: Float[Array, "n b"]) -> Bool[Array, ""]:
 def separated(rotation: Float[Array, ""], spectrum: Spectrum) -> Bool[Array, ""]:
     """‖tan Θ‖ ≤ α + eps σ_1 / (σ_k − σ_next), and σ_k ≥ σ_next.
 
-    The last sweep's rotations between kept and dropped columns have these tangents. They are all that the sweeps before
-    had left of the angle within the block, and leave about their square themselves.
+    The rotations that would decouple kept and dropped columns have these tangents: what is left of the angle within the
+    block, as measured after the sweeps.
 
     Args:
       rotation: ‖tan Θ‖, over all pairs of a kept and a dropped column.
-      spectrum: after that sweep; only with the kept columns on the strong side is it the leading span that is kept.
+      spectrum: after the sweeps; only with the kept columns on the strong side is it the leading span that is kept.
     """
     return (rotation <= _allowed(spectrum, spectrum.following)) & (spectrum.last >= spectrum.following)
 
@@ -141,24 +141,32 @@ def corrected(left: Float[Array, "n k"], spectrum: Spectrum) -> Bool[Array, ""]:
     return jnp.linalg.norm(left) <= _allowed(spectrum, spectrum.outer)
 
 
-def complete(
-    x: Float[Array, "m n"], block: Float[Array, "n b"], spectrum: Spectrum, threshold: float
-) -> Bool[Array, ""]:
+def bounded_by(energy: Float[Array, ""], spectrum: Spectrum, outside: int) -> Spectrum:
+    """The spectrum with a σ_b that holds: a block that got null directions in place of weak ones has others outside.
+
+    Args:
+      energy: of `energy_outside`.
+      spectrum: of the block.
+      outside: n − b. So many directions, none above σ_b, have at most (n − b) σ_b² together; one more for rounding.
+    """
+    least = jnp.where(energy > (outside + 1) * spectrum.least, energy, spectrum.least)
+    return spectrum._replace(least=least, outer=jnp.sqrt(least))
+
+
+def complete(energy: Float[Array, ""], spectrum: Spectrum, outside: int, threshold: float) -> Bool[Array, ""]:
     """‖X (I − QQᵀ)‖² ≤ (n − b + 1) σ_k², or ≤ max(m, n)² eps² σ_1² where X has fewer than k directions.
 
     No residual shows a singular vector at right angles to the whole block: its energy does. n − b directions outside,
     none stronger than the weakest one kept, have at most (n − b) σ_k²; one more, so that rounding passes where b = n.
-    Where the rank is less, none may be there that would count, and dropped columns may hide one between them: they
-    are not taken for part of Q.
+    Where the rank is less, none may be there that would count.
 
     Args:
-      x: X, in the unit of `spectrum`.
-      block: Q after the sweeps.
+      energy: of `energy_outside`.
       spectrum: of the block.
+      outside: n − b.
       threshold: max(m, n) eps.
     """
-    energy = _energy_outside(x, jnp.where(spectrum.is_kept[None] | spectrum.full, block, 0))
-    most = (x.shape[1] - block.shape[1] + 1) * jnp.min(spectrum.squares)
+    most = (outside + 1) * jnp.min(spectrum.squares)
     return energy <= jnp.where(spectrum.full, most, threshold**2 * spectrum.top)
 
 
@@ -187,10 +195,19 @@ def _allowed(spectrum: Spectrum, other: Float[Array, ""]) -> Float[Array, ""]:
     return jnp.minimum(CERTIFIED_ANGLE * len(spectrum.used) ** 0.5 + rounding, WORST_ANGLE)
 
 
-def _energy_outside(x: Float[Array, "m n"], block: Float[Array, "n b"]) -> Float[Array, ""]:
-    """‖X (I − QQᵀ)‖² of a block Q, estimated: the mean over random vectors (Hutchinson, 1990)."""
-    # One key for all layers: a layer's result must not depend on its batch.
-    probes = jax.random.normal(jax.random.key(0), (x.shape[1], PROBES), x.dtype)
+def energy_outside(x: Float[Array, "m n"], block: Float[Array, "n b"], spectrum: Spectrum) -> Float[Array, ""]:
+    """‖X (I − QQᵀ)‖² of a block Q, estimated: the mean over random vectors (Hutchinson, 1990).
+
+    Where X has fewer directions than are kept, dropped columns may hide one between them, and are not taken for part
+    of Q.
+
+    Args:
+      x: X, in the unit of `spectrum`.
+      block: Q after the sweeps.
+      spectrum: of the block.
+    """
+    block = jnp.where(spectrum.is_kept[None] | spectrum.full, block, 0)
+    probes = scattered(x.shape[1], PROBES, x.dtype)  # the same for all layers: a result must not depend on the batch
     for _ in range(2):  # the second time for what rounding left
         probes -= matmul(block, matmul(block.T, probes))
     return jnp.sum(matmul(x, probes) ** 2) / PROBES

@@ -10,6 +10,7 @@ the order of their eigenvalues, and nearly decoupled, which is all that `linalg.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from nufilt_jax.linalg.chunks import after
-from nufilt_jax.linalg.dense import gram, matmul, orthonormalize, transpose
+from nufilt_jax.linalg.dense import gram, matmul, orthonormalize, scattered, transpose
 from nufilt_jax.linalg.grams import Gram
 
 # Vectors in the block beyond those wanted: a wider block converges in fewer products, each of which costs more.
@@ -36,6 +37,7 @@ FIRST_MARGIN, LATER_MARGIN = 10, 5
 # there: what may be left of its growth after as many products as there were before.
 MOST_GROWTH = 2e6
 MOST_FIRST_GROWTH = 30.0
+_POWERS = 2  # products of a random block before its polynomial
 
 
 def block_width(rank: int, width: int) -> int:
@@ -48,7 +50,6 @@ class _Block(NamedTuple):
 
     Attributes:
       vectors: the columns, about in the order of their eigenvalues, the largest first.
-      image: G times the vectors.
       values: estimates of the eigenvalues, in falling order.
       edge: where the unwanted part of the spectrum begins.
       angle: what the wanted vectors still lack, Frobenius norm of the tangents.
@@ -56,18 +57,34 @@ class _Block(NamedTuple):
     """
 
     vectors: Float[Array, "layers n b"]
-    image: Float[Array, "layers n b"]
     values: Float[Array, "layers b"]
     edge: Float[Array, " layers"]
     angle: Float[Array, " layers"]
     goal: Float[Array, " layers"]
 
 
+class _Polynomial(NamedTuple):
+    """What a block is multiplied with: the Chebyshev polynomial of 2 G / edge - 1.
+
+    Attributes:
+      edge: of each layer's spectrum, as in `_Block`.
+      degree: of all layers.
+      stride: products between two passes of Cholesky-QR.
+    """
+
+    edge: Float[Array, " layers"]
+    degree: Int[Array, ""]
+    stride: Int[Array, ""]
+
+
+Times = Callable[[Float[Array, "layers n b"]], Float[Array, "layers n b"]]  # G Y
+
+
 def leading_block(grams: Gram, width: int, rank: int) -> tuple[Float[Array, "layers n b"], Float[Array, " layers"]]:
     """Orthonormal blocks that contain the leading `rank` eigenvectors, about the strongest first.
 
-    One polynomial, of the degree that a random block is expected to need. Where the spectrum is too flat, or falls too
-    steeply for float32, that is not enough: certifying the blocks is the caller's.
+    Two products, and one polynomial of the degree that a random block is then expected to need. Where the spectrum is
+    too flat, or falls too steeply for float32, that is not enough: certifying the blocks is the caller's.
 
     Args:
       grams: XᵀX of each layer.
@@ -77,11 +94,11 @@ def leading_block(grams: Gram, width: int, rank: int) -> tuple[Float[Array, "lay
     Returns:
       The blocks, and where the unwanted part of each spectrum begins, for `improved_block`.
     """
-    grams = _of_trace_one(grams)
+    n_layers, b = len(grams.unit), block_width(rank, width)
     # One start for all layers: a result must not depend on the batch, nor on a seed that somebody would have to choose.
-    start = jax.random.normal(jax.random.key(0), (width, block_width(rank, width)), grams.trace().dtype)
-    block = _first(grams, jnp.broadcast_to(start[None], (len(grams.trace()), *start.shape)), rank)
-    return _filtered(grams, block, rank, new=True), block.edge
+    start = jnp.broadcast_to(scattered(width, b, grams.unit.dtype)[None], (n_layers, width, b))
+    unknown = _Polynomial(jnp.ones(n_layers, start.dtype), jnp.asarray(MOST_DEGREE), jnp.asarray(1))
+    return _multiplied(_of_trace_one(grams), start, unknown, rank, first=-_POWERS)
 
 
 def improved_block(
@@ -95,7 +112,7 @@ def improved_block(
       edge: what `leading_block` told.
       rank: how many eigenvectors are wanted.
     """
-    grams = _of_trace_one(grams)
+    times = _of_trace_one(grams)
 
     def wanted(state: tuple[_Block, Int[Array, ""]]) -> Bool[Array, ""]:
         block, rounds = state
@@ -103,78 +120,103 @@ def improved_block(
 
     def one_round(state: tuple[_Block, Int[Array, ""]]) -> tuple[_Block, Int[Array, ""]]:
         block, rounds = state
-        found = _look(grams, _filtered(grams, block, rank, new=False), block.edge, rank)
+        filtered, _ = _multiplied(times, block.vectors, _planned(block, rank, LATER_MARGIN), rank, first=0)
+        found = _look(times, filtered, block.edge, rank)
         # Less than halved means that rounding is reached: more rounds would only take time.
         improves = jnp.any((found.angle > found.goal) & (found.angle < 0.5 * block.angle))
         return found, jnp.where(improves, rounds + 1, MOST_ROUNDS)
 
-    block, _ = jax.lax.while_loop(wanted, one_round, (_look(grams, vectors, edge, rank), jnp.zeros((), int)))
+    block, _ = jax.lax.while_loop(wanted, one_round, (_look(times, vectors, edge, rank), jnp.zeros((), int)))
     return block.vectors
 
 
-def _of_trace_one(grams: Gram) -> Gram:
+def _of_trace_one(grams: Gram) -> Times:
     trace = grams.trace()
-    return grams.scaled(jnp.where(trace > 0, 1 / jnp.where(trace > 0, trace, 1), 0))
+    factor = jnp.where(trace > 0, 1 / jnp.where(trace > 0, trace, 1), 0)
+    return lambda y: factor * grams.times(y)
 
 
-def _first(grams: Gram, start: Float[Array, "layers n b"], rank: int) -> _Block:
-    """Two products with a random start, and what they tell of the spectrum: R's diagonal is near the eigenvalues."""
-    # The multiple of the start keeps the block of full rank where the matrix is not.
-    tiny = float(jnp.finfo(start.dtype).eps)
-    y, _ = _independent(grams.times(start) + tiny * start)
-    q, diagonal = _independent(grams.times(y) + tiny * y)
+def _multiplied(
+    times: Times, vectors: Float[Array, "layers n b"], polynomial: _Polynomial, rank: int, *, first: int
+) -> tuple[Float[Array, "layers n b"], Float[Array, " layers"]]:
+    """A block, orthonormal, after a polynomial; all products and passes of Cholesky-QR are one loop of the program.
+
+    Args:
+      times: multiplies with the matrices.
+      vectors: the block.
+      polynomial: which; not used if it is found on the way.
+      rank: how many eigenvectors are wanted.
+      first: number of the first factor: 0, or below it for a random block, which gets powers of G before, that tell of
+        the spectrum what the polynomial depends on.
+
+    Returns:
+      The block, and the edge of the polynomial.
+    """
+    # The multiple of the block keeps it of full rank where the matrix is not.
+    tiny = float(jnp.finfo(vectors.dtype).eps)
+    roots = jnp.asarray(_roots_by_degree(), vectors.dtype)
+
+    def is_left(state: tuple[Int[Array, ""], Array, _Polynomial]) -> Bool[Array, ""]:
+        return state[0] <= state[2].degree  # one more than there are factors: the last pass comes twice
+
+    def step(state: tuple[Int[Array, ""], Array, _Polynomial]) -> tuple[Int[Array, ""], Array, _Polynomial]:
+        i, y, p = state
+        is_power = i < 0
+
+        def factor(y: Float[Array, "layers n b"]) -> Float[Array, "layers n b"]:
+            per_edge = jnp.where(is_power, 1, 2 / p.edge)[:, None, None]
+            return per_edge * times(y) + jnp.where(is_power, tiny, -1 - roots[p.degree, jnp.maximum(i, 0)]) * y
+
+        y = jax.lax.cond(i < p.degree, factor, lambda y: y, y)
+        # Counted from the end: what follows the last factor must bring the whole block back to orthonormal columns.
+        is_due = is_power | (i >= p.degree - 1) | ((p.degree - 2 - i) % p.stride == 0)
+        y, diagonal = jax.lax.cond(is_due, _independent, lambda y: (y, jnp.ones_like(y[:, 0])), y)
+        is_last_power = i == -1
+        p = jax.lax.cond(is_last_power, lambda: _planned(_seen(y, diagonal, rank), rank, FIRST_MARGIN), lambda: p)
+        return i + 1, y, p
+
+    _, y, polynomial = jax.lax.while_loop(is_left, step, (jnp.asarray(first), vectors, polynomial))
+    return orthonormalize(y, 1), polynomial.edge
+
+
+def _seen(vectors: Float[Array, "layers n b"], diagonal: Float[Array, "layers b"], rank: int) -> _Block:
+    """What two products with a random start tell of the spectrum: R's diagonal is near the eigenvalues."""
+    n, b = vectors.shape[-2:]
     values = -jnp.sort(-diagonal)
     edge = _edge(values, rank)
     # What each wanted direction lacks in a random block after two products, in the mean.
-    n, b = start.shape[-2:]
-    tangents = jnp.where(_used(values, rank), (edge[:, None] / values[:, :rank]) ** 2, 0)
+    tangents = jnp.where(_used(values, rank), (edge[:, None] / values[:, :rank]) ** _POWERS, 0)
     angle = jnp.linalg.norm(tangents, axis=1) * np.sqrt((n - b) / (b - rank + 1))
-    return _Block(q, grams.times(q), values, edge, angle, jnp.full_like(angle, BLOCK_ANGLE * rank**0.5))
+    return _Block(vectors, values, edge, angle, jnp.full_like(angle, BLOCK_ANGLE * rank**0.5))
 
 
-def _filtered(grams: Gram, block: _Block, rank: int, *, new: bool) -> Float[Array, "layers n b"]:
-    """The block, orthonormal, after a polynomial of as high a degree as its angle asks for.
+def _planned(block: _Block, rank: int, margin: float) -> _Polynomial:
+    """The polynomial, of as high a degree as the block's angle asks for.
 
     Args:
-      grams: the matrices.
-      block: what is known of the block.
+      block: what is known of it.
       rank: how many eigenvectors are wanted.
-      new: whether it is from `_first`.
+      margin: `FIRST_MARGIN` for a block after its first products, or `LATER_MARGIN`.
     """
-    margin = FIRST_MARGIN if new else LATER_MARGIN
     edge = jnp.where(block.edge > 0, block.edge, 1)
     # Of a flat spectrum the argument is 1, where the polynomial does not grow at all: keep the logarithm positive.
     x = jnp.maximum(2 * _last(block.values, rank) / edge - 1, 1 + 1e-3)
     growth = x + jnp.sqrt(x**2 - 1)  # of the weakest wanted vector, per degree
     needed = jnp.clip(jnp.ceil(jnp.log(2 * margin * block.angle / block.goal) / jnp.log(growth)), 1, MOST_DEGREE)
     degree = jnp.max(jnp.where(block.angle > block.goal, needed, 1)).astype(int)
-
-    # Products between two passes of Cholesky-QR.
-    # At 2 λ_1 / edge − 1 the polynomial grows by twice that per degree.
+    # At 2 λ_1 / edge - 1 the polynomial grows by twice that per degree.
     steepest = jnp.log(jnp.maximum(jnp.max(4 * block.values[:, 0] / edge / growth), 2))
     stride = np.log(MOST_GROWTH) / steepest
-    if new:  # two products came before
-        stride = jnp.minimum(stride, 2 + np.log(MOST_FIRST_GROWTH) / steepest)
-    stride = jnp.maximum(stride.astype(int), 1)
-
-    per_edge = (2 / edge)[:, None, None]
-    scaled = grams.scaled(per_edge)  # of spectrum 0 to 2 where unwanted; the polynomial's argument is this, less 1
-    roots = jnp.asarray(_roots_by_degree(), edge.dtype)[degree]
-
-    def factor(i: Int[Array, ""], y: Float[Array, "layers n b"]) -> Float[Array, "layers n b"]:
-        # Counted from the end: what follows the last factor must bring the whole block back to orthonormal columns.
-        y = jax.lax.cond((degree - 1 - i) % stride == 0, lambda y: _independent(y)[0], lambda y: y, y)
-        return scaled.times(y) - (1 + roots[i]) * y
-
-    y = jax.lax.fori_loop(1, degree, factor, block.image * per_edge - (1 + roots[0]) * block.vectors)
-    return orthonormalize(_independent(_independent(y)[0])[0], 1)
+    if margin == FIRST_MARGIN:
+        stride = jnp.minimum(stride, _POWERS + np.log(MOST_FIRST_GROWTH) / steepest)
+    return _Polynomial(edge, degree, jnp.maximum(stride.astype(int), 1))
 
 
-def _look(grams: Gram, vectors: Float[Array, "layers n b"], edge: Float[Array, " layers"], rank: int) -> _Block:
+def _look(times: Times, vectors: Float[Array, "layers n b"], edge: Float[Array, " layers"], rank: int) -> _Block:
     """How far the span of orthonormal vectors is from invariant."""
     eps = jnp.finfo(vectors.dtype).eps
     n, b = vectors.shape[-2:]
-    image = grams.times(vectors)
+    image = times(vectors)
     quotients = jnp.maximum(jnp.sum(vectors * image, axis=1), 0)
     values, wanted = -jnp.sort(-quotients), quotients[:, :rank]
     residual = image[:, :, :rank] - matmul(vectors, matmul(transpose(vectors), image[:, :, :rank]))
@@ -186,7 +228,6 @@ def _look(grams: Gram, vectors: Float[Array, "layers n b"], edge: Float[Array, "
     # A block's values are too low: another look only raises the edge.
     return _Block(
         vectors=vectors,
-        image=image,
         values=values,
         edge=jnp.maximum(edge, _edge(values, rank)),
         angle=jnp.linalg.norm(tangents, axis=1),

@@ -13,8 +13,10 @@ from jaxtyping import Array, Float, Int
 from nufilt_jax.linalg.certificate import (
     Certificate,
     Spectrum,
+    bounded_by,
     complete,
     corrected,
+    energy_outside,
     independent,
     orthonormal,
     separated,
@@ -65,12 +67,14 @@ def refine(x: Float[Array, "m n"], block: Float[Array, "n b"], rank: int) -> Ref
     threshold = float(max(x.shape) * jnp.finfo(x.dtype).eps)  # of the rank, relative to σ_1
     turned = _turned(x, block, rank, unit, threshold)
     spectrum = spectrum_of(turned.squares, rank, threshold)
+    energy = energy_outside(unit * x, turned.block, spectrum)
+    spectrum = bounded_by(energy, spectrum, x.shape[1] - block.shape[1])
     missing, left = _correction(x, turned, spectrum, unit)
     certificate = Certificate(
         orthonormal=orthonormal(block),
         separated=separated(turned.rotation, spectrum),
         corrected=corrected(left, spectrum),
-        complete=complete(unit * x, turned.block, spectrum, threshold),
+        complete=complete(energy, spectrum, x.shape[1] - block.shape[1], threshold),
         independent=independent(turned.coupling[:rank, :rank], spectrum.used),
     )
     cut = spectrum.full & (spectrum.last > 0) & (rank < min(x.shape))
@@ -89,7 +93,7 @@ class _Turned(NamedTuple):
       response: X V of those to keep.
       coupling: (X V)ᵀ X V of all, of trace 1.
       squares: ‖X v‖².
-      rotation: size of the last sweep's rotations between kept and dropped columns.
+      rotation: size of the rotations that would still decouple kept and dropped columns.
     """
 
     block: Float[Array, "n b"]
@@ -104,19 +108,26 @@ def _turned(
 ) -> _Turned:
     """Turns a block so that its leading columns respond apart from the others."""
     response = unit * matmul(x, block)
-    coupling = gram(response)  # its entries are as exact as the directions they belong to are large
-    scale = jnp.trace(coupling)
-    coupling /= jnp.where(scale > 0, scale, 1)
+    coupling, scale = _coupling(response)
 
-    def sweep(_: Int[Array, ""], state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        step, coupling, size = _sweep(state[1], rank, threshold)
-        return matmul(state[0], step), coupling, size
+    def sweep(_: Int[Array, ""], state: tuple[Array, Array]) -> tuple[Array, Array]:
+        step, coupling = _sweep(state[1], rank, threshold)
+        return matmul(state[0], step), coupling
 
     # A loop of the program: written out, each sweep would be compiled anew.
-    start = jnp.eye(block.shape[1], dtype=x.dtype), coupling, jnp.zeros((), x.dtype)
-    turn, coupling, size = jax.lax.fori_loop(0, SWEEPS, sweep, start)
-    squares = jnp.diagonal(coupling) * scale
-    return _Turned(matmul(block, turn), matmul(response, turn[:, :rank]), coupling, squares, size)
+    turn, _ = jax.lax.fori_loop(0, SWEEPS, sweep, (jnp.eye(block.shape[1], dtype=x.dtype), coupling))
+    # Measured, not taken from the sweeps: what they carry along of weak directions drowns in rounding of strong ones.
+    response = matmul(response, turn)
+    coupling, scale = _coupling(response)
+    rotation = jnp.linalg.norm(_tangents(coupling, rank, threshold))
+    return _Turned(matmul(block, turn), response[:, :rank], coupling, jnp.diagonal(coupling) * scale, rotation)
+
+
+def _coupling(response: Float[Array, "m b"]) -> tuple[Float[Array, "b b"], Float[Array, ""]]:
+    """RᵀR of trace 1, and its trace: entries are as exact as the directions they belong to are large."""
+    coupling = gram(response)
+    scale = jnp.trace(coupling)
+    return coupling / jnp.where(scale > 0, scale, 1), scale
 
 
 def _correction(
@@ -139,13 +150,13 @@ def _correction(
 
 def _sweep(
     coupling: Float[Array, "b b"], rank: int, threshold: float
-) -> tuple[Float[Array, "b b"], Float[Array, "b b"], Float[Array, ""]]:
+) -> tuple[Float[Array, "b b"], Float[Array, "b b"]]:
     """One orthogonal (to first order) turn of the block towards decoupled kept and dropped sets.
 
     Kept are the leading directions that X uses; what it does not use is a null direction, which the rank mask drops.
 
     Returns:
-      The turn, the coupling after it, and the size of its rotations between the two sets.
+      The turn, and the coupling after it.
     """
     b = coupling.shape[0]
     width = min(CUT_WINDOW, rank, b - rank)
@@ -157,17 +168,22 @@ def _sweep(
         _, u = eigh_descending(near / jnp.where(scale > 0, scale, 1))
         coupling = coupling.at[:, window].set(matmul(coupling[:, window], u))
         coupling = coupling.at[window].set(matmul(u.T, coupling[window]))
-    squares = jnp.diagonal(coupling)
-    is_kept = (squares > threshold**2 * jnp.max(squares)) & (jnp.arange(b) < rank)
-    distance = squares[None] - squares[:, None]
-    root = jnp.sqrt(distance**2 + 4 * coupling**2)
-    # The smaller of the two angles that decouple a pair, in the form without cancellation (Rutishauser, 1966).
-    tangent = 2 * coupling / jnp.where(root > 0, distance + jnp.where(distance < 0, -root, root), 1)
-    tangent = jnp.where(is_kept[None] & ~is_kept[:, None], tangent, 0)
+    tangent = _tangents(coupling, rank, threshold)
     # One factor for all: a common shorter step keeps its direction.
     size = jnp.linalg.norm(tangent)
     tangent *= jnp.minimum(1, MOST_ROTATION / jnp.maximum(size, jnp.finfo(size.dtype).eps))
     rotation = jnp.eye(b, dtype=coupling.dtype) + tangent - tangent.T
     coupling = matmul(rotation.T, matmul(coupling, rotation))
     # The window's turn first, then the rotations.
-    return rotation.at[window].set(matmul(u, rotation[window])), coupling, size
+    return rotation.at[window].set(matmul(u, rotation[window])), coupling
+
+
+def _tangents(coupling: Float[Array, "b b"], rank: int, threshold: float) -> Float[Array, "b b"]:
+    """Of the rotations that would decouple each pair of a dropped (row) and a kept column, were it alone; else 0."""
+    squares = jnp.diagonal(coupling)
+    is_kept = (squares > threshold**2 * jnp.max(squares)) & (jnp.arange(len(squares)) < rank)
+    distance = squares[None] - squares[:, None]
+    root = jnp.sqrt(distance**2 + 4 * coupling**2)
+    # The smaller of the two angles that decouple a pair, in the form without cancellation (Rutishauser, 1966).
+    tangent = 2 * coupling / jnp.where(root > 0, distance + jnp.where(distance < 0, -root, root), 1)
+    return jnp.where(is_kept[None] & ~is_kept[:, None], tangent, 0)

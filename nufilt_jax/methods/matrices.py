@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from nufilt_jax.config import MethodConfig
 from nufilt_jax.errors import Problem, SolveError, raise_all
 from nufilt_jax.linalg.chunks import LAPACK_BATCH, in_chunks, layers_at_once
+from nufilt_jax.linalg.compiling import Program
 from nufilt_jax.linalg.dispatch import is_traced, run_alone
 from nufilt_jax.methods.elementwise import blend
 from nufilt_jax.methods.stacked import Array, Names, Stacked, Stacks, TaskVector
@@ -33,7 +34,7 @@ def each_layer(rule: LayerRule, *stacks: Array, config: MethodConfig) -> Any:
     return run_alone(functools.partial(_program, rule=rule, config=config), *stacks)
 
 
-@functools.partial(jax.jit, static_argnames=("rule", "config"), donate_argnums=0)
+@functools.partial(Program, static_argnames=("rule", "config"), donate_argnums=0)
 def _program(*stacks: Array, rule: LayerRule, config: MethodConfig) -> Any:
     layer = jax.vmap(functools.partial(rule, config=config))
 

@@ -16,6 +16,7 @@ from nufilt_jax.core.filter import authors_first_filter
 from nufilt_jax.core.settings import DirectionsConfig, SolveConfig
 from nufilt_jax.core.solve import GroupSolution, mended, solve_group
 from nufilt_jax.errors import Problem, SolveError, raise_all
+from nufilt_jax.linalg.compiling import Program
 from nufilt_jax.linalg.dispatch import is_traced, run_alone
 from nufilt_jax.linalg.stacks import Stacks
 from nufilt_jax.methods.selection import published_layers
@@ -137,7 +138,7 @@ def _told(group: Group, solution: GroupSolution, on_stack: OnStack | None) -> di
     }
 
 
-@functools.partial(jax.jit, static_argnames=("config", "until_certified"), donate_argnums=0)
+@functools.partial(Program, static_argnames=("config", "until_certified"), donate_argnums=0)
 def _step(
     deltas: Stacks, task: Stacks, keys: UInt32[Array, "layers 2"], *, config: SolveConfig, until_certified: bool
 ) -> GroupSolution:

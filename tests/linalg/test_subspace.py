@@ -6,7 +6,7 @@ import oracle
 import pytest
 
 from nufilt_jax.linalg import chunks, dense, subspace
-from nufilt_jax.linalg.certificate import CERTIFIED_ANGLE, separated, spectrum_of
+from nufilt_jax.linalg.certificate import CERTIFIED_ANGLE, complete, separated, spectrum_of
 from nufilt_jax.linalg.grams import gram_of
 from nufilt_jax.linalg.refine import refine
 from nufilt_jax.methods.stacked import group_layers
@@ -114,7 +114,7 @@ def blocks_of_a_matrix_of_rank_10():
     skewed[:, 91] = 0.8 * v[:, 90] + 0.6 * v[:, 91]
     # The same span, but twice as many columns respond: the rank could not be told.
     mixed[:, :20] = right[:, :20] @ matrices.orthonormal(np.random.default_rng(0), 20, 20)
-    # Null directions stand in for a strong one, and all that is there is right.
+    # A null direction stands in for a strong one, and all that is there is right.
     missing = np.delete(v, 4, axis=1)[:, :92]
     return x, {"right": right, "skewed": skewed, "mixed": mixed, "missing": missing}
 
@@ -129,11 +129,21 @@ def refused(x, block, rank):
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("right", []), ("skewed", ["orthonormal"]), ("mixed", ["independent"]), ("missing", ["complete"])],
+    [("right", []), ("skewed", ["orthonormal"]), ("mixed", ["independent"]), ("missing", ["corrected", "complete"])],
 )
 def test_each_wrong_block_is_refused_for_what_is_wrong_with_it(name, expected):
     x, blocks = blocks_of_a_matrix_of_rank_10()
     assert refused(x, blocks[name], 60) == expected
+
+
+def test_a_null_direction_in_place_of_a_weak_one_is_no_bound_on_what_is_outside():
+    """Between the 32 wanted directions and the null ones 8 are weaker: one is outside, and mixed into a wanted one."""
+    x = matrices.power_law((64, 64), seed=1, rank=40, exponent=2.0)
+    v = np.linalg.svd(x.astype(float))[2].T
+    mixed = np.delete(v, 39, axis=1)[:, :56]
+    assert refused(x, mixed, 32) == []
+    mixed[:, 31] = 0.96 * v[:, 31] + 0.28 * v[:, 39]
+    assert refused(x, mixed, 32) == ["corrected"]
 
 
 def test_a_block_that_still_couples_is_refused():
@@ -157,6 +167,17 @@ def test_separated_asks_for_the_angle_and_the_order(squares, rotation, expected)
     """√2 1e-5 and little rounding are allowed for two directions."""
     spectrum = spectrum_of(jnp.asarray(squares, jnp.float32), 2, 1e-6)
     assert bool(separated(jnp.float32(rotation), spectrum)) == expected
+
+
+@pytest.mark.parametrize(
+    ("squares", "energy", "expected"),
+    [([9, 4, 1], 16, True), ([9, 4, 1], 16.1, False), ([9, 0, 0], 8e-12, True), ([9, 0, 0], 1e-11, False)],
+    ids=["as weak", "too much", "rounding", "of a lower rank"],
+)
+def test_complete_asks_for_the_energy_outside(squares, energy, expected):
+    """Three directions outside may have four times the energy of the last kept; of a lower rank they may have none."""
+    spectrum = spectrum_of(jnp.asarray(squares, jnp.float32), 2, 1e-6)
+    assert bool(complete(jnp.float32(energy), spectrum, 3, 1e-6)) == expected
 
 
 def test_a_neighbour_without_certificate_changes_nothing():
