@@ -87,23 +87,13 @@ def update(
       NufiltError: the rule refuses the task; the file is named.
     """
     how: dict[str, Any] = {"on_stack": watcher.stack, "donate": True, "data": data, "numbers": numbers}
-    with _naming_files(task.checkpoint), task.clock.spent_on("solve"):
+    with naming_files(task.checkpoint), task.clock.spent_on("solve"):
         return jax.block_until_ready(rule.update(state, task.vector, **how))
 
 
-def look(rule: methods.Merger, state: MergeState, task: Task, number: int, found: Numbers | None) -> Numbers:
-    """What a survey sees of the window; gives up the memory of the state.
-
-    Raises:
-      NufiltError: the rule refuses the task; the file is named.
-    """
-    with _naming_files(task.checkpoint):
-        return jax.device_get(rule.look(state, task.vector, number, found))
-
-
 @contextlib.contextmanager
-def _naming_files(checkpoint: Checkpoint) -> Iterator[None]:
-    """A rule knows canonical names only, and no files."""
+def naming_files(checkpoint: Checkpoint) -> Iterator[None]:
+    """Names the files in what a rule raises, which knows canonical names only."""
     try:
         yield
     except NufiltError as error:

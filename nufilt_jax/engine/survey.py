@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 
+import jax
+
 from nufilt_jax import methods
-from nufilt_jax.engine.cell import Task, look
+from nufilt_jax.engine.cell import Task, naming_files
 from nufilt_jax.engine.grid import Cell
 from nufilt_jax.engine.plan import Plan
 from nufilt_jax.methods.state import MergeState, Numbers
@@ -28,9 +30,14 @@ class Survey:
         return len(self._rule.looks(task)) if len(self._plan.rows) > 1 else 0
 
     def look(self, cell: Cell, rule: methods.Merger, state: MergeState, task: Task) -> None:
-        """Takes the look of a cell; after that of the last window it is known what it finds. Gives up the state."""
+        """Takes the look of a cell; after the last window's it is known what the look finds. Gives up the state.
+
+        Raises:
+          NufiltError: the rule refuses the task; the file is named.
+        """
         number, found = cell.look or 0, self._numbers.get(cell.task)
-        self._parts.append(look(rule, state, task, number, found))
+        with naming_files(task.checkpoint):
+            self._parts.append(jax.device_get(rule.look(state, task.vector, number, found)))
         if len(self._parts) == len(self._plan.rows):
             joined = self._rule.looks(cell.task)[number].joined
             self._numbers[cell.task] = joined(self._parts, self._plan.settings.config, found)

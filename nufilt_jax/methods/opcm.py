@@ -52,7 +52,8 @@ def first(state: MergeState, task: TaskVector, context: Context[OpcmConfig]) -> 
 
 def advance(state: MergeState, task: TaskVector, context: Context[OpcmConfig]) -> Advance:
     """θ^m_t = θ0 + (λ_{t−1} D + P(τ)) / λ_t."""
-    sums, config = _sums(state, task, context.config), context.config
+    config = context.config
+    sums = _sums(state, task, config)
     numbers = context.numbers or _norms([_sizes(task, config, "task") | _sizes(sums, config, "sum")], config)
     norms = jnp.asarray(state.extra["norms"]) + numbers["task"]
     stacks, scale = _rescale(sums.stacks, numbers["sum"], norms / jnp.float32(state.step + 1))
@@ -148,7 +149,7 @@ def _norms(parts: Sequence[Numbers], config: OpcmConfig, found: Numbers | None =
 def _norm(sizes: Float[Array, "tensors 2"]) -> Float[Array, ""]:
     """The norm of all tensors together, in the unit of the largest."""
     units, squares = sizes.T
-    unit = jnp.min(units)
+    unit = jnp.min(units, where=squares > 0, initial=2.0**63)  # that of zeros tells nothing
     return jnp.sqrt(jnp.sum(squares * jnp.square(unit / units))) / unit
 
 

@@ -92,6 +92,10 @@ def _previous(state: MergeState, task: TaskVector, config: TiesConfig) -> Stacks
     return restacked(state.extra, task.names) if config.variant == "text" else ()
 
 
+def _operands(state: MergeState, task: TaskVector, config: TiesConfig) -> tuple[Stacks, Stacks]:
+    return _previous(state, task, config) or state.delta.stacks, task.stacks
+
+
 def _by_name(outputs: Stacks, task: TaskVector) -> dict[str, Array]:
     """Outputs to be remembered, by the names of τ; none if there are none."""
     return dict(Stacked(outputs, task.names)) if outputs else {}
@@ -129,10 +133,9 @@ def _add(delta: Stacks, outputs: Stacks, scale: Float[Array, ""], *, weights: We
 
 def _count_halves(state: MergeState, task: TaskVector, context: Context[TiesConfig]) -> Numbers:
     """Of each operand, how many magnitudes have which upper half of bits; or which lower, once the upper is found."""
-    weights, previous = _weights(task, context.config), _previous(state, task, context.config)
+    weights, operands = _weights(task, context.config), _operands(state, task, context.config)
     upper = (None, None) if context.numbers is None else context.numbers["bits"].tolist()
-    operands = zip((previous or state.delta.stacks, task.stacks), upper, strict=True)
-    return {"counts": np.stack([half_counts(stacks, weights, half) for stacks, half in operands])}
+    return {"counts": np.stack([half_counts(x, weights, half) for x, half in zip(operands, upper, strict=True)])}
 
 
 def _narrowed(parts: Sequence[Numbers], config: TiesConfig, found: Numbers | None) -> Numbers:
@@ -147,14 +150,13 @@ def _narrowed(parts: Sequence[Numbers], config: TiesConfig, found: Numbers | Non
 
 def _vote(state: MergeState, task: TaskVector, context: Context[TiesConfig]) -> Numbers:
     """How many entries are negative, and how many positive."""
-    weights, previous = _weights(task, context.config), _previous(state, task, context.config)
-    cuts = cast(Numbers, context.numbers)["cuts"]
-    votes = _votes(previous or state.delta.stacks, task.stacks, cuts, weights=weights)
+    cuts, weights = cast(Numbers, context.numbers)["cuts"], _weights(task, context.config)
+    votes = _votes(*_operands(state, task, context.config), cuts, weights=weights)
     return {"votes": np.asarray(votes.high, np.int64) << HALF | np.asarray(votes.low, np.int64)}
 
 
 def _elected(parts: Sequence[Numbers], config: TiesConfig, found: Numbers | None) -> Numbers:
-    """What `advance` takes."""
+    """What `advance` takes: the thresholds, and whether more entries are positive."""
     negative, positive = functools.reduce(np.add, (part["votes"] for part in parts))
     return {"cuts": cast(Numbers, found)["cuts"], "majority": np.asarray(negative < positive)}
 

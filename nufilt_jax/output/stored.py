@@ -102,9 +102,9 @@ class Stored:
     def others(self, layers: Iterable[str]) -> dict[str, dict[str, Array]]:
         """The groups beside D of all windows that hold some of the layers, but for what is of other layers."""
         found: dict[str, dict[str, Array]] = {}
-        layers = set(layers)
+        layers = tuple(layers)
         for window in self.windows_of(layers):
-            folder, foreign = window.folder, set(window.layers) - layers
+            folder, foreign = window.folder, set(window.layers).difference(layers)
             with _failures(folder), spelt_plainly(folder / ARRAYS) as path:
                 tree = self._reader().metadata(path).item_metadata.tree
             names = {group: [x for x in named if x not in foreign] for group, named in tree.items() if group != "delta"}

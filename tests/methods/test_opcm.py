@@ -114,6 +114,13 @@ def test_norms_of_large_models_are_as_exact_as_float32():
     assert float(norm) == pytest.approx(np.sqrt(np.sum(large.astype(np.float64) ** 2)), rel=3e-7)
 
 
+def test_zeros_beside_small_numbers_do_not_change_their_norm():
+    tiny, zeros = {BIAS: np.full(12, 1e-30, np.float32)}, {POSITION: np.zeros((2, 12), np.float32)}
+    alone, beside = (states(CONFIG, [tasks] * 2)[-1] for tasks in (tiny, tiny | zeros))
+    assert float(beside.extra["norms"]) == pytest.approx(2e-30 * np.sqrt(12), rel=1e-6)
+    np.testing.assert_array_equal(alone.delta[BIAS], beside.delta[BIAS])
+
+
 def test_the_first_model_is_taken_as_it_is():
     [state] = states(CONFIG, TASKS[:1])
     for name in TOWER:
