@@ -1,4 +1,3 @@
-import dataclasses
 import functools
 
 import chex
@@ -11,8 +10,6 @@ import pytest
 from nufilt_jax import methods
 from nufilt_jax.methods import ties as rule_file
 from nufilt_jax.methods.order import kth_smallest_magnitude
-from nufilt_jax.methods.selection import Selection
-from nufilt_jax.methods.stacked import task_vector
 from nufilt_jax.methods.ties import TiesConfig, cut_order, ties, ties_at
 
 EPS = np.finfo(np.float32).eps
@@ -262,45 +259,6 @@ def test_a_step_takes_the_memory_of_d_and_little_else():
     assert program.memory_analysis().alias_size_in_bytes == size
     for each in (found, program):
         assert each.memory_analysis().temp_size_in_bytes < size / 16
-
-
-def surveyed(config, state, vector):
-    """What the survey finds of a model of which every stack is a part of its own."""
-    found = None
-    for number, look in enumerate(methods.RULES["ties"].looks(state.step)):
-        parts = []
-        for members in vector.names:
-            rule = methods.get("ties", config, selection=Selection(members, ()))
-            part = dataclasses.replace(state, base={name: BASE[name] for name in members})
-            parts.append(rule.look(part, vector, number, found))
-        found = look.joined(parts, config, found)
-    return found
-
-
-@pytest.mark.parametrize("density", [0, 0.2, 1])
-@pytest.mark.parametrize("kind", ["normal", "equal", "opposite", "sparse", "subnormal"])
-def test_a_survey_of_parts_finds_what_the_whole_model_has(kind, density):
-    first, second = task(0), task(1)
-    if kind == "equal":
-        first, second = ({name: np.full_like(x, 2) for name, x in first.items()} for _ in range(2))
-    elif kind == "opposite":
-        second = {name: -x for name, x in first.items()}
-    elif kind == "sparse":
-        first, second = ({name: x * (x > 0.01) for name, x in each.items()} for each in (first, second))
-    elif kind == "subnormal":
-        second = {name: (1e-43 * x).astype(np.float32) for name, x in second.items()}
-    for variant in ("code", "text"):
-        config = TiesConfig(variant=variant, scale=1.0, density=density, embedding_copies=3)
-        rule = methods.get("ties", config)
-        state = rule.update(rule.init(BASE), first)
-        vector = task_vector(BASE, second, state.delta.names)
-        numbers = surveyed(config, state, vector)
-        for row, operand in zip(numbers["cuts"], (dict(state.extra or state.delta), second), strict=True):
-            order = np.sort(abs(np.concatenate([flat(operand), *[np.ravel(operand["shared.weight"])] * 2])))
-            k = cut_order(len(order), density)
-            assert row.view(np.uint32) == (order[k - 1] if k else np.float32(0)).view(np.uint32)
-        given, alone = (rule.update(state, vector, numbers=each) for each in (numbers, None))
-        chex.assert_trees_all_equal((given.delta, given.extra), (alone.delta, alone.extra))
 
 
 def test_the_models_threshold_is_that_of_one_flat_vector():
