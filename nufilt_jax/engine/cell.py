@@ -1,9 +1,11 @@
 """One cell of the grid: a window's part of a task is read, and merged by the rule for these layers."""
 
+import contextlib
 import hashlib
 import threading
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 
@@ -19,7 +21,7 @@ from nufilt_jax.errors import NufiltError, Problem
 from nufilt_jax.methods.adaptation import LearningConfig
 from nufilt_jax.methods.selection import Selection
 from nufilt_jax.methods.stacked import TaskVector, task_vector
-from nufilt_jax.methods.state import MergeState
+from nufilt_jax.methods.state import MergeState, Numbers
 
 
 class Task(NamedTuple):
@@ -72,20 +74,30 @@ def touched(window: Window) -> tuple[str, ...]:
 
 
 def update(
-    rule: methods.Merger, state: MergeState, task: Task, watcher: Watcher, data: methods.TaskData | None
+    rule: methods.Merger,
+    state: MergeState,
+    task: Task,
+    watcher: Watcher,
+    data: methods.TaskData | None,
+    numbers: Numbers | None,
 ) -> MergeState:
     """The window after one more task; gives up the memory of the state.
 
     Raises:
       NufiltError: the rule refuses the task; the file is named.
     """
+    how: dict[str, Any] = {"on_stack": watcher.stack, "donate": True, "data": data, "numbers": numbers}
+    with naming_files(task.checkpoint), task.clock.spent_on("solve"):
+        return jax.block_until_ready(rule.update(state, task.vector, **how))
+
+
+@contextlib.contextmanager
+def naming_files(checkpoint: Checkpoint) -> Iterator[None]:
+    """Names the files in what a rule raises, which knows canonical names only."""
     try:
-        with task.clock.spent_on("solve"):
-            return jax.block_until_ready(
-                rule.update(state, task.vector, on_stack=watcher.stack, donate=True, data=data)
-            )
-    except NufiltError as error:  # a rule knows canonical names only, and no files
-        raise type(error)(*(_in_file(task.checkpoint, problem) for problem in error.problems)) from error
+        yield
+    except NufiltError as error:
+        raise type(error)(*(_in_file(checkpoint, problem) for problem in error.problems)) from error
 
 
 def _in_file(checkpoint: Checkpoint, problem: Problem) -> Problem:

@@ -1,7 +1,8 @@
 """A merge as a grid: rows are windows of layers, columns tasks; a cell needs only the cell before it in its row.
 
 A layer's new D depends on that layer's earlier D and its τ alone. So some whole layers, a *window*, can be taken
-through all tasks before the next window is looked at, and no more of a model than that needs to be in memory.
+through all tasks before the next window is looked at, and no more of a model than that needs to be in memory. Where it
+depends on numbers of the whole model too, a *survey* looks at all windows before each column, and finds them.
 
 Windows are whole chunks of the solver (`linalg.chunks`): then every layer is solved beside the same layers whatever the
 windows are, and on one machine the bits are the same.
@@ -80,10 +81,17 @@ class Window(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """One task and one window."""
+    """One task and one window.
+
+    Attributes:
+      window: whose layers are in it.
+      task: its number.
+      look: the number of the look that is taken at them; None where they are merged.
+    """
 
     window: Window
     task: int
+    look: int | None = None
 
 
 def windows(stacks: Sequence[Stack], most_bytes: float) -> list[tuple[Stack, ...]]:
@@ -169,8 +177,16 @@ def restarted(stacks: Sequence[Stack], done: Callable[[str], int], most_bytes: f
     return found
 
 
-def cells(rows: Sequence[Window], n_tasks: int, walk: Walk) -> Iterator[Cell]:
+def cells(
+    rows: Sequence[Window], n_tasks: int, walk: Walk, n_looks: Callable[[int], int] = lambda task: 0
+) -> Iterator[Cell]:
     """What is left to do, in order: window after window, or task after task.
+
+    Args:
+      rows: all windows.
+      n_tasks: number of columns.
+      walk: in which order.
+      n_looks: gives the number of looks before a column.
 
     >>> rows = [Window(0, (), done=1), Window(1, ())]
     >>> [(cell.window.number, cell.task) for cell in cells(rows, 2, "columns")]
@@ -181,4 +197,6 @@ def cells(rows: Sequence[Window], n_tasks: int, walk: Walk) -> Iterator[Cell]:
             yield from (Cell(row, task) for task in range(row.done, n_tasks))
         return
     for task in range(n_tasks):
+        if all(row.done <= task for row in rows):  # once one is past it, what was looked at is gone
+            yield from (Cell(row, task, look) for look in range(n_looks(task)) for row in rows)
         yield from (Cell(row, task) for row in rows if row.done <= task)

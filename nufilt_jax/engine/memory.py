@@ -35,7 +35,7 @@ class Reach(NamedTuple):
     Attributes:
       states: arrays of the size of D that it keeps, D included.
       workspace: times the size of D that an update takes beside these, of the whole window.
-      whole_model: whether a layer's D depends on other layers, so that there can be one window only.
+      whole_model: whether it works on all layers at once, so that there can be one window only.
     """
 
     states: int = 1

@@ -84,9 +84,9 @@ class Plan:
 
     @property
     def walk(self) -> Walk:
-        """Row by row, unless the whole model is wanted after each step."""
+        """Row by row, unless the whole model is wanted after each step, or numbers of it before."""
         needs_model = self.evaluation is not None or bool(self.examples)
-        return "columns" if needs_model or find(self.settings.method).whole_model else "rows"
+        return "columns" if needs_model or find(self.settings.method).survey else "rows"
 
 
 def make_plan(job: Job, *, offline: bool = False, headers_only: bool = False) -> Plan:

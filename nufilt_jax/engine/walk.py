@@ -13,6 +13,7 @@ from nufilt_jax.engine.memory import release_memory
 from nufilt_jax.engine.merged import StoredDelta, merged_tensors
 from nufilt_jax.engine.plan import Plan
 from nufilt_jax.engine.records import forecast_entry, step_of
+from nufilt_jax.engine.survey import Survey
 from nufilt_jax.engine.timing import Clock
 from nufilt_jax.engine.uninterrupted import uninterrupted
 from nufilt_jax.engine.watching import Evaluation, Watcher
@@ -82,6 +83,7 @@ class Walk:
         self._state: MergeState | None = None  # of the row; None while a program is changing it
         self._since = time.perf_counter()
         self._write_rate = _WRITE_RATE
+        self._survey = Survey(plan, stored)
 
     # What a run is.
 
@@ -91,7 +93,8 @@ class Walk:
         Raises:
           NufiltError: a solution is not finite, the state is damaged, or the disk is full.
         """
-        plan, pending = self._plan, list(cells(self._plan.rows, len(self._names), self._plan.walk))
+        plan, n_looks = self._plan, self._survey.n_looks
+        pending = list(cells(plan.rows, len(self._names), plan.walk, n_looks))
         if pending:
             self._place.record(self.recipe())  # whether the disk takes it is known before any work
         self._since = time.perf_counter()
@@ -101,6 +104,9 @@ class Walk:
             with ReadAhead(self._load, pending) as tasks:
                 for number, cell in enumerate(pending):
                     self._enter(cell.window)
+                    if cell.look is not None:
+                        self._look(cell, tasks, number, len(pending))
+                        continue
                     self._merge(cell, tasks, number, len(pending))
                     if plan.walk == "columns":
                         self._evaluate_column()
@@ -182,8 +188,11 @@ class Walk:
         if is_last or work >= KEPT_EVERY or cost <= _KEEPING_SHARE * work:
             self._keep()
         if is_last and len(self.rows) > 1:
-            self._row = self._state = None
-            release_memory()
+            self._leave()
+
+    def _leave(self) -> None:
+        self._row = self._state = None
+        release_memory()
 
     def _keep(self) -> None:
         """Makes what the window in memory holds durable."""
@@ -194,6 +203,7 @@ class Walk:
         told = [CellRecord(cell.step.told(self._told.get(cell.step.task)), cell.forecast) for cell in row.records]
         window = StoredWindow(self._place.state, row.window.number, row.window.layers, tuple(told))
         arrays = {"delta": state.delta.on_host(), "extra": dict(state.extra), "added": dict(state.added)}
+        arrays["numbers"] = dict(self._survey.numbers(window.done - 1) or {})
         row.kept = self._place.keep(window, arrays)
         self._stored.add(row.kept)
         self._place.record(self.recipe())
@@ -208,18 +218,14 @@ class Walk:
 
     def _merge(self, cell: Cell, tasks: ReadAhead[Cell, Task], number: int, total: int) -> None:
         row, name = cast(Row, self._row), self._names[cell.task]
-        window = f"window {self._plan.rows.index(cell.window) + 1} of {len(self.rows)}" if len(self.rows) > 1 else ""
-        self._watcher.cell(name, window, number, total)
         start = time.perf_counter()
-        task = tasks.take()
-        task.clock.add("wait", time.perf_counter() - start)
-        if self._plan.memory.read_ahead:
-            tasks.begin()
-        release_memory()
+        task = self._taken(cell, tasks, number, total)
         data = examples(self._plan, name, cell.task + 1)
+        past = next((row.window.layers for row in self.rows if len(row.records) > cell.task), ())
+        numbers = self._survey.numbers(cell.task, past)
         with uninterrupted():
             state, self._state = cast(MergeState, self._state), None
-            self._state = state = update(self._rule, state, task, self._watcher, data)
+            self._state = state = update(self._rule, state, task, self._watcher, data, numbers)
             step = step_of(name, time.perf_counter() - start, state.report, task.clock.as_dict())
             row.records.append(CellRecord(step, forecast_entry(state.report)))
         self._tell(name, outside=self._outside.get(name))
@@ -227,6 +233,27 @@ class Walk:
             self._tell(name, examples=file_entry(self._plan.examples[name]))
         del task, state  # before the next one is read
         release_memory()
+
+    def _look(self, cell: Cell, tasks: ReadAhead[Cell, Task], number: int, total: int) -> None:
+        """Looks at a window, and leaves it."""
+        with self._clock.spent_on("survey"):
+            task = self._taken(cell, tasks, number, total)
+            state, self._state = cast(MergeState, self._state), None
+            self._survey.look(cell, self._rule, state, task)
+            del task, state
+            self._leave()
+
+    def _taken(self, cell: Cell, tasks: ReadAhead[Cell, Task], number: int, total: int) -> Task:
+        """The task vector of a cell, which begins; that of the next one then begins to be read."""
+        window = f"window {self._plan.rows.index(cell.window) + 1} of {len(self.rows)}" if len(self.rows) > 1 else ""
+        self._watcher.cell(self._names[cell.task], window, number, total)
+        start = time.perf_counter()
+        task = tasks.take()
+        task.clock.add("wait", time.perf_counter() - start)
+        if self._plan.memory.read_ahead:
+            tasks.begin()
+        release_memory()
+        return task
 
     def _tell(self, task: str, **what: Any) -> None:
         self._told[task] = dataclasses.replace(self._told.get(task, Step(task=task)), **what)

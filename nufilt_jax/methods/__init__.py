@@ -28,7 +28,7 @@ from nufilt_jax.methods.elementwise import move_others
 from nufilt_jax.methods.matrices import require_finite
 from nufilt_jax.methods.selection import Selection, select
 from nufilt_jax.methods.stacked import Names, Params, TaskVector, stack_names, task_vector, zeros
-from nufilt_jax.methods.state import Context, Merger, MergeState, OnStack, Rule, check_task
+from nufilt_jax.methods.state import Context, Merger, MergeState, Numbers, OnStack, Rule, check_task
 
 RULES: dict[str, Rule[Any]] = {
     module.RULE.name: module.RULE
@@ -125,6 +125,7 @@ def get(
         *,
         donate: bool = False,
         data: TaskData | None = None,
+        numbers: Numbers | None = None,
     ) -> MergeState:
         if rule.needs_data and data is None:
             raise ConfigError(Problem("data", f"{name} needs examples of each task", "give update its `data`"))
@@ -136,11 +137,17 @@ def get(
         delta = state.delta if donate else state.delta.copied()
         own = dataclasses.replace(state, delta=delta.only(mine))
         take = rule.first if state.step == 0 else rule.advance
-        done = take(own, task.only(mine), Context(settings, seed, on_stack, data))
+        done = take(own, task.only(mine), Context(settings, seed, on_stack, data, numbers))
         moved = move_others(delta.only(others), task.only(others), state.step, other_params)
         # For all rules alike; those that know a remedy have refused before.
         require_finite(done.delta + moved)
         extra, added, report = dict(done.extra), dict(done.added), dict(done.report)
         return MergeState(state.base, done.delta + moved, state.step + 1, extra, added, report)
 
-    return Merger(init, update)
+    def look(state: MergeState, task: TaskVector, number: int, numbers: Numbers | None) -> Numbers:
+        mine, _ = choose(state.base)
+        own = dataclasses.replace(state, delta=state.delta.only(mine))
+        part = rule.looks(state.step)[number].part
+        return part(own, task.only(mine), Context(settings, seed, None, None, numbers))
+
+    return Merger(init, update, look)

@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from nufilt_jax.config import Variant
 from nufilt_jax.methods.selection import every_tensor
-from nufilt_jax.methods.stacked import Array, Stacked, Stacks, TaskVector
+from nufilt_jax.methods.stacked import Array, Stacked, Stacks, TaskVector, restacked
 from nufilt_jax.methods.state import Advance, Context, MergeState, Rule, ScaledConfig, scaled
 
 
@@ -45,8 +45,7 @@ def advance(state: MergeState, task: TaskVector, context: Context[MagmaxConfig])
     scale, names = jnp.float32(config.scale), task.names
     if config.variant == "code":
         return Advance(Stacked(_replace(state.delta.stacks, task.stacks, scale), names))
-    largest = tuple(jnp.stack([jnp.asarray(state.extra[name]) for name in members]) for members in names)
-    delta, largest = _accumulate(state.delta.stacks, largest, task.stacks, scale)
+    delta, largest = _accumulate(state.delta.stacks, restacked(state.extra, names), task.stacks, scale)
     return Advance(Stacked(delta, names), extra=dict(Stacked(largest, names)))
 
 

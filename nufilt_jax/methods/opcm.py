@@ -6,6 +6,7 @@ next step, λ and the sum of the norms stay in the state.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from nufilt_jax.linalg.dense import matmul, thin_svd, unit_scale
 from nufilt_jax.methods.matrices import each_layer, require_finite
 from nufilt_jax.methods.selection import every_tensor, is_linear_layer, n_copies
 from nufilt_jax.methods.stacked import Stacked, Stacks, TaskVector
-from nufilt_jax.methods.state import Advance, Context, MergeState, Rule, as_it_is
+from nufilt_jax.methods.state import Advance, Context, Look, MergeState, Numbers, Rule, as_it_is
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,14 +44,24 @@ class OpcmConfig(MethodConfig):
 
 def first(state: MergeState, task: TaskVector, context: Context[OpcmConfig]) -> Advance:
     """θ^m_1 = θ_1, with λ_1 = 1."""
+    numbers = context.numbers or _norms([_look(state, task, context)], context.config)
     # The sum of the norms, of which every step takes the mean.
-    extra = {"scale": jnp.float32(1), "norms": _norm(task.stacks, _copies(task, context.config))}
+    extra = {"scale": jnp.float32(1), "norms": numbers["task"]}
     return as_it_is(state, task, context)._replace(extra=extra)
 
 
 def advance(state: MergeState, task: TaskVector, context: Context[OpcmConfig]) -> Advance:
     """θ^m_t = θ0 + (λ_{t−1} D + P(τ)) / λ_t."""
-    config, copies = context.config, _copies(task, context.config)
+    config = context.config
+    sums = _sums(state, task, config)
+    numbers = context.numbers or _norms([_sizes(task, config, "task") | _sizes(sums, config, "sum")], config)
+    norms = jnp.asarray(state.extra["norms"]) + numbers["task"]
+    stacks, scale = _rescale(sums.stacks, numbers["sum"], norms / jnp.float32(state.step + 1))
+    return Advance(Stacked(stacks, task.names), extra={"scale": scale, "norms": norms})
+
+
+def _sums(state: MergeState, task: TaskVector, config: OpcmConfig) -> Stacked:
+    """λ D + P(τ) of every tensor; takes the memory of D."""
     sums = []
     for members, d, t in zip(task.names, state.delta.stacks, task.stacks, strict=True):
         scales = jnp.repeat(jnp.asarray(state.extra["scale"])[None], len(members))
@@ -60,17 +71,9 @@ def advance(state: MergeState, task: TaskVector, context: Context[OpcmConfig]) -
             sums.append(each_layer(_add_projected, d, t, scales, skipped, linear, config=config))
         else:
             sums.append(each_layer(_add, d, t, scales, skipped, config=config))
-    require_finite(Stacked(tuple(sums), task.names))  # before one layer's NaN is in the norm of all
-    norms = jnp.asarray(state.extra["norms"]) + _norm(task.stacks, copies)
-    stacks, scale = _rescale(tuple(sums), copies, norms / jnp.float32(state.step + 1))
-    return Advance(Stacked(stacks, task.names), extra={"scale": scale, "norms": norms})
-
-
-def _copies(task: TaskVector, config: OpcmConfig) -> Stacks:
-    """How often every tensor of every stack counts."""
-    return tuple(
-        np.array([n_copies(name, config.embedding_copies) for name in members], np.float32) for members in task.names
-    )
+    result = Stacked(tuple(sums), task.names)
+    require_finite(result)  # before one layer's NaN is in the norm of all
+    return result
 
 
 def _add(
@@ -117,21 +120,44 @@ def _projected(d: Float[Array, "m n"], t: Float[Array, "m n"], config: OpcmConfi
     return t - matmul(matmul(u, core), vt)
 
 
+def _look(state: MergeState, task: TaskVector, context: Context[OpcmConfig]) -> Numbers:
+    """The sizes of τ's tensors, and after the first task of those of λ D + P(τ) too; takes the memory of D."""
+    sizes, config = _sizes(task, context.config, "task"), context.config
+    return sizes | _sizes(_sums(state, task, config), config, "sum") if state.step else sizes
+
+
+def _sizes(model: Stacked, config: OpcmConfig, what: str) -> dict[str, dict[str, Array]]:
+    """`_size` of every tensor, each by itself: the compiler adds up a tensor beside others in another order."""
+    copies = {name: jnp.float32(n_copies(name, config.embedding_copies)) for name in model}
+    return {what: {name: _size(model[name], copies[name]) for name in model}}
+
+
 @jax.jit
-def _norm(stacks: Stacks, copies: Stacks) -> Float[Array, ""]:
-    """The model's norm, tensor by tensor, in a unit in which the squares of its entries neither over- nor underflow."""
-    largest = jnp.stack([jnp.max(jnp.abs(x), initial=0) for x in stacks]).max()
-    unit = unit_scale(largest[None, None])[0, 0]
-    squared = jnp.float32(0)
-    for x, c in zip(stacks, copies, strict=True):
-        squared += jnp.sum(c * jnp.sum(jnp.square(unit * x), axis=tuple(range(1, x.ndim))))
-    return jnp.sqrt(squared) / unit
+def _size(x: Float[Array, "*shape"], copies: Float[Array, ""]) -> Float[Array, "2"]:
+    """A power of two, times which a tensor's entries can be squared, and the sum of their squares then."""
+    unit = unit_scale(jnp.max(jnp.abs(x), initial=0)[None, None])[0, 0]
+    return jnp.stack([unit, copies * jnp.sum(jnp.square(unit * x))])
+
+
+def _norms(parts: Sequence[Numbers], config: OpcmConfig, found: Numbers | None = None) -> Numbers:
+    """The model's norms, from the sizes of all its tensors."""
+    sizes = {what: {name: size for part in parts for name, size in part[what].items()} for what in parts[0]}
+    return {what: _norm(jnp.stack([jnp.asarray(rows[name]) for name in sorted(rows)])) for what, rows in sizes.items()}
+
+
+@jax.jit
+def _norm(sizes: Float[Array, "tensors 2"]) -> Float[Array, ""]:
+    """The norm of all tensors together, in the unit of the largest."""
+    units, squares = sizes.T
+    unit = jnp.min(units, where=squares > 0, initial=2.0**63)  # that of zeros tells nothing
+    return jnp.sqrt(jnp.sum(squares * jnp.square(unit / units))) / unit
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _rescale(stacks: Stacks, copies: Stacks, mean: Float[Array, ""]) -> tuple[tuple[jax.Array, ...], jax.Array]:
-    """The model brought to norm `mean`, and the divisor λ; 1 for a zero model, which stays zero."""
-    norm = _norm(stacks, copies)
+def _rescale(
+    stacks: Stacks, norm: Float[Array, ""], mean: Float[Array, ""]
+) -> tuple[tuple[jax.Array, ...], Float[Array, ""]]:
+    """A model of a norm brought to norm `mean`, and the divisor λ; 1 for a zero model, which stays zero."""
     scale = jnp.where(norm > 0, norm / mean, 1)
     return tuple(jnp.divide(x, scale) for x in stacks), scale
 
@@ -146,6 +172,7 @@ RULE = Rule(
     touches="every tensor",
     cost="1 thin SVD",
     source="Tang et al., arXiv:2501.09522",
-    whole_model=True,
+    survey=(Look(_look, _norms),),
+    first_survey=(Look(_look, _norms),),
     workspace=2.0,
 )

@@ -150,6 +150,11 @@ def stacked(params: Params, names: Names) -> Stacked:
     return Stacked(tuple(jax.device_put(part) for part in parts), names)
 
 
+def restacked(params: Params, names: Names) -> Stacks:
+    """Tensors of a mapping, such as a `Stacked` was made, as stacks again."""
+    return tuple(jnp.stack([jnp.asarray(params[name]) for name in members]) for members in names)
+
+
 def task_vector(base: Params, task: Params, names: Names) -> TaskVector:
     """τ of one task.
 

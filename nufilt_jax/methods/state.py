@@ -1,9 +1,9 @@
 """What every merging rule shares: a pair of pure functions over one kind of state."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -101,6 +101,7 @@ def merged_tensor(base: Array, delta: Array, dtype: np.dtype | None = None) -> A
 
 
 OnStack = Callable[[str, LayerReport], None]
+Numbers = Mapping[str, Any]  # small arrays, by what they are
 
 
 @runtime_checkable
@@ -115,6 +116,7 @@ class Update(Protocol):
         *,
         donate: bool = False,
         data: TaskData | None = None,
+        numbers: Numbers | None = None,
     ) -> MergeState:
         """The state after the task.
 
@@ -125,6 +127,7 @@ class Update(Protocol):
           on_stack: called after each group of layers with its description and its layers' reports, stacked.
           donate: gives up `state.delta`, so that the new D can take its memory; else `state` is left as it is.
           data: unlabelled examples of the task, for the rules that need them.
+          numbers: what the rule's survey has found of the whole model, where `state` is a part of one; else None.
 
         Raises:
           ConfigError: the rule needs data, and there are none.
@@ -135,10 +138,18 @@ class Update(Protocol):
 
 
 class Merger(NamedTuple):
-    """A merging rule, as an optimiser in optax: `state = init(base)`, `state = update(state, task)`."""
+    """A merging rule, as an optimiser in optax: `state = init(base)`, `state = update(state, task)`.
+
+    Attributes:
+      init: the state before the first task, of a base.
+      update: the state after one more task.
+      look: one look of the rule's survey at a part of a model: of its state, whose D it may give up, τ, the look's
+        number, and what the looks before it have found.
+    """
 
     init: Callable[[Params], MergeState]
     update: Update
+    look: Callable[[MergeState, TaskVector, int, Numbers | None], Numbers]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,12 +161,14 @@ class Context(Generic[C_co]):
       seed: of everything random.
       on_stack: progress callback.
       data: of the task, for rules that need it.
+      numbers: of the whole model, as the looks so far have found them; None if there were none.
     """
 
     config: C_co
     seed: int
     on_stack: OnStack | None
     data: TaskData | None
+    numbers: Numbers | None = None
 
 
 class Advance(NamedTuple):
@@ -180,6 +193,19 @@ def scaled(state: MergeState, task: TaskVector, context: Context[ScaledConfig]) 
     return Advance(blend(state.delta, task, keep=0.0, gain=context.config.scale))
 
 
+class Look(NamedTuple, Generic[C]):
+    """One look at all parts of a model, before a task is merged into the first of them.
+
+    Attributes:
+      part: what one part tells; may take the memory of the state's D.
+      joined: what all parts together tell, from the settings and what the looks before have found too. It is the same
+        to the bit however the model is divided.
+    """
+
+    part: Callable[[MergeState, TaskVector, Context[C]], Numbers]
+    joined: Callable[[Sequence[Numbers], C, Numbers | None], Numbers]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule(Generic[C]):
     """One merging rule, as its file states it.
@@ -196,8 +222,11 @@ class Rule(Generic[C]):
       source: where it was published.
       needs_data: whether it needs unlabelled examples of each task.
       adds_parameters: whether the merged model has more parameters than the base.
-      whole_model: whether a tensor's new D depends on other tensors too, as a threshold or norm of the whole model
-        does. Where it does not, any part of the layers can be merged alone, and the state's `extra` is by layer.
+      whole_model: whether it works on all tensors at once. Where it does not, any part of the layers can be merged
+        alone, and what in the state's `extra` is not by layer is alike in all parts.
+      survey: the looks that find what numbers of the whole model it takes, as a threshold or a norm; given the whole
+        model, it finds them by itself.
+      first_survey: as much for the first task.
       states: arrays of the size of D that are kept from task to task, D included.
       workspace: memory that an update takes beside these, τ and what programs need for a few layers, in sizes of D.
     """
@@ -214,6 +243,8 @@ class Rule(Generic[C]):
     needs_data: bool = False
     adds_parameters: bool = False
     whole_model: bool = False
+    survey: tuple[Look[C], ...] = ()
+    first_survey: tuple[Look[C], ...] = ()
     states: int = 1
     workspace: float = 0.0
 
@@ -222,6 +253,10 @@ class Rule(Generic[C]):
         """What it asks for beside the weights."""
         wanted = [(self.needs_data, "unlabelled examples"), (self.adds_parameters, "extra parameters")]
         return ", ".join(text for is_needed, text in wanted if is_needed) or "nothing"
+
+    def looks(self, step: int) -> tuple[Look[C], ...]:
+        """The survey before the task that comes after `step` others."""
+        return self.survey if step else self.first_survey
 
 
 def check_task(base: Params, task: Params, touched: Iterable[str]) -> None:

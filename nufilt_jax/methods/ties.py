@@ -6,6 +6,8 @@ The kernel is the authors' program's: thresholds over the whole model, the elect
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +15,20 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt32
 
 from nufilt_jax.config import Variant, number
-from nufilt_jax.methods.order import Weights, count, is_less, kth_smallest_magnitude, magnitude_bits
+from nufilt_jax.methods.order import (
+    HALF,
+    Count,
+    Weights,
+    count,
+    half_counts,
+    is_less,
+    kth_smallest_magnitude,
+    magnitude_bits,
+    place_in,
+)
 from nufilt_jax.methods.selection import every_tensor, n_copies
-from nufilt_jax.methods.stacked import Array, Stacked, Stacks, TaskVector
-from nufilt_jax.methods.state import Advance, Context, MergeState, Rule, ScaledConfig
+from nufilt_jax.methods.stacked import Array, Stacked, Stacks, TaskVector, restacked
+from nufilt_jax.methods.state import Advance, Context, Look, MergeState, Numbers, Rule, ScaledConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,24 +58,28 @@ def first(state: MergeState, task: TaskVector, context: Context[TiesConfig]) -> 
     # The program for Flan-T5 computes its first step and never applies it.
     outputs = task.stacks if config.merge_first else jax.tree.map(jnp.zeros_like, task.stacks)
     delta = _add(state.delta.stacks, outputs, jnp.float32(config.scale), weights=_weights(task, config))
-    return Advance(Stacked(delta, task.names), extra=dict(zip(_keys(task, config), outputs, strict=False)))
+    remembered = outputs if config.variant == "text" else ()
+    return Advance(Stacked(delta, task.names), extra=_by_name(remembered, task))
 
 
 def advance(state: MergeState, task: TaskVector, context: Context[TiesConfig]) -> Advance:
     """θ^m_t = θ^m_{t−1} + λ TIES_p(D, τ).
 
     In the `text` variant the operand is the previous output instead of D (Appendix B.3 of arXiv:2509.21413v2): at
-    t = 2 that is τ_1, or zero if the first task is left out; it is kept in `extra`, stack by stack. With c =
+    t = 2 that is τ_1, or zero if the first task is left out; it is kept in `extra`, layer by layer. With c =
     `embedding_copies`, every entry of a T5's token embedding counts c times for thresholds and majority, and what is
     added to it is c λ Z.
     """
-    config, weights, keys = context.config, _weights(task, context.config), _keys(task, context.config)
-    previous = tuple(state.extra[key] for key in keys)
-    sizes = (math.prod(stack.shape[1:]) for stack in task.stacks)
-    n_entries = sum(size * sum(copies) for size, copies in zip(sizes, weights, strict=True))
-    k, scale = cut_order(n_entries, config.density), jnp.float32(config.scale)
-    delta, outputs = _step(state.delta.stacks, previous, task.stacks, scale, k=k, weights=weights)
-    return Advance(Stacked(delta, task.names), extra=dict(zip(keys, outputs, strict=True)))
+    config, weights, numbers = context.config, _weights(task, context.config), context.numbers
+    previous = _previous(state, task, config)
+    if numbers is None:
+        sizes = (math.prod(stack.shape[1:]) for stack in task.stacks)
+        n_entries = sum(size * sum(copies) for size, copies in zip(sizes, weights, strict=True))
+        k = cut_order(n_entries, config.density)
+        numbers = _found(previous or state.delta.stacks, task.stacks, k=k, weights=weights)
+    operands, scale = (state.delta.stacks, previous, task.stacks), jnp.float32(config.scale)
+    delta, outputs = _step(*operands, numbers["cuts"], numbers["majority"], scale, weights=weights)
+    return Advance(Stacked(delta, task.names), extra=_by_name(outputs, task))
 
 
 def _weights(task: TaskVector, config: TiesConfig) -> Weights:
@@ -71,17 +87,33 @@ def _weights(task: TaskVector, config: TiesConfig) -> Weights:
     return tuple(tuple(n_copies(name, config.embedding_copies) for name in members) for members in task.names)
 
 
-def _keys(task: TaskVector, config: TiesConfig) -> list[str]:
-    """Under which names a step's outputs are remembered, stack by stack; none if they are not."""
-    return [f"output {index}" for index in range(len(task.names))] if config.variant == "text" else []
+def _previous(state: MergeState, task: TaskVector, config: TiesConfig) -> Stacks:
+    """The previous output, in the stacks of τ; none if D is the operand."""
+    return restacked(state.extra, task.names) if config.variant == "text" else ()
 
 
-@functools.partial(jax.jit, static_argnames=("k", "weights"), donate_argnums=0)
+def _operands(state: MergeState, task: TaskVector, config: TiesConfig) -> tuple[Stacks, Stacks]:
+    return _previous(state, task, config) or state.delta.stacks, task.stacks
+
+
+def _by_name(outputs: Stacks, task: TaskVector) -> dict[str, Array]:
+    """Outputs to be remembered, by the names of τ; none if there are none."""
+    return dict(Stacked(outputs, task.names)) if outputs else {}
+
+
+@functools.partial(jax.jit, static_argnames="weights", donate_argnums=0)
 def _step(
-    delta: Stacks, previous: Stacks, task: Stacks, scale: Float[Array, ""], *, k: int, weights: Weights
+    delta: Stacks,
+    previous: Stacks,
+    task: Stacks,
+    cuts: Float[Array, "2"],
+    majority: Bool[Array, ""],
+    scale: Float[Array, ""],
+    *,
+    weights: Weights,
 ) -> tuple[Stacks, Stacks]:
     """D + λ c Z, and Z where it is to be remembered; takes the memory of D."""
-    outputs = ties_of_stacks(previous or delta, task, k, weights)
+    outputs = _merged(previous or delta, task, cuts, majority)
     return _add(delta, outputs, scale, weights=weights), outputs if previous else ()
 
 
@@ -94,6 +126,42 @@ def _add(delta: Stacks, outputs: Stacks, scale: Float[Array, ""], *, weights: We
         c = np.array(copies, np.float32).reshape((-1,) + (1,) * (d.ndim - 1))
         merged.append(d + scale * c * z)
     return tuple(merged)
+
+
+# The same numbers of a model in parts: 16 bits of both thresholds in each of two looks, and the majority in a third.
+
+
+def _count_halves(state: MergeState, task: TaskVector, context: Context[TiesConfig]) -> Numbers:
+    """Of each operand, how many magnitudes have which upper half of bits; or which lower, once the upper is found."""
+    weights, operands = _weights(task, context.config), _operands(state, task, context.config)
+    upper = (None, None) if context.numbers is None else context.numbers["bits"].tolist()
+    return {"counts": np.stack([half_counts(x, weights, half) for x, half in zip(operands, upper, strict=True)])}
+
+
+def _narrowed(parts: Sequence[Numbers], config: TiesConfig, found: Numbers | None) -> Numbers:
+    """The thresholds' bits as far as they are found, and their places among the magnitudes that share these."""
+    counts = functools.reduce(np.add, (part["counts"] for part in parts))
+    k = cut_order(int(counts[0].sum()), config.density)
+    bits, places = (np.zeros(2, np.uint32), (k, k)) if found is None else (found["bits"], found["places"])
+    values, places = zip(*map(place_in, counts, places), strict=True)
+    bits = bits << HALF | np.array(values, np.uint32)
+    return {"bits": bits, "places": places, "cuts": bits.view(np.float32)}
+
+
+def _vote(state: MergeState, task: TaskVector, context: Context[TiesConfig]) -> Numbers:
+    """How many entries are negative, and how many positive."""
+    cuts, weights = cast(Numbers, context.numbers)["cuts"], _weights(task, context.config)
+    votes = _votes(*_operands(state, task, context.config), cuts, weights=weights)
+    return {"votes": np.asarray(votes.high, np.int64) << HALF | np.asarray(votes.low, np.int64)}
+
+
+def _elected(parts: Sequence[Numbers], config: TiesConfig, found: Numbers | None) -> Numbers:
+    """What `advance` takes: the thresholds, and whether more entries are positive."""
+    negative, positive = functools.reduce(np.add, (part["votes"] for part in parts))
+    return {"cuts": cast(Numbers, found)["cuts"], "majority": np.asarray(negative < positive)}
+
+
+# The kernel.
 
 
 def ties(x: Float[Array, "*shape"], y: Float[Array, "*shape"], density: float) -> Float[jax.Array, "*shape"]:
@@ -112,7 +180,8 @@ def ties_at(
     x: Float[Array, "*shape"], y: Float[Array, "*shape"], k: int | UInt32[Array, ""]
 ) -> Float[jax.Array, "*shape"]:
     """`ties` with the order k of the thresholds, which may be known only while the program runs."""
-    return ties_of_stacks((x[None],), (y[None],), k)[0][0]
+    xs, ys = (x[None],), (y[None],)
+    return _merged(xs, ys, **_cuts_and_majority(xs, ys, k=k, weights=((1,),)))[0][0]
 
 
 def cut_order(n_entries: int, density: float) -> int:
@@ -121,30 +190,40 @@ def cut_order(n_entries: int, density: float) -> int:
     return n_entries - int(n_entries * (density / 100 if density > 1 else density))
 
 
-def ties_of_stacks(
-    xs: Stacks, ys: Stacks, k: int | UInt32[Array, ""], weights: Weights | None = None
-) -> tuple[jax.Array, ...]:
-    """`ties_at` of two models, each one vector in the eyes of threshold and election.
+def _cuts_and_majority(xs: Stacks, ys: Stacks, *, k: int | UInt32[Array, ""], weights: Weights) -> dict[str, Array]:
+    """The thresholds of two models, each one vector in the eyes of threshold and election, and the sign they elect.
 
     Args:
       xs: one operand, a stack of tensors for every shape.
       ys: the other.
       k: place of the threshold among all entries.
-      weights: how often the entries of every tensor count; None for once.
+      weights: how often the entries of every tensor count.
     """
-    cuts = kth_smallest_magnitude(xs, k, weights), kth_smallest_magnitude(ys, k, weights)
+    cuts = jnp.stack([kth_smallest_magnitude(stacks, k, weights) for stacks in (xs, ys)])
+    votes = _votes(xs, ys, cuts, weights=weights)
+    negative, positive = (jax.tree.map(lambda n, i=i: n[i], votes) for i in range(2))
+    return {"cuts": cuts, "majority": is_less(negative, positive)}
 
-    def trimmed(x: Array, y: Array) -> tuple[Array, Array]:
-        return trim(x, cuts[0]), trim(y, cuts[1])
+
+# The order is static: whole numbers of a large model are beyond 32 bits.
+_found = jax.jit(_cuts_and_majority, static_argnames=("k", "weights"))
+
+
+@functools.partial(jax.jit, static_argnames="weights")
+def _votes(xs: Stacks, ys: Stacks, cuts: Float[Array, "2"], *, weights: Weights) -> Count:
+    """How many entries of x + y, both trimmed, are negative, and how many positive."""
 
     def is_negative_or_positive(x: Array, y: Array) -> tuple[Array, Array]:
-        total = jnp.add(*trimmed(x, y))
+        total = trim(x, cuts[0]) + trim(y, cuts[1])
         return total < 0, total > 0
 
-    votes = count(is_negative_or_positive, xs, ys, weights=weights)
-    negative, positive = (jax.tree.map(lambda n, i=i: n[i], votes) for i in range(2))
-    majority = is_less(negative, positive)
-    return tuple(disjoint_sum(*trimmed(x, y), majority) for x, y in zip(xs, ys, strict=True))
+    return count(is_negative_or_positive, xs, ys, weights=weights)
+
+
+def _merged(xs: Stacks, ys: Stacks, cuts: Float[Array, "2"], majority: Bool[Array, ""]) -> tuple[jax.Array, ...]:
+    """Z of two models."""
+    pairs = zip(xs, ys, strict=True)
+    return tuple(disjoint_sum(trim(x, cuts[0]), trim(y, cuts[1]), majority) for x, y in pairs)
 
 
 def trim(x: Float[Array, "*shape"], cut: Float[Array, ""]) -> Float[Array, "*shape"]:
@@ -173,7 +252,7 @@ RULE = Rule(
     touches="every tensor",
     cost="order statistics of two models, O(mn)",
     source="Yadav et al., arXiv:2306.01708",
-    whole_model=True,
+    survey=(Look(_count_halves, _narrowed), Look(_count_halves, _narrowed), Look(_vote, _elected)),
     states=2,
     workspace=2.0,
 )

@@ -100,12 +100,15 @@ class Stored:
         }
 
     def others(self, layers: Iterable[str]) -> dict[str, dict[str, Array]]:
-        """The groups beside D of all windows that hold some of the layers."""
+        """The groups beside D of all windows that hold some of the layers, but for what is of other layers."""
         found: dict[str, dict[str, Array]] = {}
-        for folder in (window.folder for window in self.windows_of(layers)):
+        layers = tuple(layers)
+        for window in self.windows_of(layers):
+            folder, foreign = window.folder, set(window.layers).difference(layers)
             with _failures(folder), spelt_plainly(folder / ARRAYS) as path:
                 tree = self._reader().metadata(path).item_metadata.tree
-            names = {group: list(named) for group, named in tree.items() if group != "delta" and named}
+            names = {group: [x for x in named if x not in foreign] for group, named in tree.items() if group != "delta"}
+            names = {group: wanted for group, wanted in names.items() if wanted}
             for group, named in (self._restored(folder, names) if names else {}).items():
                 found[group] = found.get(group, {}) | named
         return found

@@ -1,5 +1,6 @@
 """A merge in windows: the same bits as in one, however it is walked, stopped and gone on with."""
 
+import functools
 import json
 import signal
 
@@ -45,6 +46,7 @@ METHODS = [
     ("--method", "magmax", "--method-args", "variant=text"),
     ("--method", "tsv_m"),
     ("--method", "ties"),
+    ("--method", "opcm", "--layers", "q_proj|fc1", "--other-params", "average"),
 ]
 
 
@@ -55,7 +57,7 @@ def test_windows_give_the_same_bits(shared_models, tmp_path, nufilt, command, in
     in_windows(most)
     result = nufilt(*command(shared_models, tmp_path / "out", *options, "--json"))
     assert result.code == 0, result.err
-    assert len(result.json["windows"]) > 1 or "ties" in options
+    assert len(result.json["windows"]) > 1
     assert {row["tasks"] for row in result.json["windows"]} == {3}
     assert build.weight_bytes(tmp_path / "out") == build.weight_bytes(tmp_path / "whole")
     assert forecast(tmp_path / "out") == forecast(tmp_path / "whole")
@@ -64,12 +66,17 @@ def test_windows_give_the_same_bits(shared_models, tmp_path, nufilt, command, in
         assert mine["outside"] == whole["outside"]
 
 
-def test_one_window_or_several_can_be_added_to(shared_models, tmp_path, nufilt, command, in_windows):
-    assert nufilt(*command(shared_models, tmp_path / "whole", n=4)).code == 0
-    for name, before, after in (("a", SMALL, 1 << 30), ("b", 1 << 30, 0), ("c", SMALL, 0), ("d", 0, SMALL)):
+SURVEYED = [("--method", "ties", "--method-args", "variant=text"), ("--method", "opcm")]
+
+
+@pytest.mark.parametrize("options", [(), *SURVEYED], ids=" ".join)
+def test_one_window_or_several_can_be_added_to(shared_models, tmp_path, nufilt, command, in_windows, options):
+    assert nufilt(*command(shared_models, tmp_path / "whole", *options, n=4)).code == 0
+    cuts = [("a", SMALL, 1 << 30), ("b", 1 << 30, 0), ("c", SMALL, 0), ("d", 0, SMALL)]
+    for name, before, after in cuts[:2] if options else cuts:
         out = tmp_path / name
         in_windows(before)
-        assert nufilt(*command(shared_models, out)).code == 0
+        assert nufilt(*command(shared_models, out, *options)).code == 0
         in_windows(after)
         result = nufilt("add", out, "--task", f"delta={shared_models / 'delta'}", "--json")
         assert (result.code, [step["resumed"] for step in result.json["steps"]]) == (0, [True] * 3 + [False])
@@ -109,8 +116,9 @@ def test_a_run_stopped_at_any_cell_goes_on_where_it_was(
     assert forecast(tmp_path / "out") == forecast(tmp_path / "whole")
 
 
-def test_a_stopped_run_in_other_windows(shared_models, tmp_path, nufilt, command, in_windows, monkeypatch):
-    assert nufilt(*command(shared_models, tmp_path / "whole", n=4)).code == 0
+@pytest.mark.parametrize("options", [(), *SURVEYED], ids=" ".join)
+def test_a_stopped_run_in_other_windows(shared_models, tmp_path, nufilt, command, in_windows, monkeypatch, options):
+    assert nufilt(*command(shared_models, tmp_path / "whole", *options, n=4)).code == 0
     merge, left = Walk._merge, []
 
     def stopped(self, *args):
@@ -123,11 +131,61 @@ def test_a_stopped_run_in_other_windows(shared_models, tmp_path, nufilt, command
     for most, n_cells in ((SMALL, 3), (0, 2), (1 << 30, 1), (SMALL, 1)):
         in_windows(most)
         left[:] = range(n_cells)
-        assert nufilt(*command(shared_models, tmp_path / "out", n=4)).code == 130
+        assert nufilt(*command(shared_models, tmp_path / "out", *options, n=4)).code == 130
     monkeypatch.undo()
-    assert nufilt(*command(shared_models, tmp_path / "out", n=4)).code == 0
+    assert nufilt(*command(shared_models, tmp_path / "out", *options, n=4)).code == 0
     assert build.weight_bytes(tmp_path / "out") == build.weight_bytes(tmp_path / "whole")
     assert forecast(tmp_path / "out") == forecast(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("options", [("--method", "ties"), *SURVEYED], ids=" ".join)
+def test_a_run_stopped_in_the_middle_of_a_surveyed_column(
+    shared_models, tmp_path, nufilt, command, in_windows, monkeypatch, options
+):
+    """What the survey looked at is gone in the first window; in a survey nothing is, and it is done again."""
+    out, merge, look = tmp_path / "out", Walk._merge, Walk._look
+    assert nufilt(*command(shared_models, tmp_path / "whole", *options)).code == 0
+    in_windows(SMALL)
+
+    def stopped(self, cell, *args, then):
+        if cell.task == 2 and cell.window is self.rows[1].window:
+            raise KeyboardInterrupt
+        return then(self, cell, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Walk, "_look", functools.partialmethod(stopped, then=look))
+        assert nufilt(*command(shared_models, out, *options)).code == 130
+        assert {row["tasks"] for row in recipe(tmp_path / "out.partial")["windows"]} == {2}
+        patch.setattr(Walk, "_look", look)
+        patch.setattr(Walk, "_merge", functools.partialmethod(stopped, then=merge))
+        assert nufilt(*command(shared_models, out, *options)).code == 130
+        assert [row["tasks"] for row in recipe(tmp_path / "out.partial")["windows"]][:2] == [3, 2]
+        patch.setattr(Walk, "_merge", merge)
+        patch.setattr(Walk, "_look", None)
+        assert nufilt(*command(shared_models, out, *options)).code == 0
+    assert build.weight_bytes(out) == build.weight_bytes(tmp_path / "whole")
+
+
+COPIES = [("ties", "variant=text"), ("ties", "merge_first=false"), ("opcm", "alpha=0.4")]
+
+
+@pytest.mark.parametrize(("method", "argument"), COPIES)
+def test_windows_count_an_embedding_as_often(tmp_path, nufilt, command, in_windows, method, argument):
+    rng = np.random.default_rng(0)
+    block = "encoder.block.{}.layer.0.SelfAttention.{}.weight"
+    shapes = {"shared.weight": (20, 8), "lm_head.weight": (20, 8), "encoder.final_layer_norm.weight": (8,)}
+    shapes |= {block.format(i, part): (8, 8) for i in range(3) for part in "qkvo"}
+    base = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    for seed, name in enumerate(("base", *build.TASKS[:3])):
+        build.write(tmp_path / name, build.fine_tuned(base, seed) if seed else base, model_type="t5")
+    for out, most, copies in (("once", 1 << 30, 1), ("whole", 1 << 30, 3), ("out", 0, 3)):
+        in_windows(most)
+        options = ("--method", method, "--method-args", argument, f"embedding_copies={copies}")
+        result = nufilt(*command(tmp_path, tmp_path / out, *options, "--json"))
+        assert result.code == 0, result.err
+    assert len(result.json["windows"]) > 3
+    assert build.weight_bytes(tmp_path / "out") == build.weight_bytes(tmp_path / "whole")
+    assert build.weight_bytes(tmp_path / "out") != build.weight_bytes(tmp_path / "once")
 
 
 def test_ctrl_c_waits_for_the_cell(shared_models, tmp_path, nufilt, command, monkeypatch):

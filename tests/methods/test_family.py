@@ -52,7 +52,7 @@ NOT_HOMOGENEOUS = ("nufilt", "adapter_only", "wudi")
 ROTATES_LEFT = ("sum", "weight_average", "task_arithmetic", "null_space", "iso_c", "tsv_m", "opcm", "knots")
 ROTATES_RIGHT = ROTATES_LEFT[:-1]
 ROTATES_NOT = ("ties", "magmax", "wudi")
-PER_LAYER = [name for name, rule in methods.RULES.items() if not rule.whole_model]
+PER_LAYER = [name for name, rule in methods.RULES.items() if not (rule.whole_model or rule.survey)]
 SETTINGS = [
     *((name, {}) for name in PER_LAYER),
     *((name, {"variant": "text"}) for name in PER_LAYER if hasattr(methods.RULES[name].config, "variant")),

@@ -110,8 +110,15 @@ def test_the_norm_is_the_mean_of_the_tasks():
 def test_norms_of_large_models_are_as_exact_as_float32():
     """One after another, equal numbers would add up wrong: past 2²⁴ of them a float32 sum no longer grows."""
     large = np.full((1, 4100, 4100), 0.1, np.float32)
-    norm = opcm._norm((jax.device_put(large),), (np.ones(1, np.float32),))
+    norm = opcm._norm(opcm._size(jax.device_put(large), jnp.float32(1))[None])
     assert float(norm) == pytest.approx(np.sqrt(np.sum(large.astype(np.float64) ** 2)), rel=3e-7)
+
+
+def test_zeros_beside_small_numbers_do_not_change_their_norm():
+    tiny, zeros = {BIAS: np.full(12, 1e-30, np.float32)}, {POSITION: np.zeros((2, 12), np.float32)}
+    alone, beside = (states(CONFIG, [tasks] * 2)[-1] for tasks in (tiny, tiny | zeros))
+    assert float(beside.extra["norms"]) == pytest.approx(2e-30 * np.sqrt(12), rel=1e-6)
+    np.testing.assert_array_equal(alone.delta[BIAS], beside.delta[BIAS])
 
 
 def test_the_first_model_is_taken_as_it_is():
@@ -214,7 +221,7 @@ def test_a_merge_goes_on_from_host_arrays_and_compiles_nothing():
     rule = methods.get("opcm", CONFIG)
     state = rule.init(TASKS[0])
     state = rule.update(rule.update(state, TASKS[0]), TASKS[1])
-    programs = (matrices._program, opcm._rescale, opcm._norm)
+    programs = (matrices._program, opcm._rescale, opcm._size, opcm._norm)
     before = [program._cache_size() for program in programs]
     restored = jax.tree.map(np.array, state)
     one, other = rule.update(state, TASKS[2]), rule.update(restored, TASKS[2])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nufilt_jax.methods.order import Count, count, is_less, kth_smallest_magnitude
+from nufilt_jax.methods.order import HALF, Count, count, half_counts, is_less, kth_smallest_magnitude, place_in
 
 find = jax.jit(kth_smallest_magnitude, static_argnames="weights")
 
@@ -107,3 +107,25 @@ def test_nothing_of_the_models_size_is_made():
     program = jax.jit(lambda s: kth_smallest_magnitude(s, 1000)).lower(stacks).compile()
     memory = program.memory_analysis()
     assert memory.temp_size_in_bytes < 128 * 128 * 4 < memory.argument_size_in_bytes / 16
+
+
+def by_halves(parts, weights, k):
+    """The bits of the k-th smallest magnitude of a model in parts, from two looks at each."""
+    pairs = list(zip(parts, weights, strict=True))
+    upper, place = place_in(sum(half_counts(*pair) for pair in pairs), k)
+    lower, _ = place_in(sum(half_counts(*pair, upper) for pair in pairs), place)
+    return upper << HALF | lower
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [None, extremes, np.zeros, np.ones, lambda shape: np.resize([1e-45, -0.0, -1e-45, 2.0, -2.0], shape)],
+    ids=["normal", "extremes", "zeros", "equal", "few values"],
+)
+def test_looks_at_parts_find_the_same_bits(draw):
+    stacks = model(9, draw)
+    weights = tuple((1,) * len(x) if i else (3,) * len(x) for i, x in enumerate(stacks))
+    parts, theirs = (stacks[:1], (), stacks[1:]), (weights[:1], (), weights[1:])
+    total = sum(copies[0] * x.size for copies, x in zip(weights, stacks, strict=True))
+    for k in range(total + 1):
+        assert by_halves(parts, theirs, k) == int(np.asarray(find(stacks, jnp.uint32(k), weights)).view(np.uint32))

@@ -244,18 +244,21 @@ def test_a_state_that_went_through_files_continues_alike(variant):
 def test_the_second_task_compiles_nothing(variant):
     rule = methods.get("ties", TiesConfig(variant=variant, scale=0.7))
     state = rule.update(rule.update(rule.init(BASE), task(0)), task(1))
-    before = rule_file._step._cache_size(), rule_file._add._cache_size()
+    programs = (rule_file._step, rule_file._add, rule_file._found)
+    before = [program._cache_size() for program in programs]
     rule.update(rule.update(state, task(2)), task(3))
-    assert (rule_file._step._cache_size(), rule_file._add._cache_size()) == before
+    assert [program._cache_size() for program in programs] == before
 
 
 def test_a_step_takes_the_memory_of_d_and_little_else():
     stacks = tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in [(16, 128, 128), (8, 256, 128), (20, 128)])
     size, weights = sum(4 * np.prod(x.shape) for x in stacks), tuple((1,) * x.shape[0] for x in stacks)
-    scale = jax.ShapeDtypeStruct((), jnp.float32)
-    program = rule_file._step.lower(stacks, (), stacks, scale, k=9, weights=weights).compile()
+    scale, cuts, sign = (jax.ShapeDtypeStruct(shape, kind) for shape, kind in [((), "f4"), ((2,), "f4"), ((), "?")])
+    found = rule_file._found.lower(stacks, stacks, k=9, weights=weights).compile()
+    program = rule_file._step.lower(stacks, (), stacks, cuts, sign, scale, weights=weights).compile()
     assert program.memory_analysis().alias_size_in_bytes == size
-    assert program.memory_analysis().temp_size_in_bytes < size / 16
+    for each in (found, program):
+        assert each.memory_analysis().temp_size_in_bytes < size / 16
 
 
 def test_the_models_threshold_is_that_of_one_flat_vector():
