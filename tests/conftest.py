@@ -27,6 +27,8 @@ install_import_hook(
     [f"nufilt_jax.{part}" for part in ("analysis", "checkpoints", "core", "evaluation", "linalg", "models", "zoo")],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
+from nufilt_jax.compile_cache import enable_compile_cache  # noqa: E402  after the hook
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -58,8 +60,9 @@ def few_programs():
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Gives the run a cache folder of its own; xdist's workers share their parent's."""
+    """Gives the run a cache folder of its own; xdist's workers share their parent's, and what each has compiled."""
     if "PYTEST_XDIST_WORKER" in os.environ:
+        enable_compile_cache()
         return
     folder = tempfile.mkdtemp(prefix="nufilt-tests-")
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
@@ -67,6 +70,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = os.path.join(folder, "hypothesis")  # not the checkout
     os.environ["HF_HOME"] = os.path.join(folder, "huggingface")
     os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nobody listens: a test that asks the Hub fails at once
+    enable_compile_cache()
 
 
 @pytest.fixture

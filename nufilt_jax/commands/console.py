@@ -17,7 +17,7 @@ from nufilt_jax.engine.plan import Plan
 from nufilt_jax.methods.state import LayerReport
 from nufilt_jax.output.recipe import Recipe
 
-QUIET_SECONDS = 10.0  # for so long nothing is said on what is no terminal: scripts take a line there for a warning
+QUIET_SECONDS = 30.0  # for so long nothing is said on what is no terminal: scripts take a line there for a warning
 
 
 class ProgressWatcher:
