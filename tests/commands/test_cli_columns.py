@@ -1,6 +1,8 @@
 """A merge of several windows that goes by columns, as an evaluated one does: stopped anywhere, and gone on with."""
 
 import contextlib
+import signal
+import time
 
 import model_builders as build
 import pytest
@@ -98,4 +100,33 @@ def test_stopped_while_the_model_is_scored(study, whole, tmp_path, nufilt, in_wi
         result = nufilt(*merge(study, tmp_path / "out"))
     assert result.code == 0, result.err
     assert (len(cells), len(scored)) == (N_WINDOWS * (len(TASKS) - step - 1), len(TASKS) - step)
+    assert_same(tmp_path / "out", whole)
+
+
+# In windows, as the fixture cuts them, and telling of cells in the first of the arguments.
+IN_WINDOWS = f"""
+import pathlib, sys
+from nufilt_jax import cli
+from nufilt_jax.commands.process import prepare_process
+prepare_process()
+from benchmarks.study import in_windows
+in_windows.arm({MOST}, pathlib.Path(sys.argv[1]))
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+def test_killed_in_a_cell(study, whole, tmp_path, nufilt, spawn, in_windows):
+    events, begun = tmp_path / "events", 8
+    killed = spawn("-c", IN_WINDOWS, events, *merge(study, tmp_path / "out"))
+    while killed.poll() is None:
+        if events.exists() and events.read_text().count("begin") >= begun:
+            killed.kill()
+            break
+        time.sleep(0.001)
+    assert killed.wait() == -signal.SIGKILL, killed.stderr.read()
+    assert not (tmp_path / "out").exists()
+    in_windows(MOST)
+    with counted(Walk, "_merge") as cells:
+        assert nufilt(*merge(study, tmp_path / "out")).code == 0
+    assert len(cells) in range(1, N_WINDOWS * len(TASKS) - begun + 2)
     assert_same(tmp_path / "out", whole)
