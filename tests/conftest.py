@@ -14,6 +14,7 @@ from jaxtyping import install_import_hook
 from merge_fixtures import (  # noqa: F401  which pytest finds here
     command,
     finish,
+    in_windows,
     models,
     refused,
     shared_models,

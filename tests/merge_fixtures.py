@@ -83,6 +83,23 @@ def stop_before(monkeypatch):
 
 
 @pytest.fixture
+def in_windows(monkeypatch):
+    """Cuts merges into windows of at most so many bytes; the models are far too small for a cap to do that."""
+    from nufilt_jax.engine import grid, layout  # not before conftest has set up the checks of types
+
+    plan_windows = layout.plan_windows
+
+    def cut(most):
+        def planned(stacks, sizes, reach, cap, done, first):
+            rows, memory = plan_windows(stacks, sizes, reach, cap, done, first)
+            return (rows if reach.whole_model else grid.restarted(stacks, done, most, first)), memory
+
+        monkeypatch.setattr(layout, "plan_windows", planned)
+
+    return cut
+
+
+@pytest.fixture
 def spawn():
     """Starts Python in another process, which ends with the test."""
     started = []

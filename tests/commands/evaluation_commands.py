@@ -10,12 +10,12 @@ PIECES = ("▁yes", "▁no", "</s>")
 ANSWERS = ("no", "yes")
 
 
-def write_study(folder):
-    """A T5, three models near it, and a file that describes their tasks."""
+def write_study(folder, names=NAMES):
+    """A T5, models near it, and a file that describes their tasks."""
     base = texts.params(8, PIECES)
     texts.write_model(folder / "base", base)
     described = {}
-    for seed, name in enumerate(NAMES, 1):
+    for seed, name in enumerate(names, 1):
         texts.write_model(folder / name, texts.params(seed, PIECES, base))
         labels = np.random.default_rng(seed).integers(0, 2, 16).tolist()
         columns = {"words": texts.sentences(16, seed, longest=20), "label": labels}

@@ -8,26 +8,10 @@ import model_builders as build
 import numpy as np
 import pytest
 
-from nufilt_jax.engine import layout, walk
-from nufilt_jax.engine.grid import restarted
+from nufilt_jax.engine import walk
 from nufilt_jax.engine.walk import Walk
 
 SMALL = 5000  # bytes of a window: the towers' stacks of 16 x 16 and 24 x 16 make 3 of 2 to 5 layers
-
-
-@pytest.fixture
-def in_windows(monkeypatch):
-    """Cuts merges into windows of at most so many bytes; the models are far too small for a cap to do that."""
-    plan_windows = layout.plan_windows
-
-    def cut(most):
-        def planned(stacks, sizes, reach, cap, done, first):
-            rows, memory = plan_windows(stacks, sizes, reach, cap, done, first)
-            return (rows if reach.whole_model else restarted(stacks, done, most, first)), memory
-
-        monkeypatch.setattr(layout, "plan_windows", planned)
-
-    return cut
 
 
 def recipe(folder):
