@@ -24,14 +24,25 @@ def transpose(x: Float[Array, "*batch m n"]) -> Float[Array, "*batch n m"]:
 
 
 def gram(x: Float[Array, "*batch m n"]) -> Float[Array, "*batch n n"]:
-    """XᵀX; of wide matrices the half above the diagonal is copied from below."""
+    """XᵀX; on a CPU, of wide matrices, the half above the diagonal is copied from below."""
+    if x.shape[-1] // 2 < LEAST_HALF:
+        return _whole_gram(x)
+    # On a TPU every product in a program takes seconds to compile.
+    return jax.lax.platform_dependent(x, cpu=_gram_by_halves, default=_whole_gram)
+
+
+def _whole_gram(x: Float[Array, "*batch m n"]) -> Float[Array, "*batch n n"]:
+    return matmul(transpose(x), x)
+
+
+def _gram_by_halves(x: Float[Array, "*batch m n"]) -> Float[Array, "*batch n n"]:
     half = x.shape[-1] // 2
     if half < LEAST_HALF:
-        return matmul(transpose(x), x)
+        return _whole_gram(x)
     left, right = x[..., :half], x[..., half:]
     below = matmul(transpose(right), left)
-    above = jnp.concatenate([gram(left), transpose(below)], axis=-1)
-    return jnp.concatenate([above, jnp.concatenate([below, gram(right)], axis=-1)], axis=-2)
+    above = jnp.concatenate([_gram_by_halves(left), transpose(below)], axis=-1)
+    return jnp.concatenate([above, jnp.concatenate([below, _gram_by_halves(right)], axis=-1)], axis=-2)
 
 
 def scattered(rows: int, columns: int, dtype: jnp.dtype) -> Float[Array, "rows columns"]:
