@@ -146,7 +146,7 @@ def _size(text: str) -> str:
     try:
         parse_size(text)
     except NufiltError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+        raise argparse.ArgumentTypeError(error.problems[0].what) from error
     return text
 
 

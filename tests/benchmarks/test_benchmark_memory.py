@@ -1,7 +1,6 @@
 """The script that measures memory, at the smallest size that does something."""
 
 import json
-import re
 
 import pytest
 
@@ -55,21 +54,6 @@ def test_the_compile_cache_is_filled_once_for_each_method_and_cap(monkeypatch, t
     assert list(found) == cases and all(one.run == "run" for one in found.values())
     free, capped = [(2, False, True), (3, False, True)], [(2, True, True), (3, True, True)]
     assert merged == [*free, *capped, (4, False, True), (4, True, True)]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--max-memory", "8XB"], "argument --max-memory: .*must be a size as 8GB or 8GiB, got '8XB'"),
-        (["--model", "vit-b32", "--inner", "8"], "argument --inner: a vit-b32 has none"),
-    ],
-)
-def test_wrong_usage_is_one_line(arguments, message, monkeypatch, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        call(monkeypatch, *arguments)
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1
-    assert re.search(message, told)
 
 
 def test_a_merge_that_fails_says_why(tmp_path):
