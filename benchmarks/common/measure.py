@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from benchmarks.common.records import ROOT, Json
 
+GIB = 2**30
 PACKAGES = ("jax", "jaxlib", "numpy", "torch")
 MATMUL_SIZES = {"cpu": (512, 1024, 2048), "gpu": (2048, 4096, 8192)}
 COPY_BYTES = {"cpu": 2**28, "gpu": 2**31}  # much more than any cache holds

@@ -18,11 +18,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from benchmarks.common import measure, records, script
+from benchmarks.common import measure, models, records, script
 from benchmarks.common.measure import Times
+from benchmarks.common.models import Tower
 from benchmarks.common.records import Json
-from benchmarks.speed import end_to_end
-from benchmarks.speed.end_to_end import Tower
 from nufilt_jax.evaluation.clip.tasks import open_image_task
 from nufilt_jax.evaluation.scoring import Classifier
 from nufilt_jax.evaluation.specs import ImageSpec
@@ -74,7 +73,7 @@ class Head:
 
 def weights(tower: Tower) -> Params:
     """Random weights of a tower whose norms let through what they get."""
-    found = {name: end_to_end.pretrained(name, shape) for name, shape in tower.shapes().items()}
+    found = {name: models.pretrained(name, shape) for name, shape in tower.shapes().items()}
     norms = [name for name in found if name.endswith("weight") and found[name].ndim == 1]
     return found | {name: np.ones_like(found[name]) for name in norms}
 

@@ -1,99 +1,166 @@
-"""Measures the largest resident memory of the whole command, `python -m nufilt_jax.merge`, as a multiple of the model.
+"""Measures the largest resident memory of the whole command, `python -m nufilt_jax.merge`, with and without a cap.
 
-The models are synthetic, of the shapes of a Llama and in bfloat16, and are written into a scratch folder first. What
-is counted is everything: Python and JAX, D, task vectors, what is being read and written, and the mapped pages of
-files. A multiple is of the bytes of the model in float32, the type that a merge computes in.
+The models are synthetic (random weights, task vectors with a power-law spectrum) and are written first. What is counted
+is everything: Python and JAX, D, task vectors, what is being read and written, and the mapped pages of files. A
+multiple is of the bytes of the model in float32, the type that a merge computes in. A short run before fills the
+compile cache; its --plan is asked just before for what it will take.
 """
 
-import json
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-import ml_dtypes
-import numpy as np
-
-from benchmarks.common import measure, records, script
-from nufilt_jax.checkpoints.safetensors_files import Piece, write_file
+from benchmarks.common import commands, measure, models, records, script
+from benchmarks.common.commands import Run, Version
+from nufilt_jax.engine.memory import parse_size
+from nufilt_jax.errors import NufiltError
 
 METHODS = ("nufilt", "task_arithmetic", "weight_average")
 LIMITS = {"nufilt": 4.0}  # multiples wanted; 3 for methods that keep D alone
-STEPS = 3  # of Adam: they change the time, and no array
+FEWEST = 2  # tasks of the run that fills the compile cache: the second compiles what the first does not
 TITLE = "largest resident memory of the whole command"
+CAPPED, ESTIMATE = "under a cap", "estimate beside the run"
+Cache = Literal["empty", "fill", "keep"]
+CASE = ("method", "tasks", "cap GB")
+SIZES = tuple(dict.fromkeys(name for kind in models.KINDS.values() for name in kind._fields if name != "dtype"))
 
 
-class Llama(NamedTuple):
-    """Size of a language model."""
+class Case(NamedTuple):
+    """One merge.
 
-    width: int = 1024
-    inner: int = 2816
-    blocks: int = 8
-    vocabulary: int = 8192
+    Attributes:
+      method: its name.
+      n_tasks: how many.
+      cap: as `--max-memory` takes it; None for none.
+    """
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor by name, as transformers names them."""
-        width, inner = self.width, self.inner
-        found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocabulary, width)}
-        for block in range(self.blocks):
-            stem = f"model.layers.{block}."
-            found |= {f"{stem}self_attn.{part}_proj.weight": (width, width) for part in "qkvo"}
-            found |= {f"{stem}mlp.{part}_proj.weight": (inner, width) for part in ("gate", "up")}
-            found |= {f"{stem}mlp.down_proj.weight": (width, inner), f"{stem}input_layernorm.weight": (width,)}
-        return found | {"model.norm.weight": (width,)}
+    method: str
+    n_tasks: int
+    cap: str | None
 
     @property
-    def n_bytes(self) -> int:
-        """Of the model in float32."""
-        return 4 * sum(int(np.prod(shape)) for shape in self.shapes().values())
+    def cap_bytes(self) -> int | None:
+        """The cap as a number."""
+        return None if self.cap is None else parse_size(self.cap)
+
+    def cells(self) -> list[str | int | float | None]:
+        """The first of a row, see `CASE`."""
+        return [self.method, self.n_tasks, None if self.cap_bytes is None else self.cap_bytes / 1e9]
+
+    def options(self, folder: Path, n_tasks: int, steps: int | None) -> list[str | Path]:
+        """Arguments of the command."""
+        found = [*commands.sources(folder, n_tasks), "--method", self.method]
+        found += [] if self.cap is None else ["--max-memory", self.cap]
+        return found + (["--steps", str(steps)] if steps and self.method == "nufilt" else [])
 
 
-def write_model(folder: Path, model: Llama, task: int | None) -> None:
-    """A model folder: the base, or the base plus noise. One tensor at a time is in memory."""
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "torch_dtype": "bfloat16"}))
-    pieces = [Piece(name, "BF16", shape, _content(name, shape, task)) for name, shape in model.shapes().items()]
-    write_file(folder / "model.safetensors", pieces, {"format": "pt"})
+class Found(NamedTuple):
+    """A case that ran: what had been planned, and what it did."""
+
+    plan: records.Json
+    run: Run
 
 
-def _content(name: str, shape: tuple[int, ...], task: int | None) -> Iterator[memoryview]:
-    tensor = 0.02 * np.random.default_rng(list(name.encode())).standard_normal(shape, np.float32)
-    if task is not None:
-        tensor += 1e-3 * np.random.default_rng([task, *name.encode()]).standard_normal(shape, np.float32)
-    yield tensor.astype(ml_dtypes.bfloat16).reshape(-1).view(np.uint8).data
+Results = dict[Case, Found | None]
 
 
-def peak(folder: Path, method: str, n_tasks: int) -> int:
-    """Largest resident memory in bytes of one merge of the folder's models, which is removed again."""
-    out = folder / "out"
-    tasks = [part for index in range(n_tasks) for part in ("--task", f"task{index}={folder / f'task{index}'}")]
-    command = [sys.executable, "-m", "nufilt_jax.merge", "--base", folder / "base", *tasks, "--out", out, "--quiet"]
-    command += ["--method", method, *(("--steps", STEPS) if method == "nufilt" else ())]
-    environment = os.environ | {"NUFILT_CACHE": str(folder / "cache")}
-    with (folder / "problems").open("w+") as problems:
-        process = subprocess.Popen([str(part) for part in command], stderr=problems, env=environment)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            problems.seek(0)
-            raise SystemExit(f"{method} ended with status {process.returncode}: {problems.read()}")
-    shutil.rmtree(out)
-    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def measured(case: Case, folder: Path, version: Version, steps: int | None, cache: Cache) -> Found | None:
+    """Runs one case; None if the package says beforehand that its cap is too little.
+
+    Args:
+      case: what to run.
+      folder: with the models and the compile cache.
+      version: of the package.
+      steps: of Adam; None for the method's own.
+      cache: what becomes of the compile cache before: it is emptied, filled by a short run, or kept.
+    """
+    options = case.options(folder, case.n_tasks, steps)
+    try:
+        plan = commands.plan(folder, options, version)
+    except commands.FailedError as error:
+        if case.cap is None or "are too little" not in str(error):
+            raise
+        return None
+    if cache == "empty":
+        commands.empty_compile_cache(folder, version)
+    elif cache == "fill":
+        commands.merge(folder, case.options(folder, min(FEWEST, case.n_tasks), steps), version)
+    return Found(plan, commands.merge(folder, options, version))
 
 
-def document(peaks: dict[tuple[str, int], int], model: Llama) -> records.Json:
-    """The results: a row per method and number of tasks."""
-    rows = [
-        [method, n_tasks, found / 1e9, found / model.n_bytes, LIMITS.get(method, 3.0)]
-        for (method, n_tasks), found in peaks.items()
-    ]
-    columns = ("method", "tasks", "peak GB", "times the model in float32", "wanted at most")
-    about = {"model": model._asdict(), "float32_bytes": model.n_bytes, "dtype": "bfloat16"}
-    return {"environment": measure.environment(), "about": about, "tables": [records.table(TITLE, columns, rows)]}
+def measure_all(cases: Sequence[Case], folder: Path, version: Version, steps: int | None, *, cold: bool) -> Results:
+    """Runs all cases; the compile cache is emptied before each, or filled once for each method and cap."""
+    found: Results = {}
+    for case in cases:
+        script.say(f"{case.method}, {case.n_tasks} tasks, {case.cap or 'no cap'}")
+        is_filled = any((case.method, case.cap) == (other.method, other.cap) for other in found)
+        cache: Cache = "empty" if cold else "keep" if is_filled else "fill"
+        found[case] = measured(case, folder, version, steps, cache)
+    return found
+
+
+def document(found: Results, model: models.Model, how: records.Json) -> records.Json:
+    """The results: a row per case, and what a cap costs."""
+    rows, estimated = [], []
+    for case, one in found.items():
+        if one is None:
+            continue
+        plan, run = one
+        planned, limit = run.document["memory"]["planned"], LIMITS.get(case.method, 3.0)
+        sizes = [planned / 1e9, run.peak / 1e9, run.peak / model.n_bytes, limit]
+        anew = commands.compiled_anew(run)
+        rows.append([*case.cells(), *sizes, run.wall, planned / run.peak, anew])
+        estimated.append([*case.cells(), *commands.estimate_cells(plan, run)])
+    columns = (*CASE, "planned GB", "peak GB", "times the model in float32", "wanted at most", "seconds")
+    columns += ("planned / peak", "compiled anew")
+    tables = [records.table(TITLE, columns, rows)]
+    if any(case.cap for case in found):
+        tables.append(_capped(found))
+    tables.append(records.table(ESTIMATE, (*CASE, *commands.ESTIMATED), estimated))
+    about = {"model": models.about(model), "dtype": model.dtype, **how}
+    return {"environment": measure.environment(), "about": about, "tables": tables}
+
+
+def _capped(found: Results) -> records.Json:
+    """What a cap costs; a cap that is refused has no run."""
+    rows = []
+    for case, one in found.items():
+        free = found[case._replace(cap=None)]
+        if (cap := case.cap_bytes) is None or free is None:
+            continue
+        start = [f"{case.method}, {case.n_tasks} tasks", cap / 1e9]
+        if one is None:
+            rows.append([*start, None, "refused", free.run.wall, None, None, None])
+            continue
+        run = one.run
+        within, slower = "yes" if run.peak <= cap else "no", 100 * (run.wall / free.run.wall - 1)
+        windows = len(run.document["windows"])
+        rows.append([*start, run.peak / 1e9, within, free.run.wall, run.wall, slower, windows])
+    columns = ("case", "cap GB", "peak GB", "within the cap", "seconds uncapped", "seconds capped", "slower by %")
+    return records.table(CAPPED, (*columns, "windows"), rows)
+
+
+def _size(text: str) -> str:
+    """Type of an argument: a size as the command takes it."""
+    try:
+        parse_size(text)
+    except NufiltError as error:
+        raise argparse.ArgumentTypeError(error.problems[0].what) from error
+    return text
+
+
+def _model(parser: script.Parser, options: argparse.Namespace) -> models.Model:
+    """The model that the options name; those that are not given are its own."""
+    kind = models.KINDS[options.model]
+    given = {name: value for name in (*SIZES, "dtype") if (value := getattr(options, name)) is not None}
+    if strange := [name for name in given if name not in kind._fields]:
+        parser.error(f"argument --{strange[0]}: a {options.model} has none")
+    return kind(**given)
+
+
+def _cases(methods: Sequence[str], tasks: Sequence[int], caps: Sequence[str]) -> list[Case]:
+    return [Case(method, n_tasks, cap) for method in methods for n_tasks in tasks for cap in (None, *caps)]
 
 
 def main() -> None:
@@ -102,24 +169,23 @@ def main() -> None:
     positive = script.at_least(1)
     parser.add_argument("--methods", nargs="+", default=METHODS, help=f"default: {' '.join(METHODS)}")
     parser.add_argument("--tasks", type=positive, nargs="+", default=(2, 3), help="numbers of tasks (default: 2 3)")
-    for name, value in Llama()._asdict().items():
-        parser.add_argument(f"--{name}", type=positive, default=value, help=f"of the model (default: {value})")
+    parser.add_argument("--max-memory", type=_size, nargs="+", default=(), metavar="SIZE", help="caps, as 8GB or 8GiB")
+    parser.add_argument("--steps", type=positive, help="of nufilt's Adam (default: the method's own)")
+    parser.add_argument("--model", choices=models.KINDS, default="llama", help="llama (default) or vit-b32")
+    for name in SIZES:
+        parser.add_argument(f"--{name}", type=positive, help="of the model (default: its own)")
+    parser.add_argument("--dtype", choices=models.STORED, help="of the stored weights (default: the model's own)")
     parser.add_argument("--folder", type=Path, help="where to make the models, and keep them (default: nowhere)")
-    arguments = parser.parse_args()
-    model = Llama(*(getattr(arguments, name) for name in Llama._fields))
-    with tempfile.TemporaryDirectory() as passing:
-        folder = arguments.folder or Path(passing)
-        for task in (None, *range(max(arguments.tasks))):
-            target = folder / ("base" if task is None else f"task{task}")
-            if not target.exists():
-                script.say(f"writing {target.name}")
-                write_model(target, model, task)
-        peaks = {}
-        for method in arguments.methods:
-            for n_tasks in arguments.tasks:
-                script.say(f"{method}, {n_tasks} tasks")
-                peaks[method, n_tasks] = peak(folder, method, n_tasks)
-    records.finish(document(peaks, model), arguments.json or records.RESULTS / "memory.json")
+    parser.add_argument("--cold", action="store_true", help="empty the compile cache before each run")
+    options = parser.parse_args()
+    model, [version] = _model(parser, options), commands.versions(None)
+    cases = _cases(options.methods, options.tasks, options.max_memory)
+    with commands.working_folder(options.folder) as folder:
+        models.write_models(folder, model, max(options.tasks))
+        found = measure_all(cases, folder, version, options.steps, cold=options.cold)
+    filled = "cold" if options.cold else f"warm: filled by a run of {FEWEST} tasks, of the same method and cap"
+    how = {"compile cache": filled, "steps": options.steps or "the method's own"}
+    records.finish(document(found, model, how), options.json or records.RESULTS / "memory.json")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Seconds per task and peak memory of every merging method, on all tensors of ViT-B/32's vision tower.
 
-Synthetic weights, the same for all methods (benchmarks/speed/end_to_end.py). Each method runs in a process of its own,
+Synthetic weights, the same for all methods (benchmarks/common/models.py). Each method runs in a process of its own,
 one after another: two tasks that do not count, then the timed ones. Compilation is apart. Methods that learn from
 examples get random images. Those that do nothing but pass over memory are held against the machine's copy rate.
 """
@@ -16,9 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.common import measure, records, script
-from benchmarks.speed import end_to_end
-from benchmarks.speed.end_to_end import Tower
+from benchmarks.common import measure, models, records, script
+from benchmarks.common.models import Tower
 from nufilt_jax import methods
 from nufilt_jax.engine.timing import CompileLog
 from nufilt_jax.evaluation.learning_data import clip_task_data
@@ -33,7 +32,7 @@ ONE_PASS = ("sum", "weight_average", "task_arithmetic", "magmax")  # read D and 
 
 def run_alone(method: str, tower: Tower, repeats: int) -> records.Json:
     """One method, in this process: seconds of each timed task and of all compilation, numbers touched, peak bytes."""
-    base = {name: end_to_end.pretrained(name, shape) for name, shape in tower.shapes().items()}
+    base = {name: models.pretrained(name, shape) for name, shape in tower.shapes().items()}
     rule = methods.get(method)
     state = rule.init(base)
     vectors = [_vector(state.delta.names, tower, task) for task in (0, 1)]
@@ -58,7 +57,7 @@ def run_alone(method: str, tower: Tower, repeats: int) -> records.Json:
 
 def _vector(names: Names, tower: Tower, task: int) -> TaskVector:
     shapes = tower.shapes()
-    stacks = (np.stack([end_to_end.task_vector(name, shapes[name], task) for name in members]) for members in names)
+    stacks = (np.stack([models.task_vector(name, shapes[name], task) for name in members]) for members in names)
     return TaskVector(tuple(jax.device_put(stack) for stack in stacks), names)
 
 
@@ -88,7 +87,7 @@ def run_all(names: list[str], tower: Tower, repeats: int, copy_rate: float) -> l
         least, middle = min(found["seconds"]), statistics.median(found["seconds"])
         rate = 12e-9 * found["numbers"] / least if name in ONE_PASS else None
         share = None if rate is None else 100 * rate / copy_rate
-        rows.append([name, found["compile"], least, middle, rate, share, found["peak"] / end_to_end.GIB])
+        rows.append([name, found["compile"], least, middle, rate, share, found["peak"] / measure.GIB])
     return rows
 
 

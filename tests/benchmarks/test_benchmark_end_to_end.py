@@ -6,34 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
+from benchmarks.common import commands, records
 from benchmarks.speed import end_to_end
 
 REPOSITORY = Path(__file__).parents[2]
 MODULE = "benchmarks.speed.end_to_end"
-
-
-def test_the_models_have_the_true_size_of_a_vision_tower():
-    tower = end_to_end.Tower()
-    assert tower.n_bytes == 4 * 87_456_000  # CLIP ViT-B/32's, position_ids apart
-    assert len(tower.shapes()) == 199
-
-
-def test_models_are_the_same_whenever_they_are_written(tmp_path):
-    tower = end_to_end.Tower(width=32, blocks=1)
-    for folder, task in (("base", None), ("task", 1), ("again", 1), ("other", 2)):
-        end_to_end.write_model(tmp_path / folder, tower, task)
-    base, task, again, other = (
-        load_file(tmp_path / folder / "model.safetensors") for folder in ("base", "task", "again", "other")
-    )
-    assert {name: x.shape for name, x in base.items()} == tower.shapes()
-    for name, x in base.items():
-        np.testing.assert_array_equal(task[name], again[name])
-        assert not np.array_equal(task[name], other[name])
-        assert 0 < np.abs(task[name] - x).max() < 0.1
 
 
 def test_a_line_is_drawn_through_the_times():
@@ -43,16 +22,34 @@ def test_a_line_is_drawn_through_the_times():
     assert all(abs(row[3]) < 1e-6 for row in table["rows"][:-1])
 
 
-def test_the_command_runs_and_its_times_add_up(tmp_path):
-    options = ("--tasks", "2", "--width", "64", "--blocks", "1", "--cold", "--json", str(tmp_path / "results.json"))
+def test_two_versions_stand_beside_each_other():
+    def run(wall, solve):
+        return commands.Run(wall, 0.0, 0, json.dumps({"steps": [{"timings": {"solve": solve}}]}))
+
+    table = end_to_end.compared({8: run(20.0, 10.0)}, {8: run(10.0, 4.0)})
+    assert table["rows"] == [[8, 20.0, 10.0, 0.5, 10.0, 4.0, 0.4]]
+    assert len(table["columns"]) == 7
+
+
+def test_the_command_runs_and_its_times_add_up(stub, tmp_path):
+    results = tmp_path / "results.json"
+    size = ("--tasks", "2", "--width", "64", "--blocks", "1")
+    options = (*size, "--cold", "--before", str(stub), "--json", str(results))
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     run = subprocess.run([sys.executable, "-m", MODULE, *options], capture_output=True, text=True, env=environment)
     assert (run.returncode, run.stderr) == (0, ""), run.stderr
-    document = json.loads((tmp_path / "results.json").read_text())
-    seconds, hidden = document["tables"]
+    document = json.loads(results.read_text())
+    assert str(stub) not in results.read_text()
+    seconds, hidden, *_ = document["tables"]
     row = dict(zip(seconds["columns"], seconds["rows"][0], strict=True))
     parts = list(row.values())[2 : seconds["columns"].index("not solving, %")]
     assert sum(parts) == pytest.approx(row["wall"])
     assert min(parts) >= 0 and 0 < row["peak GiB"] < row["limit GiB"]
     assert dict(zip(hidden["columns"], hidden["rows"][0], strict=True))["compiled anew"] > 0
     assert seconds["title"] in run.stdout
+    [estimate] = records.rows(document, end_to_end.ESTIMATE)
+    assert estimate["files s measured"] + estimate["merging s measured"] + row["compile"] == pytest.approx(row["wall"])
+    assert estimate["merging s measured"] == row["solve"] and estimate["compiling s planned"] > 0
+    [pair] = records.rows(document, end_to_end.COMPARED)
+    assert (pair["wall now"], pair["solve now"]) == (row["wall"], row["solve"])
+    assert pair["solve before"] == 4.0 and pair["solve now / before"] == row["solve"] / 4

@@ -12,8 +12,8 @@ import pytest
 
 import nufilt_jax as nj
 from benchmarks.common import records
+from benchmarks.common.models import Tower
 from benchmarks.speed import evaluation
-from benchmarks.speed.end_to_end import Tower
 
 SMALL = ("--images", 4, "--batches", 2, 4, "--repeats", 2, "--blocks", 1, "--width", 64)
 

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from benchmarks.common import measure, records, shapes
-from benchmarks.speed import decompositions, methods, solve, steps
+from benchmarks.speed import cold_start, decompositions, end_to_end, memory, methods, solve, steps
 
 SCRIPTS = {"solve": solve, "decompositions": decompositions, "steps": steps, "methods": methods}
+SCRIPTS |= {"cold_start": cold_start, "end_to_end": end_to_end, "memory": memory}
 TINY = (shapes.Tower("vision_model.encoder.layers.{}.", 2, {"a.weight": (40, 32), "b.weight": (32, 32)}),)
 
 
@@ -41,6 +42,10 @@ def test_help_explains_every_option(script, monkeypatch, capsys):
         ("solve", ["--model", "vit-b32", "--repeats", "0"], "argument --repeats: must be at least 1, got 0"),
         ("solve", ["--model", "vit-b32", "--layers", "two"], "argument --layers: invalid whole_number value: 'two'"),
         ("decompositions", ["--routes", "qr"], "argument --routes: invalid choice: 'qr'"),
+        ("cold_start", ["--before", "/"], "argument --before: / holds no checkout of nufilt_jax"),
+        ("end_to_end", ["--repeat", "0"], "argument --repeat: must be at least 1, got 0"),
+        ("memory", ["--model", "vit-b32", "--inner", "8"], "argument --inner: a vit-b32 has none"),
+        ("memory", ["--max-memory", "8XB"], "argument --max-memory: must be a size as 8GB or 8GiB"),
         ("steps", ["--tasks", "1"], "argument --tasks: must be at least 2, got 1"),
     ],
 )
