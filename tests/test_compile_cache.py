@@ -23,8 +23,9 @@ def test_a_second_process_finds_what_the_first_has_compiled(tmp_path, finish):
     folder = tmp_path / "deep" / "programs"
     first, second = (finish("-c", COMPILES, str(folder)) for _ in range(2))
     assert (first.code, second.code) == (0, 0)
-    assert first.out.split() == [str(folder), "0"] and second.out.split() == [str(folder), "1"]
-    assert len(list(folder.glob("*-cache"))) == 1
+    (told, none), (_, some) = first.out.split(), second.out.split()
+    assert (told, none) == (str(folder), "0") and int(some) > 0
+    assert len(list(folder.glob("*-cache"))) == int(some)
 
 
 def test_by_default_it_is_the_command_lines(tmp_path, finish):

@@ -11,6 +11,7 @@ import pytest
 from nufilt_jax import NufiltConfig, solve_layer, solve_stack
 from nufilt_jax.core import solve
 from nufilt_jax.errors import ConfigError
+from nufilt_jax.linalg.compiling import Program
 from nufilt_jax.linalg.dispatch import run_alone
 from nufilt_jax.methods.adapter_only import AdapterOnlyConfig
 
@@ -208,7 +209,7 @@ def test_updates_are_added_in_the_memory_of_the_merged_model(n_layers):
     )
     a0 = jnp.stack([jnp.asarray(matrices.start(6, 48, seed=i)) for i in range(n_layers)])
     alone = solve_stack(d, tau, config=config, adapter_init=a0)
-    program = jax.jit(solve.solve_group, static_argnames=("config", "add", "until_certified"), donate_argnums=0)
+    program = Program(solve.solve_group, static_argnames=("config", "add", "until_certified"), donate_argnums=0)
     given = jnp.copy(d)
     how = {"config": config, "add": True, "until_certified": False}
     found = run_alone(functools.partial(program, **how), (given,), (tau,), a0)
