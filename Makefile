@@ -10,6 +10,8 @@ VENV ?= .venv
 FLAX_VENV ?= .venv-flax
 TORCH_VENV ?= .venv-torch
 JOBS ?= 2
+# Files and folders of tests; none is all.
+TESTS ?=
 
 VENVS := $(VENV) $(FLAX_VENV) $(TORCH_VENV)
 PINS := pyproject.toml constraints.txt
@@ -24,7 +26,7 @@ demo: $(VENV)/.demo
 	$(VENV)/bin/python -m nufilt_jax.merge --model tiny
 
 test: $(VENV)/.dev
-	$(VENV)/bin/python -m pytest --numprocesses $(JOBS) --dist loadfile --quiet
+	$(VENV)/bin/python -m pytest --numprocesses $(JOBS) --dist loadfile --quiet $(TESTS)
 
 interop: interop-flax interop-torch
 

@@ -17,15 +17,15 @@ from nufilt_jax.linalg.chebyshev import block_width
 from nufilt_jax.linalg.subspace import FULL_WIDTH
 from nufilt_jax.methods import find
 
-# Fitted to one machine of 2 cores and a ViT-B/32; not yet compared with runs of other models or machines.
-_SHARE_OF_PRODUCTS = 0.55  # of the rate of large products, that a whole solve reaches
+# Fitted to a ViT-B/32 on 2 cores; benchmarks/results/end_to_end.json and memory*.json hold estimates beside runs.
+_SHARE_OF_PRODUCTS = 0.42  # of the rate of large products, that a whole solve reaches
 _DEGREE = 12  # products with the Gram matrix, of a decomposition by iteration
 _EIGH = 60  # times n³ operations at that rate, for all eigenvectors: LAPACK is far from it
-_CHECKED = 1.0e9  # bytes per second: read, hashed, and looked through
+_CHECKED = 0.6e9  # bytes per second: read, hashed, and looked through
 _MERGED = 0.5e9  # bytes of D per second of methods that treat every number alike
 _WRITTEN = 0.5e9  # bytes per second, with what reaches the disk
 _START = 2.5  # seconds of imports
-_COMPILED = 6.0  # seconds per width of layers, where the compile cache has nothing
+_COMPILED = 4.0  # seconds per width of layers, where the compile cache has nothing
 
 
 def plan_bytes(plan: Plan) -> dict[str, int]:
