@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.stats
 from jaxtyping import Float
 
 # What `forecast.json` says of a layer, and in words.
@@ -97,5 +96,7 @@ def rank_correlation(a: Float[np.ndarray, " n"], b: Float[np.ndarray, " n"]) -> 
     a, b = a[known], b[known]
     if len(a) < _FEWEST or np.ptp(a) == 0 or np.ptp(b) == 0:
         return float("nan")
-    ranks = scipy.stats.rankdata(a), scipy.stats.rankdata(b)  # ties share a rank
+    from scipy.stats import rankdata  # half a second, which merges that only draw a picture need not wait for
+
+    ranks = rankdata(a), rankdata(b)  # ties share a rank
     return float(np.corrcoef(*ranks)[0, 1])
