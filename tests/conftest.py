@@ -21,6 +21,7 @@ from merge_fixtures import (  # noqa: F401  which pytest finds here
     spawn,
     stop_before,
 )
+from old_version import stub  # noqa: F401
 
 # Shapes and dtypes of every annotated array are checked. Not in config, methods, engine and commands: they refuse
 # wrong types themselves, in words a user can read, and the tests provoke that.
