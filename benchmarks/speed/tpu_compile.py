@@ -37,7 +37,7 @@ class Compiled(NamedTuple):
     compiled: float
 
 
-def compile_group(group: Group, sizes: dict[str, shapes.Shape], device: jax.Device) -> Compiled:
+def compile_group(group: Group, sizes: dict[str, shapes.Shape], device: Any) -> Compiled:
     """The main program of a group of layers, new D over the old."""
     config = NufiltConfig()
 
