@@ -12,6 +12,7 @@ from nufilt_jax.linalg.dispatch import is_traced
 # One module for all code of a program, in place of one for each of its hundreds of fusions: XLA's CPU compiler is
 # through in two thirds of the time, and what it makes is not slower.
 _SOONER_ON_CPU: dict[str, str | bool] = {"xla_cpu_use_fusion_emitters": False}
+_LAST_WITH_IT = (0, 11, 0)  # the jax whose XLA still has the option
 _UNTRACED = get_opaque_trace_state()
 
 P = ParamSpec("P")
@@ -45,7 +46,7 @@ class Program(Generic[P, R]):
 @functools.cache
 def _options() -> dict[str, str | bool]:
     """What this version of XLA knows of the options, where it compiles for a CPU."""
-    if jax.default_backend() != "cpu":
+    if jax.default_backend() != "cpu" or jax.__version_info__ > _LAST_WITH_IT:
         return {}
     try:
         jax.jit(jax.numpy.negative).lower(1.0).compile(compiler_options=_SOONER_ON_CPU)  # which the compile cache keeps
