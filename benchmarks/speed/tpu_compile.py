@@ -68,15 +68,18 @@ def row(model: str, chip: str, n_layers: int, found: Compiled) -> list[Any]:
 def main() -> None:
     """Parses the command line and compiles."""
     parser = script.Parser(__doc__, "tpu_compile.json")
-    parser.add_argument("--models", nargs="+", choices=shapes.MODELS, default=["vit-b32"])
-    parser.add_argument("--chips", nargs="+", choices=CHIPS, default=["v5e"])
+    parser.add_argument("--models", nargs="+", choices=shapes.MODELS, default=["vit-b32"], help="default: vit-b32")
+    parser.add_argument("--chips", nargs="+", choices=CHIPS, default=["v5e"], help="default: v5e")
     parser.add_argument("--blocks", type=script.at_least(1), help="the first blocks of each model alone")
     arguments = parser.parse_args()
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu asks a cloud's metadata server what it runs on
     jax.config.update("jax_enable_compilation_cache", False)
     found = []
     for chip in arguments.chips:
-        device = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip]).devices[0]
+        try:
+            device = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip]).devices[0]
+        except RuntimeError:
+            parser.error("libtpu is missing (pip install nufilt_jax[tpu])")
         for model in arguments.models:
             sizes = shapes.layer_shapes(model, arguments.blocks)
             for group in shapes.grouped(sizes):

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from benchmarks.common import measure, records, shapes
-from benchmarks.speed import cold_start, decompositions, end_to_end, memory, methods, solve, steps
+from benchmarks.speed import cold_start, decompositions, end_to_end, memory, methods, solve, steps, tpu_compile
 
 SCRIPTS = {"solve": solve, "decompositions": decompositions, "steps": steps, "methods": methods}
-SCRIPTS |= {"cold_start": cold_start, "end_to_end": end_to_end, "memory": memory}
+SCRIPTS |= {"tpu_compile": tpu_compile, "cold_start": cold_start, "end_to_end": end_to_end, "memory": memory}
 TINY = (shapes.Tower("vision_model.encoder.layers.{}.", 2, {"a.weight": (40, 32), "b.weight": (32, 32)}),)
 
 
