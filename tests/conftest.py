@@ -63,16 +63,18 @@ def few_programs():
 
 def pytest_configure(config: pytest.Config) -> None:
     """Gives the run a cache folder of its own; xdist's workers share their parent's, and what each has compiled."""
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        enable_compile_cache()
-        return
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        _make_caches(config)
+    enable_compile_cache()
+
+
+def _make_caches(config: pytest.Config) -> None:
     folder = tempfile.mkdtemp(prefix="nufilt-tests-")
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
     os.environ["NUFILT_CACHE"] = os.path.join(folder, "nufilt")
     os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = os.path.join(folder, "hypothesis")  # not the checkout
     os.environ["HF_HOME"] = os.path.join(folder, "huggingface")
     os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nobody listens: a test that asks the Hub fails at once
-    enable_compile_cache()
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ def plan_bytes(plan: Plan) -> dict[str, int]:
     state = sum(row.n_bytes for row in plan.rows)
     fetched = sum(map(_stored, (model for model in models if not model.is_local)))
     # What a rule has to know of the whole model is looked for in passes of their own, see `engine.survey`.
-    passes = 1 + (len(find(plan.settings.method).looks(1)) if len(plan.rows) > 1 else 0)
+    passes = 1 + plan.n_looks(1)
     return {"read": passes * sum(map(_stored, models)), "fetch": fetched, "model": _stored(plan.base), "state": state}
 
 

@@ -82,6 +82,10 @@ class Plan:
         """The layers that the method works on, window by window."""
         return tuple(stack for row in self.rows for stack in row.stacks if stack.is_solved)
 
+    def n_looks(self, task: int) -> int:
+        """Number of looks at the whole model before a task; of one window a rule finds all numbers itself."""
+        return len(find(self.settings.method).looks(task)) if len(self.rows) > 1 else 0
+
     @property
     def walk(self) -> Walk:
         """Row by row, unless the whole model is wanted after each step, or numbers of it before."""

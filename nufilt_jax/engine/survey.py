@@ -25,10 +25,6 @@ class Survey:
         self._parts: list[Numbers] = []  # of the look under way
         self._numbers: dict[int, Numbers] = {}  # by task
 
-    def n_looks(self, task: int) -> int:
-        """Number of looks before a column; of one window a rule finds all numbers itself."""
-        return len(self._rule.looks(task)) if len(self._plan.rows) > 1 else 0
-
     def look(self, cell: Cell, rule: methods.Merger, state: MergeState, task: Task) -> None:
         """Takes the look of a cell; after the last window's it is known what the look finds. Gives up the state.
 
@@ -50,6 +46,6 @@ class Survey:
           task: of the column.
           past: layers into which it is merged already; needed in the middle of a column that an earlier run began.
         """
-        if past and self.n_looks(task) and task not in self._numbers:
+        if past and self._plan.n_looks(task) and task not in self._numbers:
             self._numbers[task] = self._stored.others(past[:1])["numbers"]
         return self._numbers.get(task)

@@ -93,8 +93,8 @@ class Walk:
         Raises:
           NufiltError: a solution is not finite, the state is damaged, or the disk is full.
         """
-        plan, n_looks = self._plan, self._survey.n_looks
-        pending = list(cells(plan.rows, len(self._names), plan.walk, n_looks))
+        plan = self._plan
+        pending = list(cells(plan.rows, len(self._names), plan.walk, plan.n_looks))
         if pending:
             self._place.record(self.recipe())  # whether the disk takes it is known before any work
         self._since = time.perf_counter()

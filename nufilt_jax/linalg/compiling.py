@@ -43,13 +43,7 @@ class Program(Generic[P, R]):
         return getattr(self.__dict__["_alone"](), name)
 
 
-@functools.cache
 def _options() -> dict[str, str | bool]:
-    """What this version of XLA knows of the options, where it compiles for a CPU."""
-    if jax.default_backend() != "cpu" or jax.__version_info__ > _LAST_WITH_IT:
-        return {}
-    try:
-        jax.jit(jax.numpy.negative).lower(1.0).compile(compiler_options=_SOONER_ON_CPU)  # which the compile cache keeps
-    except jax.errors.JaxRuntimeError:
-        return {}
-    return _SOONER_ON_CPU
+    """The options, where it is for a CPU that is compiled, by an XLA that knows them."""
+    is_known = jax.default_backend() == "cpu" and jax.__version_info__ <= _LAST_WITH_IT
+    return _SOONER_ON_CPU if is_known else {}

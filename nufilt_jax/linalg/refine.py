@@ -68,13 +68,14 @@ def refine(x: Float[Array, "m n"], block: Float[Array, "n b"], rank: int) -> Ref
     turned = _turned(x, block, rank, unit, threshold)
     spectrum = spectrum_of(turned.squares, rank, threshold)
     energy = energy_outside(unit * x, turned.block, spectrum)
-    spectrum = bounded_by(energy, spectrum, x.shape[1] - block.shape[1])
+    outside = x.shape[1] - block.shape[1]
+    spectrum = bounded_by(energy, spectrum, outside)
     missing, left = _correction(x, turned, spectrum, unit)
     certificate = Certificate(
         orthonormal=orthonormal(block),
         separated=separated(turned.rotation, spectrum),
         corrected=corrected(left, spectrum),
-        complete=complete(energy, spectrum, x.shape[1] - block.shape[1], threshold),
+        complete=complete(energy, spectrum, outside, threshold),
         independent=independent(turned.coupling[:rank, :rank], spectrum.used),
     )
     cut = spectrum.full & (spectrum.last > 0) & (rank < min(x.shape))
@@ -108,7 +109,7 @@ def _turned(
 ) -> _Turned:
     """Turns a block so that its leading columns respond apart from the others."""
     response = unit * matmul(x, block)
-    coupling, scale = _coupling(response)
+    coupling, _ = _coupling(response)
 
     def sweep(_: Int[Array, ""], state: tuple[Array, Array]) -> tuple[Array, Array]:
         step, coupling = _sweep(state[1], rank, threshold)
