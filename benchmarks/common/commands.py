@@ -8,12 +8,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.common import models
+from benchmarks.common import launch, models
 from benchmarks.common.records import ROOT, Json
 
 MERGE = ("-m", "nufilt_jax.merge")
@@ -120,20 +119,15 @@ def run(arguments: Sequence[str | Path], version: Version, cache: Path, *, statu
     environment = {key: value for key, value in os.environ.items() if key not in _UNSET}
     path = os.pathsep.join(filter(None, (str(version.root), os.environ.get("PYTHONPATH"))))
     environment |= {"NUFILT_CACHE": str(cache), "PYTHONPATH": path}
-    with tempfile.TemporaryFile("w+") as told, tempfile.TemporaryFile("w+") as problems:
-        start = time.perf_counter()
+    with tempfile.NamedTemporaryFile("r") as report:
         # The working folder comes before PYTHONPATH.
-        process = subprocess.Popen(command, cwd=version.root, env=environment, stdout=told, stderr=problems)
-        _, code, usage = os.wait4(process.pid, 0)
-        wall = time.perf_counter() - start
-        process.returncode = os.waitstatus_to_exitcode(code)
-        told.seek(0)
-        problems.seek(0)
-        if process.returncode != status:
-            what = f"{version.name}: {' '.join(command[1:])} ended with status {process.returncode}"
-            raise FailedError(process.returncode, f"{what}: {problems.read()}")
-        unit = 1 if sys.platform == "darwin" else 1024
-        return Run(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit, told.read())
+        launched = [sys.executable, "-I", "-S", launch.__file__, report.name, *command]
+        done = subprocess.run(launched, check=True, cwd=version.root, env=environment, capture_output=True, text=True)
+        took = json.load(report)
+    if (found := took.pop("status")) != status:
+        what = f"{version.name}: {' '.join(command[1:])} ended with status {found}"
+        raise FailedError(found, f"{what}: {done.stderr}")
+    return Run(**took, told=done.stdout)
 
 
 def cache_of(folder: Path, version: Version) -> Path:

@@ -7,6 +7,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from benchmarks.common import commands, models, records
+from nufilt_jax.engine import memory
 
 
 def test_the_models_have_true_sizes():
@@ -72,6 +73,13 @@ def test_a_command_that_fails_says_why(stub, tmp_path):
         commands.merge(tmp_path, ["--fail"], before)
     assert left.value.status == 1
     assert commands.run([*commands.MERGE, "--model"], before, tmp_path, status=2).told == ""
+
+
+def test_the_peak_is_the_commands_own(tmp_path):
+    held = memory.peak_memory()
+    assert held is not None and held > 2**26  # of JAX alone
+    found = commands.run(["-c", "print('told')"], commands.versions(None)[0], tmp_path)
+    assert found.told == "told\n" and found.peak < held / 2
 
 
 def test_versions_take_turns():
