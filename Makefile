@@ -1,7 +1,7 @@
 # Needs make and python3 (3.11 or newer) alone; everything else goes into .venv*.
 #   make demo      merge and evaluate the built-in checkpoints
 #   make test      the tests
-#   make interop   the tests against transformers' own classes: Flax ones (4.57) and torch ones (5)
+#   make interop   the tests against transformers' own classes, Flax ones (4.57) and torch ones (5), and TPUs' compiler
 #   make check     formatter, linter, type checker
 #   make clean     remove the environments and caches
 
@@ -9,18 +9,19 @@ PYTHON ?= python3
 VENV ?= .venv
 FLAX_VENV ?= .venv-flax
 TORCH_VENV ?= .venv-torch
+TPU_VENV ?= .venv-tpu
 JOBS ?= 2
 # Files and folders of tests; none is all.
 TESTS ?=
 
-VENVS := $(VENV) $(FLAX_VENV) $(TORCH_VENV)
+VENVS := $(VENV) $(FLAX_VENV) $(TORCH_VENV) $(TPU_VENV)
 PINS := pyproject.toml constraints.txt
 FLAX_PINS := tests/interop/constraints-flax.txt
 # A comma cannot be written in the arguments of call.
 comma := ,
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test interop interop-flax interop-torch check clean
+.PHONY: demo test interop interop-flax interop-torch interop-tpu check clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python -m nufilt_jax.merge --model tiny
@@ -28,13 +29,16 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest --numprocesses $(JOBS) --dist loadfile --quiet $(TESTS)
 
-interop: interop-flax interop-torch
+interop: interop-flax interop-torch interop-tpu
 
 interop-flax: $(FLAX_VENV)/.done
 	$(FLAX_VENV)/bin/python -m pytest --quiet $(wildcard tests/interop/test_flax_*.py)
 
 interop-torch: $(TORCH_VENV)/.done
 	$(TORCH_VENV)/bin/python -m pytest --quiet $(wildcard tests/interop/test_torch_*.py)
+
+interop-tpu: $(TPU_VENV)/.done
+	$(TPU_VENV)/bin/python -m pytest --quiet $(wildcard tests/interop/test_tpu_*.py)
 
 check: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
@@ -77,3 +81,6 @@ $(FLAX_VENV)/.done: $(FLAX_VENV)/constraints.txt $(PINS)
 
 $(TORCH_VENV)/.done: $(PINS) | $(TORCH_VENV)/bin/python
 	$(call install,constraints.txt,--editable '.[test$(comma)torch]')
+
+$(TPU_VENV)/.done: $(PINS) | $(TPU_VENV)/bin/python
+	$(call install,constraints.txt,--editable '.[test$(comma)tpu]')

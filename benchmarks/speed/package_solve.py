@@ -15,6 +15,7 @@ from benchmarks.common.shapes import Inputs
 from nufilt_jax.core import solve
 from nufilt_jax.engine import counts
 from nufilt_jax.engine.counts import Count
+from nufilt_jax.linalg import compiling
 from nufilt_jax.linalg.chunks import in_chunks, layers_at_once
 from nufilt_jax.linalg.dispatch import run_alone
 from nufilt_jax.linalg.grams import GramFactor, gram_of
@@ -71,7 +72,9 @@ class Merge:
         first, *later = (to_device(inputs) for inputs in tasks)
         self._first = [task.merged for task in first]
         self._tasks = [[task._replace(merged=()) for task in groups] for groups in (first, *later)]
-        function = jax.jit(solve.solve_group, static_argnames=("config", "add", "until_certified"), donate_argnums=0)
+        function = compiling.Program(
+            solve.solve_group, static_argnames=("config", "add", "until_certified"), donate_argnums=0
+        )
         how = {"config": config, "add": True}
         self._again = functools.partial(function, **how)
         compiled = [measure.compile_it(function, *task, **how, until_certified=False) for task in first]

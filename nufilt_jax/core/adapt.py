@@ -108,7 +108,7 @@ def loss_and_gradients(objective: Objective, adapter: Adapter) -> tuple[Float[Ar
 
 
 def adapt(
-    objective: Objective, start: Float[Array, "r_l n"], *, steps: int, learning_rate: float
+    objective: Objective, start: Float[Array, "r_l n"], *, steps: int, learning_rate: Float[Array, ""] | float
 ) -> tuple[Adapter, Float[Array, " steps_and_one"]]:
     """Trains one layer's adapter by Adam (β .9/.999, ε 1e-8, no decay).
 

@@ -8,16 +8,19 @@ E V2 = 0 are those of the form F P, and the least ‖F P V1 − C‖² + λ ‖F
 S has its eigenvalues in [0, 1], so λ has no unit. With this E the surrogate is ‖λ C (S + λ I)⁻¹‖².
 """
 
-import math
-
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from nufilt_jax.linalg.dense import matmul
 
 
 def smallest_correction(
-    target: Float[Array, "m r_v"], prior: Float[Array, "n r_p"], task: Float[Array, "n r_v"], *, ridge: float
+    target: Float[Array, "m r_v"],
+    prior: Float[Array, "n r_p"],
+    task: Float[Array, "n r_v"],
+    *,
+    ridge: Float[Array, ""] | float,
 ) -> tuple[Float[Array, "m n"], Float[Array, "2"]]:
     """The minimiser of the surrogate plus λ ‖E‖² among all E with E V2 = 0.
 
@@ -41,16 +44,19 @@ def smallest_correction(
     return matmul(gain * answer, free.T), losses
 
 
-def blended_inverse(x: Float[Array, "n k"], *, gain: float) -> Float[Array, "k k"]:
+def blended_inverse(x: Float[Array, "n k"], *, gain: Float[Array, ""] | float) -> Float[Array, "k k"]:
     """(g XᵀX + (1 − g) I)⁻¹ for singular values of X in [0, 1], by Newton's iteration (Schulz, 1933).
 
     The error squares at every step, from a start at which it is g / (2 − g): the steps to float32 rounding are known
     beforehand, 4 for a gain of 1/2. They are products alone, so no LAPACK call has to wait for others; and since XᵀX
     is not formed, they lose less to rounding than a Cholesky factor of it does.
     """
-    eps = float(jnp.finfo(x.dtype).eps)
+    gain = jnp.asarray(gain, x.dtype)
+    start = gain / (2 - gain)
+    n_steps = jnp.ceil(jnp.log2(jnp.log(jnp.finfo(x.dtype).eps) / jnp.log(start))).astype(int)
+
+    def step(_: Int[Array, ""], y: Array) -> Array:
+        return 2 * y - matmul(y, gain * matmul(x.T, matmul(x, y)) + (1 - gain) * y)
+
     # 2 over the sum of the extreme eigenvalues, 1 and 1 − g: no other multiple of the identity starts as near.
-    y = 2 / (2 - gain) * jnp.eye(x.shape[1], dtype=x.dtype)
-    for _ in range(math.ceil(math.log2(math.log(eps) / math.log(gain / (2 - gain))))):
-        y = 2 * y - matmul(y, gain * matmul(x.T, matmul(x, y)) + (1 - gain) * y)
-    return y
+    return jax.lax.fori_loop(0, n_steps, step, 2 / (2 - gain) * jnp.eye(x.shape[1], dtype=x.dtype))

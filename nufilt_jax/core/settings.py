@@ -1,7 +1,10 @@
 """The settings that the core reads; the rules' own stand beside each rule."""
 
 import dataclasses
-from typing import Literal
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import jax
 
 from nufilt_jax.config import Decomposition, MethodConfig, number
 
@@ -25,6 +28,8 @@ class DirectionsConfig(MethodConfig):
 class SolveConfig(DirectionsConfig):
     """An adapter and its training: one set for every model and task count (Table 9, arXiv:2509.21413v2).
 
+    A pytree: to a compiled program its real numbers are data, and only all else says which program it is.
+
     Attributes:
       adapter_rank: r_l, rank of the correction B A. 0 trains none.
       task_rank: r_v, directions of the new task on which it should keep its answer. 0 drops that wish.
@@ -36,6 +41,9 @@ class SolveConfig(DirectionsConfig):
     task_rank: int = 8
     steps: int = 50
     learning_rate: float = number(1e-3, above=0)
+
+    def __init_subclass__(cls) -> None:
+        _register(cls)
 
     @property
     def right_factor(self) -> RightFactor:
@@ -51,3 +59,25 @@ class SolveConfig(DirectionsConfig):
     def trained_rank(self) -> int:
         """Rank of the B A that is trained; 0 if there is none."""
         return self.adapter_rank if self.closed_form_ridge is None else 0
+
+
+def _register(cls: type[SolveConfig]) -> None:
+    """Makes a pytree of a class of settings."""
+
+    def flatten(config: SolveConfig) -> tuple[list[Any], tuple[Any, ...]]:
+        fields = [(field, getattr(config, field.name)) for field in dataclasses.fields(config)]
+        return [x for field, x in fields if field.type is float], tuple(
+            x for field, x in fields if field.type is not float
+        )
+
+    def unflatten(others: tuple[Any, ...], numbers: Iterable[Any]) -> SolveConfig:
+        # Not by the class itself, which refuses what is no number of Python's: tracers are not.
+        config, others_left, numbers_left = object.__new__(cls), iter(others), iter(numbers)
+        for field in dataclasses.fields(cls):
+            object.__setattr__(config, field.name, next(numbers_left if field.type is float else others_left))
+        return config
+
+    jax.tree_util.register_pytree_node(cls, flatten, unflatten)
+
+
+_register(SolveConfig)

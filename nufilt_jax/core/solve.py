@@ -75,7 +75,7 @@ def solve_group(
       merged: D = θ^m_{t−1} − θ0, a stack per layer shape, float32.
       task: τ = θ_t − θ0, likewise.
       start: A's start, one per layer in the order of the stacks.
-      config: static.
+      config: its real numbers may be traced; all else is static.
       add: add the updates to D, in its memory where the program is given that; static.
       until_certified: what is done about layers whose directions get no certificate, see `subspace.leading`; static.
         Without it, D stays as it is in these layers if the updates are to be added: `mended` comes next.
@@ -194,7 +194,7 @@ def _replaced(old: Any, new: Any, row: Int[Array, ""] | int) -> Any:
     return jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, row, 0), old, new)
 
 
-_solve_group = Program(solve_group, static_argnames=("config", "add", "until_certified"))
+_solve_group = Program(solve_group, static_argnames=("add", "until_certified"))
 
 
 def solve_stack(
@@ -211,7 +211,7 @@ def solve_stack(
     Args:
       merged_delta: D = θ^m_{t−1} − θ0 of each layer. Any floating dtype; computed in float32.
       task_delta: τ = θ_t − θ0 of each layer.
-      config: ranks, steps and learning rate; one compilation per config and shape.
+      config: ranks, steps and learning rate; one compilation for all learning rates and ridges.
       adapter_init: A's start, r_l = `config.adapter_rank` rows; [layers, 0, n] for rank 0 or the closed form.
 
     Returns:

@@ -82,7 +82,7 @@ def fuse_updates(
 
 
 def correct(
-    task: Stacks, parts: list["_Reduced"], *, ridge: float
+    task: Stacks, parts: list["_Reduced"], *, ridge: Float[Array, ""] | float
 ) -> tuple[Stacks, Shares, Float[Array, "layers before_and_after"]]:
     """Stages 4 and 5 of the closed form: the updates τ P + E, shares, losses in the objectives' units."""
     correct_layer = jax.vmap(functools.partial(_correct_layer, ridge=ridge))
@@ -130,7 +130,7 @@ def _fuse_layer(
 
 
 def _correct_layer(
-    task: Float[Array, "m n"], part: _Reduced, *, ridge: float
+    task: Float[Array, "m n"], part: _Reduced, *, ridge: Float[Array, ""] | float
 ) -> tuple[Float[Array, "m n"], Shares, Float[Array, "2"]]:
     objective = part.objective
     filtered, removed = null_space_filter(task, objective.prior)

@@ -138,7 +138,7 @@ def _told(group: Group, solution: GroupSolution, on_stack: OnStack | None) -> di
     }
 
 
-@functools.partial(Program, static_argnames=("config", "until_certified"), donate_argnums=0)
+@functools.partial(Program, static_argnames="until_certified", donate_argnums=0)
 def _step(
     deltas: Stacks, task: Stacks, keys: UInt32[Array, "layers 2"], *, config: SolveConfig, until_certified: bool
 ) -> GroupSolution:

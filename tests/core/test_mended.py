@@ -58,7 +58,7 @@ def test_a_hard_layer_compiles_it_and_its_neighbours_stay_as_they_were(kind):
     assert bool(found.ok.all()) and solve._solve_group._cache_size() == 2
     for i in (0, 2):
         np.testing.assert_array_equal(found.update[i], easy.update[i])
-    alone = jax.jit(solve.solve_group, static_argnames=("config", "add", "until_certified"))(
+    alone = jax.jit(solve.solve_group, static_argnames=("add", "until_certified"))(
         (d[1:2],), (tau[1:2],), jnp.asarray(start[1:2]), config=CONFIG
     )
     np.testing.assert_allclose(found.update[1], alone.updates[0][0], atol=1e-6)

@@ -209,7 +209,7 @@ def test_updates_are_added_in_the_memory_of_the_merged_model(n_layers):
     )
     a0 = jnp.stack([jnp.asarray(matrices.start(6, 48, seed=i)) for i in range(n_layers)])
     alone = solve_stack(d, tau, config=config, adapter_init=a0)
-    program = Program(solve.solve_group, static_argnames=("config", "add", "until_certified"), donate_argnums=0)
+    program = Program(solve.solve_group, static_argnames=("add", "until_certified"), donate_argnums=0)
     given = jnp.copy(d)
     how = {"config": config, "add": True, "until_certified": False}
     found = run_alone(functools.partial(program, **how), (given,), (tau,), a0)
@@ -220,9 +220,9 @@ def test_updates_are_added_in_the_memory_of_the_merged_model(n_layers):
 
 def test_the_second_call_at_a_shape_compiles_nothing():
     chex.clear_trace_counter()
-    counted = jax.jit(chex.assert_max_traces(solve.solve_group, n=1), static_argnames="config")
-    config = NufiltConfig(**SMALL, learning_rate=2e-3)
+    counted = jax.jit(chex.assert_max_traces(solve.solve_group, n=1))
     for seed in range(3):
+        config = NufiltConfig(**SMALL, learning_rate=2e-3 * (1 + seed))  # data, as the weights are
         d, tau = (jnp.asarray(matrices.power_law((40, 48), seed=seed + s))[None] for s in (0, 10))
         a0 = jnp.asarray(matrices.start(6, 48))[None]
         jax.block_until_ready(counted((d,), (tau,), a0, config=config))
