@@ -7,10 +7,22 @@ import numpy as np
 import pytest
 
 from benchmarks.common import measure, records, shapes
-from benchmarks.speed import cold_start, decompositions, end_to_end, memory, methods, solve, steps, tpu_compile
+from benchmarks.speed import (
+    accelerator,
+    cold_start,
+    decompositions,
+    end_to_end,
+    memory,
+    methods,
+    products,
+    solve,
+    steps,
+    tpu_compile,
+)
 
 SCRIPTS = {"solve": solve, "decompositions": decompositions, "steps": steps, "methods": methods}
 SCRIPTS |= {"tpu_compile": tpu_compile, "cold_start": cold_start, "end_to_end": end_to_end, "memory": memory}
+SCRIPTS |= {"accelerator": accelerator, "products": products}
 TINY = (shapes.Tower("vision_model.encoder.layers.{}.", 2, {"a.weight": (40, 32), "b.weight": (32, 32)}),)
 
 
@@ -141,6 +153,43 @@ def test_steps(monkeypatch, tmp_path):
     assert [(row["iterations"], row["solve s"], row["total s"]) for row in ours] == [(2, 0.2, 20), (3, 0.3, 20)]
     published = {row["iterations"]: row["total s"] for row in rows if row["method"] == "NUFILT"}
     assert published == {25: 129.8, 50: 138.9, 100: 156.4}
+
+
+def test_products(monkeypatch, tmp_path):
+    monkeypatch.setattr(products, "SHAPES", [(2, 8, 16, 4)])
+    out = tmp_path / "products.json"
+    call("products", monkeypatch, "--repeats", 1, "--json", out)
+    rows = {row["algorithm"]: row for row in records.rows(json.loads(out.read_text()), products.TITLE)}
+    assert tuple(rows) == (products.HIGHEST, *products.PRESETS)
+    assert rows[products.HIGHEST]["relative error"] < 1e-6 and rows[products.HIGHEST]["min ms"] > 0
+    for row in rows.values():  # each ran, or says why not
+        assert (row["relative error"] is None) == bool(row["remark"])
+
+
+def test_stages_of_an_accelerator(monkeypatch, capsys, tmp_path):
+    """What passed is kept, what failed or did not fit is named."""
+    one = {"environment": measure.environment(), "tables": [records.table("Title", ["x"], [[1]])]}
+    writes = f"import sys, pathlib\npathlib.Path(sys.argv[2]).write_text({json.dumps(one)!r})"
+    for name, text in {"write": writes, "fail": "raise SystemExit('why')"}.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    monkeypatch.setattr(accelerator, "STAGES", {"good": ("write",), "bad": ("fail",)})
+    out = tmp_path / "out.json"
+    assert refused("accelerator", monkeypatch, capsys, "--all", "--json", out) == (
+        1,
+        "accelerator.py: bad: status 1: why\n",
+    )
+    stored = json.loads(out.read_text())
+    outcomes = {row["stage"]: row["outcome"] for row in records.rows(stored, accelerator.TITLE)}
+    assert outcomes == {"good": "passed", "bad": "status 1: why"}
+    assert records.rows(stored, "good: Title") == [{"x": 1}]
+    assert accelerator.run_stage("late", ("write",), 0) == (None, "not run: no time was left", None)
+    monkeypatch.setattr(accelerator.subprocess, "run", lambda command, timeout, **how: stopped(command, timeout))
+    assert accelerator.run_stage("long", ("wait",), 7).outcome == "stopped after 7 s"
+
+
+def stopped(command, timeout):
+    raise accelerator.subprocess.TimeoutExpired(command, timeout)
 
 
 def test_methods(monkeypatch, capsys, tmp_path):
