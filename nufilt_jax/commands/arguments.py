@@ -18,6 +18,11 @@ def _whole_number(_: Any, tokens: Sequence[Token]) -> int:
     return _read(tokens[0], int, "a whole number")  # cyclopts' own rounds 1.5 to 2 without a word
 
 
+def _whole_or_all(_: Any, tokens: Sequence[Token]) -> str:
+    text = tokens[0].value
+    return text if text == "all" else str(_read(tokens[0], int, 'a whole number or "all"'))
+
+
 def _number(_: Any, tokens: Sequence[Token]) -> float:
     return _read(tokens[0], float, "a number")
 
@@ -88,7 +93,7 @@ class Arguments:
       dtype: Type of the stored weights: float32, bfloat16 or float16. Without it, the base's own.
       format: safetensors or flax. Without it, the base's own.
       max_memory: Most memory that the run may take, as 8GB (10^9) or 8GiB (2^30). Without it, half of what is free.
-      devices: Devices to compute on. Only 1 for now.
+      devices: So many devices of this machine share the layers, or "all". Without it, 1.
       offline: Never ask the Hub; use its local cache.
       plan: Say what would be done, from headers alone, and write nothing.
       json: One JSON document on stdout and nothing else there.
@@ -127,7 +132,7 @@ class Arguments:
     dtype: Annotated[str | None, _OUTPUT] = None
     format: Annotated[str | None, _OUTPUT] = None
     max_memory: Annotated[str | None, _OUTPUT] = None
-    devices: Annotated[Whole, _OUTPUT] = None
+    devices: Annotated[str | None, Parameter(converter=_whole_or_all), _OUTPUT] = None
     offline: Flag = False
     plan: Flag = False
     json: Flag = False

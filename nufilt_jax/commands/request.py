@@ -8,6 +8,7 @@ from nufilt_jax.checkpoints import open_checkpoint, parse_source
 from nufilt_jax.commands.arguments import Arguments, EvaluateArguments
 from nufilt_jax.commands.settings import DEFAULT_METHOD, changed_settings, read_evaluation, read_settings
 from nufilt_jax.config import option, problem
+from nufilt_jax.engine.devices import count_devices
 from nufilt_jax.engine.job import EvaluationOptions, Job, recorded_in
 from nufilt_jax.engine.memory import parse_size
 from nufilt_jax.errors import ConfigError, NufiltError, OutputError, Problem, UsageError, gathering, raise_all
@@ -97,6 +98,7 @@ def new_job(arguments: Arguments, zoo: Path | None = None) -> Job:
         data=arguments.data or preset.data,
         evaluation=evaluation,
         max_memory=_max_memory(arguments, problems),
+        devices=_devices(arguments, problems),
         strict=arguments.strict,
         warnings=(*warnings, *_idle_data(arguments, settings.method)),
         problems=tuple(problems),
@@ -135,6 +137,7 @@ def continued_job(arguments: Arguments, place: OutputPlace) -> Job:
         data=arguments.data,
         evaluation=evaluation,
         max_memory=_max_memory(arguments, problems),
+        devices=_devices(arguments, problems),
         strict=arguments.strict,
         continues=recorded,
         warnings=_idle_data(arguments, recipe.settings.method),
@@ -157,6 +160,13 @@ def _max_memory(arguments: Arguments, problems: list[Problem]) -> int | None:
     with gathering(problems):
         size = None if arguments.max_memory is None else parse_size(arguments.max_memory)
     return size
+
+
+def _devices(arguments: Arguments, problems: list[Problem]) -> int:
+    n_devices = 1
+    with gathering(problems):
+        n_devices = count_devices(arguments.devices)
+    return n_devices
 
 
 def _preset(arguments: Arguments, order: int | None, zoo: Path | None) -> Preset:

@@ -35,7 +35,7 @@ def read_settings(
     Returns:
       The settings, with defaults in place of what is refused; warnings; and what is refused.
     """
-    problems: list[Problem] = _not_available(arguments)
+    problems: list[Problem] = []
     method = arguments.method or DEFAULT_METHOD
     pairs = arguments.method_args
     if method not in RULES:
@@ -86,7 +86,7 @@ def changed_settings(arguments: Arguments, settings: Settings) -> list[Problem]:
         "dtype": (arguments.dtype, settings.dtype),
         "conv": (arguments.conv or None, settings.conv),
     }
-    problems = _not_available(arguments)
+    problems: list[Problem] = []
     given = arguments.config_flags() | _parsed(settings.method, arguments.method_args, problems)
     wanted |= {key: (value, getattr(settings.config, key, None)) for key, value in given.items()}
     problems += [
@@ -94,16 +94,6 @@ def changed_settings(arguments: Arguments, settings: Settings) -> list[Problem]:
         for key, (here, there) in wanted.items()
         if here is not None and here != there
     ]
-    return problems
-
-
-def _not_available(arguments: Arguments) -> list[Problem]:
-    """What the design has a place for, and nothing stands there yet."""
-    problems = []
-    if arguments.devices is not None and arguments.devices > 1:
-        problems.append(problem("devices", "more than one device is not available yet", "leave it out"))
-    elif arguments.devices is not None and arguments.devices < 1:
-        problems.append(problem("devices", f"must be at least 1, got {arguments.devices}"))
     return problems
 
 

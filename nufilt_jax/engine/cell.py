@@ -13,6 +13,7 @@ from nufilt_jax import methods
 from nufilt_jax.anatomy import tensor_of
 from nufilt_jax.checkpoints import Checkpoint
 from nufilt_jax.checkpoints.tensors import PassingTensors
+from nufilt_jax.engine.devices import mesh_of
 from nufilt_jax.engine.grid import Window
 from nufilt_jax.engine.plan import Plan
 from nufilt_jax.engine.timing import Clock
@@ -46,6 +47,7 @@ def rule_of(plan: Plan, window: Window) -> methods.Merger:
         other_params=settings.other_params,
         conv=settings.conv,
         selection=Selection(layers, others),
+        mesh=mesh_of(plan.devices, settings.method),
     )
 
 

@@ -97,6 +97,7 @@ class Job:
       data: folder with examples of each task; None if there is none.
       evaluation: how the merged model is evaluated after every step; None if it is not.
       max_memory: bytes that the run may take; None for half of what is free.
+      devices: so many of this process share the layers of a window.
       strict: refuse tasks of which a head or a table would stay the base's.
       continues: the merge that --add continues: of the tasks that it has merged, no file is needed.
       warnings: what the user should know and may accept.
@@ -110,6 +111,7 @@ class Job:
     data: Path | None = None
     evaluation: EvaluationOptions | None = None
     max_memory: int | None = None
+    devices: int = 1
     strict: bool = False
     continues: Recorded | None = None
     warnings: tuple[str, ...] = ()

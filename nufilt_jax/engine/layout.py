@@ -1,5 +1,7 @@
 """Lays the grid out over a model: its stacks, what memory they take, and so its windows."""
 
+import jax
+
 from nufilt_jax.anatomy import shape_in
 from nufilt_jax.checkpoints import Checkpoint
 from nufilt_jax.engine.grid import Stack, Window
@@ -37,5 +39,7 @@ def lay_out(
         stored=max((info.nbytes for info in everything), default=0),
         model=sum(4 * info.size for info in base.tensors.values()) if runs_model else 0,
     )
-    reach = Reach(rule.states, rule.workspace, rule.whole_model)
+    # Of simulated devices, what lies on them is in the same memory: D and τ once more.
+    copies = 2 if job.devices > 1 and rule.spreads and jax.default_backend() == "cpu" else 0
+    reach = Reach(rule.states, rule.workspace + copies, rule.whole_model)
     return plan_windows(stacks, sizes, reach, job.max_memory, stored.done, stored.next_number)

@@ -16,6 +16,7 @@ from nufilt_jax.checkpoints.folders import FLAX
 from nufilt_jax.checkpoints.names import has_flax_form
 from nufilt_jax.checkpoints.outputs import plan_shards
 from nufilt_jax.config import MethodConfig, option, problem
+from nufilt_jax.engine.devices import idle_devices
 from nufilt_jax.engine.grid import Stack, Walk, Window
 from nufilt_jax.engine.job import EvaluationOptions, Job, Recorded, recorded_in
 from nufilt_jax.engine.layout import lay_out
@@ -42,6 +43,7 @@ class Plan:
       memory: what the run may take, and what it will take.
       examples: the files with examples of the tasks still to be merged, by task name; none for most methods.
       evaluation: how the merged model is evaluated after every step; None if it is not.
+      devices: so many share the layers of a window.
       out: the output folder; None if only a plan is wanted.
       recorded: the same merge, as far as an earlier run came; None if there is none.
       warnings: what the user should know and may accept.
@@ -56,6 +58,7 @@ class Plan:
     memory: Memory
     examples: Mapping[str, Path]
     evaluation: EvaluationOptions | None
+    devices: int
     out: Path | None
     recorded: Recorded | None
     warnings: tuple[str, ...]
@@ -141,9 +144,15 @@ def make_plan(job: Job, *, offline: bool = False, headers_only: bool = False) ->
         memory=memory,
         examples=examples,
         evaluation=job.evaluation,
+        devices=job.devices,
         out=None if place is None else place.out,
         recorded=recorded,
-        warnings=(*job.warnings, *notices, *_width_warnings(selection, base, job.settings.config)),
+        warnings=(
+            *job.warnings,
+            *idle_devices(job.devices, job.settings.method),
+            *notices,
+            *_width_warnings(selection, base, job.settings.config),
+        ),
     )
 
 

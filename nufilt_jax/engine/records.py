@@ -15,6 +15,7 @@ from nufilt_jax.core.forecast import Forecast
 from nufilt_jax.engine.coverage import coverage
 from nufilt_jax.engine.inspection import Inspection
 from nufilt_jax.engine.plan import Plan
+from nufilt_jax.methods import find
 from nufilt_jax.methods.state import LayerReport
 from nufilt_jax.output.recipe import Model, Recipe, Step
 
@@ -24,7 +25,8 @@ NEAR_EQUAL = 1e-3  # relative gap at the cut below which the choice of direction
 
 def new_recipe(plan: Plan, inspection: Inspection) -> Recipe:
     """The recipe, with the steps that earlier runs have done marked as resumed."""
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
+    several = f", {plan.devices} of them" if plan.devices > 1 and find(plan.settings.method).spreads else ""
     selected, left = coverage(plan, inspection.changes)
     recorded = plan.recorded.recipe if plan.recorded else None
     libraries = {name: importlib.metadata.version(name) for name in _LIBRARIES}
@@ -42,7 +44,7 @@ def new_recipe(plan: Plan, inspection: Inspection) -> Recipe:
         steps=tuple(step.as_resumed() for step in (recorded.steps if recorded else ())),
         windows=recorded.windows if recorded else [],
         versions={"nufilt_jax": __version__, "python": platform.python_version()} | libraries,
-        device=f"{device.platform}: {device.device_kind}",
+        device=f"{device.platform}: {device.device_kind}{several}",
         memory=plan.memory.to_json(),
     )
 

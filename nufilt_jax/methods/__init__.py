@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any, get_args
 
+from jax.sharding import Mesh
+
 from nufilt_jax.anatomy import shape_in
 from nufilt_jax.config import MethodConfig, OtherParams, problem
 from nufilt_jax.errors import ConfigError, Problem
@@ -72,6 +74,7 @@ def get(
     other_params: OtherParams = "pretrained",
     conv: bool = False,
     selection: Selection | None = None,
+    mesh: Mesh | None = None,
 ) -> Merger:
     """A merging rule, ready to use.
 
@@ -85,6 +88,7 @@ def get(
       conv: whether convolutions inside blocks are matrices too, `[out, in * kh * kw]`.
       selection: what `selection.select` chose with these arguments from the whole model; for a base that holds only
         the tensors touched, whose family its names do not tell.
+      mesh: one-dimensional, of devices of this process that share the layers, if the rule spreads; None for one device.
 
     Raises:
       ConfigError: an unknown rule, or settings of another rule.
@@ -137,7 +141,7 @@ def get(
         delta = state.delta if donate else state.delta.copied()
         own = dataclasses.replace(state, delta=delta.only(mine))
         take = rule.first if state.step == 0 else rule.advance
-        done = take(own, task.only(mine), Context(settings, seed, on_stack, data, numbers))
+        done = take(own, task.only(mine), Context(settings, seed, on_stack, data, numbers, mesh))
         moved = move_others(delta.only(others), task.only(others), state.step, other_params)
         # For all rules alike; those that know a remedy have refused before.
         require_finite(done.delta + moved)
@@ -148,6 +152,6 @@ def get(
         mine, _ = choose(state.base)
         own = dataclasses.replace(state, delta=state.delta.only(mine))
         part = rule.looks(state.step)[number].part
-        return part(own, task.only(mine), Context(settings, seed, None, None, numbers))
+        return part(own, task.only(mine), Context(settings, seed, None, None, numbers, mesh))
 
     return Merger(init, update, look)

@@ -34,4 +34,5 @@ RULE = Rule(
     touches=nufilt.RULE.touches,
     cost=nufilt.RULE.cost,
     source="Qiu et al., arXiv:2509.21413v2, Table 4 row 3",
+    spreads=True,
 )

@@ -4,6 +4,7 @@ Settings and the continual form are those of the authors of arXiv:2509.21413v2, 
 """
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -29,7 +30,8 @@ class IsoCConfig(ScaledConfig):
 def advance(state: MergeState, task: TaskVector, context: Context[IsoCConfig]) -> Advance:
     """θ0 + λ Iso(D + τ) for matrices, θ0 + λ (D + τ)/2 for all other tensors."""
     config = context.config
-    return Advance(matrices_or_mean(_isotropic, state.delta, task, scale=config.scale, config=config))
+    how: dict[str, Any] = {"scale": config.scale, "config": config, "mesh": context.mesh}
+    return Advance(matrices_or_mean(_isotropic, state.delta, task, **how))
 
 
 def _isotropic(d: Float[Array, "m n"], t: Float[Array, "m n"], *, config: IsoCConfig) -> Float[Array, "m n"]:
@@ -53,4 +55,5 @@ RULE = Rule(
     cost="1 thin SVD",
     source="Marczak et al., arXiv:2502.04959",
     workspace=3.0,
+    spreads=True,
 )

@@ -6,12 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from nufilt_jax.config import MethodConfig
 from nufilt_jax.errors import Problem, SolveError, raise_all
 from nufilt_jax.linalg.chunks import LAPACK_BATCH, in_chunks, layers_at_once
 from nufilt_jax.linalg.compiling import Program
 from nufilt_jax.linalg.dispatch import is_traced, run_alone
+from nufilt_jax.linalg.spread import spread
 from nufilt_jax.methods.elementwise import blend
 from nufilt_jax.methods.stacked import Array, Names, Stacked, Stacks, TaskVector
 
@@ -19,7 +21,7 @@ from nufilt_jax.methods.stacked import Array, Names, Stacked, Stacks, TaskVector
 LayerRule = Callable[..., Any]
 
 
-def each_layer(rule: LayerRule, *stacks: Array, config: MethodConfig) -> Any:
+def each_layer(rule: LayerRule, *stacks: Array, config: MethodConfig, mesh: Mesh | None = None) -> Any:
     """`rule` for every layer of a stack, as one program; on CPU a few layers at a time.
 
     Args:
@@ -27,11 +29,24 @@ def each_layer(rule: LayerRule, *stacks: Array, config: MethodConfig) -> Any:
         for one another (`chunks.after`).
       *stacks: arrays with a leading layer axis. The program may take the memory of the first one.
       config: static.
+      mesh: divides the layers among its devices; what `rule` returns, or returns first, is then of the first stack's
+        shape. None for one device.
 
     Returns:
       What `rule` returns, with a leading layer axis.
     """
-    return run_alone(functools.partial(_program, rule=rule, config=config), *stacks)
+    if mesh is None or is_traced(stacks):
+        return run_alone(functools.partial(_program, rule=rule, config=config), *stacks)
+    ((first, rest),) = spread(_of_one_stack, mesh, stacks[:1], (stacks[1:],), rule=rule, config=config)
+    return (first, *rest) if rest else first
+
+
+def _of_one_stack(
+    first: Stacks, others: tuple[Stacks, ...], *, rule: LayerRule, config: MethodConfig
+) -> tuple[tuple[Array, tuple], ...]:
+    """The same as `linalg.spread` takes it."""
+    found = _program(*first, *others[0], rule=rule, config=config)
+    return ((found[0], found[1:]),) if isinstance(found, tuple) else ((found, ()),)
 
 
 @functools.partial(Program, static_argnames=("rule", "config"), donate_argnums=0)
@@ -88,7 +103,7 @@ def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def matrices_or_mean(
-    rule: LayerRule, delta: Stacked, task: TaskVector, *, scale: float, config: MethodConfig
+    rule: LayerRule, delta: Stacked, task: TaskVector, *, scale: float, config: MethodConfig, mesh: Mesh | None = None
 ) -> Stacked:
     """`rule` of D and τ for every matrix, λ (D + τ)/2 for all other tensors; may take the memory of D.
 
@@ -98,10 +113,10 @@ def matrices_or_mean(
       task: τ.
       scale: λ.
       config: of the rule.
-
+      mesh: as in `each_layer`.
     """
     matrices, others = split(delta, is_matrix)
     pairs = zip(delta.only(matrices).stacks, task.only(matrices).stacks, strict=True)
-    merged = Stacked(tuple(each_layer(rule, d, t, config=config) for d, t in pairs), matrices)
+    merged = Stacked(tuple(each_layer(rule, d, t, config=config, mesh=mesh) for d, t in pairs), matrices)
     # The mean of two operands at every step: of older tasks a half is lost each time.
     return merged + blend(delta.only(others), task.only(others), keep=scale / 2, gain=scale / 2)

@@ -3,10 +3,12 @@
 import dataclasses
 import functools
 import hashlib
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import UInt32
 
 from nufilt_jax.anatomy import FLAT
@@ -18,7 +20,8 @@ from nufilt_jax.core.solve import GroupSolution, mended, solve_group
 from nufilt_jax.errors import Problem, SolveError, raise_all
 from nufilt_jax.linalg.compiling import Program
 from nufilt_jax.linalg.dispatch import is_traced, run_alone
-from nufilt_jax.linalg.stacks import Stacks
+from nufilt_jax.linalg.spread import spread
+from nufilt_jax.linalg.stacks import Stacks, bounds, joined, rows
 from nufilt_jax.methods.selection import published_layers
 from nufilt_jax.methods.stacked import Array, Group, Stacked, TaskVector, group_layers
 from nufilt_jax.methods.state import Advance, Context, LayerReport, MergeState, OnStack, Rule, as_it_is
@@ -95,8 +98,11 @@ def advance(state: MergeState, task: TaskVector, context: Context[SolveConfig]) 
     for group in groups:
         keys = adapter_keys(context.seed, state.step + 1, tuple(name.removesuffix(FLAT) for name in group.names))
         d, t = (part.only(group.stacks).stacks for part in (state.delta, task))
-        program = functools.partial(_step, config=config, until_certified=is_inline)
-        waiting.append(_UnderWay(group, t, keys, run_alone(program, d, t, keys)))
+        if context.mesh is None or is_inline:
+            found = run_alone(functools.partial(_step, config=config, until_certified=is_inline), d, t, keys)
+        else:
+            found = _spread_step(d, t, keys, config, context.mesh)
+        waiting.append(_UnderWay(group, t, keys, found))
         # What is through is fetched and told of while the next groups run.
         while waiting and not is_inline and all(x.is_ready() for x in jax.tree.leaves(waiting[0].found)):
             finish(waiting.pop(0))
@@ -151,6 +157,29 @@ def _step(
     return solution if solves else solution._replace(losses=solution.losses[:, :0])
 
 
+def _spread_step(
+    deltas: tuple[Array, ...],
+    task: tuple[Any, ...],
+    keys: UInt32[np.ndarray, "layers 2"],
+    config: SolveConfig,
+    mesh: Mesh,
+) -> GroupSolution:
+    """`_step`, the layers of each stack divided among the devices of a mesh."""
+    others = tuple((t, keys[i:j]) for t, (i, j) in zip(task, bounds(task), strict=True))
+    parts = spread(_stack_by_stack, mesh, deltas, others, config=config)
+    return joined([rest for _, rest in parts])._replace(updates=tuple(update for update, _ in parts))
+
+
+def _stack_by_stack(
+    deltas: Stacks, others: tuple[tuple[Array, Array], ...], *, config: SolveConfig
+) -> tuple[tuple[Array, GroupSolution], ...]:
+    """`_step` as `linalg.spread` takes it: a device has a part of every stack."""
+    task, keys = zip(*others, strict=True)
+    found = _step(deltas, task, jnp.concatenate(keys), config=config, until_certified=False)
+    rest = found._replace(updates=())
+    return tuple((d, rows(rest, i, j)) for d, (i, j) in zip(found.updates, bounds(deltas), strict=True))
+
+
 def adapter_keys(seed: int, step: int, names: tuple[str, ...]) -> UInt32[np.ndarray, "layers 2"]:
     """Raw threefry keys of the adapters' starts, from (seed, step, canonical name) alone.
 
@@ -171,4 +200,5 @@ RULE = Rule(
     touches="the blocks' linear layers",
     cost="2 leading subspaces, Adam steps of O(n²)",
     source="Qiu et al., arXiv:2509.21413v2",
+    spreads=True,
 )

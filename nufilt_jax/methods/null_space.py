@@ -19,7 +19,7 @@ def advance(state: MergeState, task: TaskVector, context: Context[NullSpaceConfi
     config = context.config
     # Without an adapter, what is left of Eq. (10) is τ P.
     bare = NufiltConfig(**dataclasses.asdict(config), adapter_rank=0, task_rank=0, steps=0)
-    return nufilt.advance(state, task, Context(bare, context.seed, context.on_stack, context.data))
+    return nufilt.advance(state, task, Context(bare, context.seed, context.on_stack, context.data, mesh=context.mesh))
 
 
 RULE = Rule(
@@ -32,4 +32,5 @@ RULE = Rule(
     touches=nufilt.RULE.touches,
     cost="1 leading subspace",
     source="Qiu et al., arXiv:2509.21413v2, Table 4 row 2",
+    spreads=True,
 )

@@ -53,22 +53,23 @@ def first(state: MergeState, task: TaskVector, context: Context[OpcmConfig]) -> 
 def advance(state: MergeState, task: TaskVector, context: Context[OpcmConfig]) -> Advance:
     """θ^m_t = θ0 + (λ_{t−1} D + P(τ)) / λ_t."""
     config = context.config
-    sums = _sums(state, task, config)
+    sums = _sums(state, task, context)
     numbers = context.numbers or _norms([_sizes(task, config, "task") | _sizes(sums, config, "sum")], config)
     norms = jnp.asarray(state.extra["norms"]) + numbers["task"]
     stacks, scale = _rescale(sums.stacks, numbers["sum"], norms / jnp.float32(state.step + 1))
     return Advance(Stacked(stacks, task.names), extra={"scale": scale, "norms": norms})
 
 
-def _sums(state: MergeState, task: TaskVector, config: OpcmConfig) -> Stacked:
+def _sums(state: MergeState, task: TaskVector, context: Context[OpcmConfig]) -> Stacked:
     """λ D + P(τ) of every tensor; takes the memory of D."""
+    config = context.config
     sums = []
     for members, d, t in zip(task.names, state.delta.stacks, task.stacks, strict=True):
         scales = jnp.repeat(jnp.asarray(state.extra["scale"])[None], len(members))
         skipped = np.array([config.skip_class_embedding and name.endswith("class_embedding") for name in members])
         linear = np.array([is_linear_layer(name, t.shape[1:]) for name in members])
         if linear.any():
-            sums.append(each_layer(_add_projected, d, t, scales, skipped, linear, config=config))
+            sums.append(each_layer(_add_projected, d, t, scales, skipped, linear, config=config, mesh=context.mesh))
         else:
             sums.append(each_layer(_add, d, t, scales, skipped, config=config))
     result = Stacked(tuple(sums), task.names)
@@ -123,7 +124,7 @@ def _projected(d: Float[Array, "m n"], t: Float[Array, "m n"], config: OpcmConfi
 def _look(state: MergeState, task: TaskVector, context: Context[OpcmConfig]) -> Numbers:
     """The sizes of τ's tensors, and after the first task of those of λ D + P(τ) too; takes the memory of D."""
     sizes, config = _sizes(task, context.config, "task"), context.config
-    return sizes | _sizes(_sums(state, task, config), config, "sum") if state.step else sizes
+    return sizes | _sizes(_sums(state, task, context), config, "sum") if state.step else sizes
 
 
 def _sizes(model: Stacked, config: OpcmConfig, what: str) -> dict[str, dict[str, Array]]:
@@ -175,4 +176,5 @@ RULE = Rule(
     survey=(Look(_look, _norms),),
     first_survey=(Look(_look, _norms),),
     workspace=2.0,
+    spreads=True,
 )

@@ -8,6 +8,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkabl
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from nufilt_jax.anatomy import FLAT, tensor_of
 from nufilt_jax.config import MethodConfig
@@ -162,6 +163,7 @@ class Context(Generic[C_co]):
       on_stack: progress callback.
       data: of the task, for rules that need it.
       numbers: of the whole model, as the looks so far have found them; None if there were none.
+      mesh: divides the layers of a stack among its devices, in rules that spread; None for one device.
     """
 
     config: C_co
@@ -169,6 +171,7 @@ class Context(Generic[C_co]):
     on_stack: OnStack | None
     data: TaskData | None
     numbers: Numbers | None = None
+    mesh: Mesh | None = None
 
 
 class Advance(NamedTuple):
@@ -229,6 +232,7 @@ class Rule(Generic[C]):
       first_survey: as much for the first task.
       states: arrays of the size of D that are kept from task to task, D included.
       workspace: memory that an update takes beside these, τ and what programs need for a few layers, in sizes of D.
+      spreads: whether it solves layers one by one, so that several devices can share them.
     """
 
     name: str
@@ -247,6 +251,7 @@ class Rule(Generic[C]):
     first_survey: tuple[Look[C], ...] = ()
     states: int = 1
     workspace: float = 0.0
+    spreads: bool = False
 
     @property
     def needs(self) -> str:

@@ -5,6 +5,7 @@ step, so older tasks are truncated again each time.
 """
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -31,7 +32,8 @@ class TsvMConfig(ScaledConfig):
 def advance(state: MergeState, task: TaskVector, context: Context[TsvMConfig]) -> Advance:
     """θ0 + λ U diag(σ) Vᵀ for matrices, θ0 + λ (D + τ)/2 for all other tensors."""
     config = context.config
-    return Advance(matrices_or_mean(_merge, state.delta, task, scale=config.scale, config=config))
+    how: dict[str, Any] = {"scale": config.scale, "config": config, "mesh": context.mesh}
+    return Advance(matrices_or_mean(_merge, state.delta, task, **how))
 
 
 def _merge(d: Float[Array, "m n"], t: Float[Array, "m n"], *, config: TsvMConfig) -> Float[Array, "m n"]:
@@ -86,4 +88,5 @@ RULE = Rule(
     cost="4 thin SVDs",
     source="Gargiulo et al., arXiv:2412.00081",
     workspace=3.0,
+    spreads=True,
 )

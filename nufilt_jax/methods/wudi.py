@@ -60,7 +60,7 @@ def advance(state: MergeState, task: TaskVector, context: Context[WudiConfig]) -
         (d,), (t,) = state.delta.only((members,)).stacks, task.only((members,)).stacks
         shape = t.shape[1:]
         solved = np.array([is_solved(name, shape) for name in members])
-        part, losses = each_layer(_layer, d, t, solved, config=config)
+        part, losses = each_layer(_layer, d, t, solved, config=config, mesh=context.mesh)
         merged += Stacked((part,), (members,))
         whole = LayerReport((losses if is_traced(losses) else jax.device_get(losses))[solved])
         names = [name for name in members if is_solved(name, shape)]
@@ -133,4 +133,5 @@ RULE = Rule(
     cost="2 Gram matrices, then O(mn²) per Adam step",
     source="Cheng et al., arXiv:2503.08099",
     workspace=3.0,
+    spreads=True,
 )

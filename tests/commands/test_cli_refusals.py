@@ -110,7 +110,7 @@ BAD_VALUES = {
     "decomposition": (("--decomposition", "qr"), "--decomposition: must be one of auto, eigh, svd, subspace"),
     "order": (("--order", "first"), "--order: must be a number from 1 or 'given', got 'first'"),
     "devices": (("--devices", "0"), "--devices: must be at least 1, got 0"),
-    "more devices": (("--devices", "2"), "--devices: more than one device is not available yet"),
+    "more devices": (("--devices", "2"), "--devices: 2 are asked for, and this process has 1 (cpu)"),
     "memory": (("--max-memory", "8 apples"), "--max-memory: must be a size as 8GB or 8GiB, got '8 apples'"),
     "no memory": (("--max-memory", "1MB"), "--max-memory: 0.00 GB are too little: layer by layer this merge takes "),
 }
