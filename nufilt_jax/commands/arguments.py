@@ -63,7 +63,8 @@ class Arguments:
     """The command line; what an option leaves out is None.
 
     Attributes:
-      model: A preset: tiny (built in, needs no network), vit-b32, vit-b16, vit-l14, flan-t5-base.
+      model: A preset: tiny (built in, needs no network), vit-b32, vit-b16, vit-l14, flan-t5-base; or llava-1.5-7b, with
+        your own --task models (Table 3 of the paper: IconQA, ImageNet captions, ScienceQA, VizWiz captions).
       group: Size of the preset's task group: 8, 14 or 20. Without it, 8.
       order: The paper's k-th order of the tasks, or "given". CLIP presets: 1. All else: given.
       preset_table: With flan-t5-base: 2 takes the settings that reproduce Table 2 of the paper.

@@ -15,7 +15,18 @@ from nufilt_jax.errors import ConfigError, NufiltError, OutputError, Problem, Us
 from nufilt_jax.methods import RULES
 from nufilt_jax.output.place import OutputPlace
 from nufilt_jax.output.recipe import VERSION, Model
-from nufilt_jax.presets import CLIP_BASES, FLAN_T5, TINY, Preset, check_model, clip_preset, flan_t5_preset, shuffled
+from nufilt_jax.presets import (
+    CLIP_BASES,
+    FLAN_T5,
+    LLAVA,
+    TINY,
+    Preset,
+    check_model,
+    clip_preset,
+    flan_t5_preset,
+    llava_preset,
+    shuffled,
+)
 from nufilt_jax.strict_json import shown
 
 _NOT_WITH_ADD = ("model", "base", "group", "order", "preset_table", "out")
@@ -34,7 +45,10 @@ def check_usage(arguments: Arguments) -> None:
         problems = [problem(name, "does not go with --add", fix) for name in _given(arguments, _NOT_WITH_ADD)]
     elif arguments.model is not None:
         fix = "a preset brings its own base and tasks: leave it out"
-        problems = [problem(name, "does not go with --model", fix) for name in _given(arguments, _NOT_WITH_MODEL)]
+        excluded = ("base",) if arguments.model == LLAVA else _NOT_WITH_MODEL
+        problems = [problem(name, "does not go with --model", fix) for name in _given(arguments, excluded)]
+        if arguments.model == LLAVA and not arguments.task:
+            problems.append(problem("task", "missing", f"{LLAVA} brings its base alone: give --task NAME=PATH_OR_HUB"))
     else:
         needed = ("base", "task") if arguments.plan else ("base", "task", "out")
         missing = [option(name) for name in needed if not getattr(arguments, name)]
@@ -181,6 +195,8 @@ def _preset(arguments: Arguments, order: int | None, zoo: Path | None) -> Preset
         raise ConfigError(problem("group", f"{arguments.model} has one group of tasks only", "leave it out"))
     if arguments.model == FLAN_T5:
         return flan_t5_preset(order, arguments.preset_table)
+    if arguments.model == LLAVA:
+        return llava_preset(_tasks(arguments), order)
     from nufilt_jax.engine.tiny import tiny_preset  # with models and training, which no other merge needs
 
     return tiny_preset(order, zoo, examples=_needs_data(arguments.method))

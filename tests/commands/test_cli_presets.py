@@ -221,3 +221,52 @@ def test_not_in_the_cache(hub, shared_models, tmp_path, nufilt):
     assert result.lines[0].startswith("nufilt: org/alpha: ") and "'v2'" in result.lines[0]
     assert result.lines[1].startswith("nufilt: org/nothing: ") and "--offline" in result.lines[1]
     assert not (tmp_path / "out").exists()
+
+
+BLOCKS = 2
+PROJECTIONS = {f"self_attn.{part}_proj": (8, 8) for part in "qkvo"}
+PROJECTIONS |= {"mlp.gate_proj": (20, 8), "mlp.up_proj": (20, 8), "mlp.down_proj": (8, 20)}
+
+
+def llava(seed, spelling, base=None):
+    """A LLaVA of two blocks, as transformers 4 or 5 spells it."""
+    language, head = {
+        4: ("language_model.model.", "language_model."),
+        5: ("model.language_model.", ""),
+    }[spelling]
+    outer = "" if spelling == 4 else "model."
+    shapes = {
+        f"{language}layers.{i}.{name}.weight": shape for i in range(BLOCKS) for name, shape in PROJECTIONS.items()
+    }
+    shapes |= {f"{language}embed_tokens.weight": (12, 8), f"{head}lm_head.weight": (12, 8)}
+    shapes |= {f"{outer}multi_modal_projector.linear_1.weight": (8, 8)}
+    shapes |= {f"{outer}vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight": (8, 8)}
+    rng = np.random.default_rng(seed)
+    near = np.zeros(len(shapes)) if base is None else list(base.values())  # in the same order
+    drawn = (0.1 * rng.standard_normal(shape) for shape in shapes.values())
+    return {k: np.asarray(x + d, np.float32) for k, x, d in zip(shapes, near, drawn, strict=True)}
+
+
+@pytest.mark.parametrize(("spelling", "others"), [(4, 5), (5, 4)])
+def test_llava_merges_its_language_model_in_either_spelling(hub, tmp_path, nufilt, spelling, others):
+    base = build.as_bfloat16(llava(0, spelling))
+    hub("llava-hf/llava-1.5-7b-hf", build.write(tmp_path / "base", base, shards=3, model_type="llava"))
+    for seed, name in enumerate(("iconqa", "vizwiz"), 1):
+        task = build.as_bfloat16(llava(seed, others, base))
+        build.write(tmp_path / name, task, shards=2, model_type="llava")
+    tasks = [part for name in ("iconqa", "vizwiz") for part in ("--task", f"{name}={tmp_path / name}")]
+    argv = ("--model", "llava-1.5-7b", *tasks, "--offline", "--out", tmp_path / "out", *build.RANKS, "--json")
+    result = nufilt("merge", *argv)
+    assert result.code == 0, result.err
+    merged = build.weights(tmp_path / "out")
+    assert merged.keys() == base.keys()
+    assert {x.dtype.name for x in merged.values()} == {"bfloat16"}
+    moved = {name for name in base if not build.same_bits(merged[name], base[name])}
+    assert moved == {name for name in base if "language_model" in name and ".layers." in name}
+    assert len(moved) == BLOCKS * len(PROJECTIONS)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 3
+
+
+def test_llava_needs_tasks(refused):
+    (line,) = refused("merge", "--model", "llava-1.5-7b", code=2)
+    assert line.startswith("nufilt: --task: missing (llava-1.5-7b brings its base alone")

@@ -131,7 +131,10 @@ def test_refused_value(shared_models, tmp_path, refused, case):
     ("options", "expected"),
     [
         (("--model", "vit-b33"), "--model: unknown model 'vit-b33'"),
-        (("--model", "llava-1.5-7b"), "--model: llava-1.5-7b is not ready yet"),
+        (
+            ("--model", "llava-1.5-7b", "--task", "a=b", "--group", "8"),
+            "--group: llava-1.5-7b has one group of tasks only",
+        ),
         (("--model", "flan-t5-base", "--group", "8"), "--group: flan-t5-base has one group of tasks only"),
         (("--model", "flan-t5-base", "--preset-table", "3"), "--preset-table: must be 2, got 3"),
         (("--model", "vit-b32", "--preset-table", "2"), "--preset-table: belongs to --model flan-t5-base"),
