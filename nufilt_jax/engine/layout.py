@@ -6,7 +6,15 @@ from nufilt_jax.anatomy import shape_in
 from nufilt_jax.checkpoints import Checkpoint
 from nufilt_jax.engine.grid import Stack, Window
 from nufilt_jax.engine.job import Job
-from nufilt_jax.engine.memory import Memory, Reach, Sizes, plan_windows, workspace
+from nufilt_jax.engine.memory import (
+    Memory,
+    Reach,
+    Sizes,
+    device_memory,
+    largest_on_device,
+    plan_windows,
+    workspace,
+)
 from nufilt_jax.linalg.chunks import chunk_size, layers_at_once
 from nufilt_jax.methods import find
 from nufilt_jax.methods.selection import Selection
@@ -42,4 +50,8 @@ def lay_out(
     # Of simulated devices, what lies on them is in the same memory: D and τ once more.
     copies = 2 if job.devices > 1 and rule.spreads and jax.default_backend() == "cpu" else 0
     reach = Reach(rule.states, rule.workspace + copies, rule.whole_model)
+    if (there := device_memory()) is not None:
+        sharing = job.devices if rule.spreads else 1
+        there = sharing * min(there, job.max_memory or there)
+        reach = reach._replace(on_device=largest_on_device(there, stacks, config, reach))
     return plan_windows(stacks, sizes, reach, job.max_memory, stored.done, stored.next_number)

@@ -7,9 +7,11 @@ import gc
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import jax
 
 from nufilt_jax.checkpoints.tensors import CHUNK
 from nufilt_jax.config import MethodConfig, problem
@@ -28,6 +30,8 @@ READERS = (
     4  # threads that look into files, each with two pieces and a tensor of the base; more only compete for the disk
 )
 
+_OF_DEVICE = 0.9  # of a device's memory may be taken: what is free lies in pieces
+
 
 class Reach(NamedTuple):
     """What a method needs at a time.
@@ -36,11 +40,13 @@ class Reach(NamedTuple):
       states: arrays of the size of D that it keeps, D included.
       workspace: times the size of D that an update takes beside these, of the whole window.
       whole_model: whether it works on all layers at once, so that there can be one window only.
+      on_device: bytes of the largest window that fits in the memory of the device, where that is another.
     """
 
     states: int = 1
     workspace: float = 0.0
     whole_model: bool = False
+    on_device: float = math.inf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +107,26 @@ def release_memory() -> None:
 def peak_memory() -> int | None:
     """The most bytes that were resident in this process at any time; None where nobody tells."""
     return _told_by("/proc/self/status", "VmHWM")
+
+
+def device_memory() -> int | None:
+    """Bytes that a device of this process may give; None where it has no memory of its own."""
+    device = jax.local_devices()[0]
+    return None if device.platform == "cpu" else (device.memory_stats() or {}).get("bytes_limit")
+
+
+def largest_on_device(there: int, stacks: Iterable[Stack], config: MethodConfig, reach: Reach) -> float:
+    """Bytes of the largest window whose D, τ, next τ and programs a device takes.
+
+    Args:
+      there: bytes that may be taken.
+      stacks: all layers that the merge touches.
+      config: of the method.
+      reach: what it keeps and needs.
+    """
+    # All layers of a stack are solved at once there.
+    programs = [workspace(stack.shape, 1, config) / stack.n_bytes for stack in stacks if stack.is_solved]
+    return _OF_DEVICE * there / (reach.states + 2 + reach.workspace + max(programs, default=0.0))
 
 
 def _told_by(path: str, key: str) -> int | None:
@@ -170,7 +196,7 @@ def plan_windows(
       first: number of the first window.
 
     Raises:
-      ConfigError: not even the smallest windows fit; says how much would do.
+      ConfigError: not even the smallest windows fit, in memory or on the device; says how much would do.
     """
     allowed = free_memory() // 2 if cap is None else cap
     whole = sum(stack.total for stack in stacks)
@@ -186,7 +212,9 @@ def plan_windows(
         if cap is not None:
             raise ConfigError(_impossible(cap, needed, reach))
         most, read_ahead = least, False  # nobody asked for a cap: what there is may do
-    rows = restarted(stacks, done, whole if reach.whole_model else most, first)
+    if least > reach.on_device:
+        raise ConfigError(_too_large(least, reach))
+    rows = restarted(stacks, done, whole if reach.whole_model else min(most, reach.on_device), first)
     largest = max((row.n_bytes for row in rows), default=0)
     planned = sizes.peak(largest, len(rows), reach, read_ahead=read_ahead)
     return rows, Memory(allowed, cap is not None, planned, read_ahead)
@@ -203,3 +231,9 @@ def _impossible(cap: int, needed: int, reach: Reach) -> Problem:
     why = "with all layers together, as this method needs" if reach.whole_model else "layer by layer"
     what = f"{cap / 1e9:.2f} GB are too little: {why} this merge takes {least / 1e3:.3f} GB"
     return problem("max_memory", what, f"at least --max-memory {least}MB")
+
+
+def _too_large(least: int, reach: Reach) -> Problem:
+    what = "all layers together, as this method needs them" if reach.whole_model else "the smallest windows"
+    told = f"its memory takes {reach.on_device / 1e9:.2f} GB of D at a time, and {what} have {least / 1e9:.2f} GB"
+    return Problem("device", told, "take another device, or JAX_PLATFORMS=cpu")

@@ -11,6 +11,8 @@ import model_builders as build
 import numpy as np
 import pytest
 
+from nufilt_jax.engine import layout
+
 ANSI = "\x1b["
 
 
@@ -58,6 +60,15 @@ def test_plan_of_a_merge_that_is_there(shared_models, tmp_path, nufilt, command)
     refused = nufilt(*command(shared_models, out, "--plan", "--seed", "9", n=2))
     assert (refused.code, refused.err.startswith("nufilt: --seed: is 0 in the merge in")) == (1, True)
     assert times(tmp_path) == before
+
+
+def test_a_device_with_little_memory_takes_windows(shared_models, tmp_path, nufilt, command, monkeypatch):
+    monkeypatch.setattr(layout, "device_memory", lambda: 100_000)
+    planned = nufilt(*command(shared_models, tmp_path / "out", "--plan", "--json"))
+    assert planned.code == 0 and len(planned.json["windows"]) > 1
+    monkeypatch.setattr(layout, "device_memory", lambda: 1000)
+    refused = nufilt(*command(shared_models, tmp_path / "out", "--plan"))
+    assert refused.code == 1 and refused.err.startswith("nufilt: device: its memory takes 0.00 GB of D at a time")
 
 
 def test_plan_refuses_what_a_merge_refuses_but_values(models, tmp_path, nufilt, command):

@@ -7,7 +7,7 @@ import pytest
 from nufilt_jax import NufiltConfig
 from nufilt_jax.engine import memory
 from nufilt_jax.engine.grid import Stack
-from nufilt_jax.engine.memory import RUNTIME, Reach, Sizes, parse_size, plan_windows, workspace
+from nufilt_jax.engine.memory import RUNTIME, Reach, Sizes, largest_on_device, parse_size, plan_windows, workspace
 from nufilt_jax.errors import ConfigError
 from nufilt_jax.linalg.chunks import layers_at_once
 from nufilt_jax.methods import nufilt
@@ -95,3 +95,22 @@ def test_without_a_cap_half_of_what_is_free_is_taken(monkeypatch):
     assert len(rows) > 1 and found.to_json()["by"] == "half of what is free"
     monkeypatch.setattr(memory, "free_memory", lambda: 1000)
     assert planned(None)[0]  # nobody asked for a cap: it is tried
+
+
+def test_windows_fit_on_the_device():
+    """Whatever there is beside it: D, τ, the next τ and what the programs of all layers at once take."""
+    there, plenty = 2000 * MB, RUNTIME + 10 * STACK.total
+    matrices = [Stack(STACK.layers, (2000, 2500), 2, 2, 2)]
+    most = largest_on_device(there, matrices, NufiltConfig(), Reach())
+    programs = most / matrices[0].n_bytes * workspace(matrices[0].shape, 1, NufiltConfig())
+    assert 3 * most + programs == pytest.approx(0.9 * there)
+    rows, found = planned(plenty, Reach(on_device=most))
+    assert len(rows) > 1 and max(row.n_bytes for row in rows) <= most
+    assert sum(row.n_bytes for row in rows) == STACK.total and found.planned < plenty
+    assert len(planned(plenty, Reach(on_device=STACK.total))[0]) == 1
+
+
+@pytest.mark.parametrize("reach", [Reach(on_device=60 * MB), Reach(on_device=700 * MB, whole_model=True)])
+def test_a_device_that_is_too_small_is_refused(reach):
+    with pytest.raises(ConfigError, match=r"device: its memory takes 0\.\d+ GB of D at a time, and .* have 0\.\d+ GB"):
+        planned(RUNTIME + 10 * STACK.total, reach)
