@@ -1,15 +1,17 @@
 """The command line: `nufilt merge|add|plan|evaluate|analyze` and `python -m nufilt_jax.merge`.
 
-Exit status: 0 done; 1 a problem of the input, one line each on stderr; 2 wrong usage; 130 interrupted.
+Exit status: 0 done; 1 a problem of the input, one line each on stderr; 2 wrong usage; 130 interrupted (143 by
+SIGTERM).
 """
 
 import sys
 from collections.abc import Iterable
 
-from nufilt_jax.commands.interrupt import INTERRUPTED, MESSAGE, orderly_interrupts
+from nufilt_jax.commands.failures import unforeseen
+from nufilt_jax.commands.interrupt import interruption, orderly_interrupts
 from nufilt_jax.commands.process import prepare_process
 from nufilt_jax.commands.streams import Output, ReaderGoneError, escaping
-from nufilt_jax.errors import NufiltError, Problem, UsageError
+from nufilt_jax.errors import NufiltError, Problem, UsageError, summarised
 
 
 def main(argv: list[str] | None = None, prog: str = "nufilt") -> int:
@@ -36,19 +38,18 @@ def _run(argv: list[str], prog: str) -> int:
         return 0
     except NufiltError as error:
         return _refuse(error.problems, 2 if isinstance(error, UsageError) else 1)
-    except OSError as error:
-        return _refuse([Problem(str(error.filename or "system"), error.strerror or str(error))], 1)
-    except MemoryError:
-        return _refuse([Problem("memory", "is exhausted", "close other programs, or use a larger machine")], 1)
-    except KeyboardInterrupt:
-        Output(sys.stderr, is_result=False).write(MESSAGE)
-        return INTERRUPTED
+    except KeyboardInterrupt as error:
+        status, message = interruption(error)
+        Output(sys.stderr, is_result=False).write(message)
+        return status
+    except Exception as error:  # a traceback is no message; commands that write keep it beside their output
+        return _refuse([unforeseen(error)], 1)
 
 
 def _refuse(problems: Iterable[Problem], status: int) -> int:
     """Prints a line per problem on stderr, whatever the terminal's width."""
     stderr = Output(sys.stderr, is_result=False)
-    for problem in problems:
+    for problem in summarised(list(problems)):
         stderr.write(f"nufilt: {problem}\n")
     return status
 

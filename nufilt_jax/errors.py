@@ -1,11 +1,17 @@
 """Every exception a user can meet. Each carries its problems as one-line sentences."""
 
 import contextlib
+import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f]")
+# What moves a terminal's cursor, ends a line, or turns the direction of the text behind it.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+_NUMBERS = re.compile(r"\[[\d, ]*\]|\d+")  # and shapes
+_LONGEST = 1000  # characters of a name in a message: more than most systems allow of a path
+_KEPT = 200  # of the start, and of the end, of a longer one
+_MOST_ALIKE = 3  # problems that differ in the tensor alone are told one by one up to this number
 
 
 class Problem(NamedTuple):
@@ -24,18 +30,63 @@ class Problem(NamedTuple):
     tensor: str = ""
 
     def __str__(self) -> str:
-        parts = [part for part in (self.where, self.tensor, self.what) if part]
-        line = ": ".join(parts) + (f" ({self.fix})" if self.fix else "")
         # One line, whatever a foreign message brought along; and no command to the terminal, whatever a name did.
-        line = " ".join(part.strip() for part in line.splitlines() if part.strip())
-        return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", line)
+        what, fix = (" ".join(filter(None, map(str.strip, x.splitlines()))) for x in (self.what, self.fix))
+        parts = [printable(part) for part in (_cut(self.where), _cut(self.tensor), what) if part]
+        return ": ".join(parts) + (f" ({printable(fix)})" if fix else "")
+
+
+def printable(text: str) -> str:
+    r"""A text as it may stand on a line of a terminal: what would move the cursor or turn the writing is escaped.
+
+    >>> print(printable("a\nb\x1b[2J\u202e"))
+    a\nb\x1b[2J\u202e
+    """
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def _cut(name: str) -> str:
+    """A name, or of a very long one its ends."""
+    return name if len(name) <= _LONGEST else f"{name[:_KEPT]}...{name[-_KEPT:]}"
+
+
+def summarised(problems: Sequence[Problem]) -> list[Problem]:
+    """The problems to tell: one cause over many tensors of a file, or many files of a folder, once with the count.
+
+    >>> for problem in summarised([Problem("m.safetensors", "is cut off", "", f"w{n}") for n in range(13)]):
+    ...     print(problem)
+    m.safetensors: w0 and 12 more: is cut off
+    """
+    alike: dict[tuple[str, ...], list[Problem]] = {}
+    for problem in problems:
+        alike.setdefault(_cause(problem), []).append(problem)
+    told = []
+    for problem in problems:
+        group = alike[_cause(problem)]
+        if len(group) <= _MOST_ALIKE:
+            told.append(problem)
+        elif problem is group[0]:
+            more = f" and {len(group) - 1} more"
+            if problem.tensor:
+                told.append(problem._replace(tensor=_cut(problem.tensor) + more))
+            else:
+                told.append(problem._replace(where=_cut(problem.where) + more))
+    return told
+
+
+def _cause(problem: Problem) -> tuple[str, ...]:
+    """What problems of one cause share: they may differ in numbers, as of bytes."""
+    folder = os.path.dirname(problem.where)
+    if problem.tensor or not folder:  # an option, of which each is told
+        return problem.where, "" if problem.tensor else problem.what, _NUMBERS.sub("#", problem.what), problem.fix
+    return folder, "files", _NUMBERS.sub("#", problem.what), problem.fix
 
 
 class NufiltError(Exception):
     """Base of all errors of this package; `problems` lists everything found, not only the first."""
 
     def __init__(self, *problems: Problem) -> None:
-        super().__init__("\n".join(str(problem) for problem in problems))
+        super().__init__("\n".join(str(problem) for problem in summarised(problems)))
         self.problems = problems
 
 

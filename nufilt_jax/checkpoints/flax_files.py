@@ -29,7 +29,8 @@ _SIZED = {
     0xD9: ("str", 1), 0xDA: ("str", 2), 0xDB: ("str", 4),
     0xDC: ("array", 2), 0xDD: ("array", 4), 0xDE: ("map", 2), 0xDF: ("map", 4),
 }  # fmt: skip
-_UINTS = {0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8}
+_INTS = {0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8, 0xD0: 1, 0xD1: 2, 0xD2: 4, 0xD3: 8}
+_FIRST_SIGNED = 0xD0  # of these; some writers give every length as a signed number of 64 bits
 
 
 class _Malformed(ValueError):
@@ -109,8 +110,10 @@ def _head(file: BufferedReader, size: int) -> tuple[str, int]:
         return "str", first & 0x1F
     if 0xD4 <= first <= 0xD8:
         return "ext", 1 << (first - 0xD4)
-    if first in _UINTS:
-        return "int", int.from_bytes(_take(file, _UINTS[first], size), "big")
+    if first in _INTS:
+        return "int", int.from_bytes(_take(file, _INTS[first], size), "big", signed=first >= _FIRST_SIGNED)
+    if first >= 0xE0:
+        return "int", first - 0x100
     if first in _SIZED:
         kind, width = _SIZED[first]
         return kind, int.from_bytes(_take(file, width, size), "big")

@@ -22,6 +22,7 @@ from nufilt_jax.checkpoints.folders import (
     no_weights_problem,
 )
 from nufilt_jax.checkpoints.index import parse_index
+from nufilt_jax.durable import atomic_write
 from nufilt_jax.errors import CheckpointError, Problem
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$", re.ASCII)
@@ -155,7 +156,7 @@ def _remember(snapshot: Path, revision: str | None, commit: str | None) -> None:
     if commit is not None and not _COMMIT.match(name):
         ref = snapshot.parent.parent / "refs" / name
         ref.parent.mkdir(parents=True, exist_ok=True)
-        ref.write_text(commit)
+        atomic_write(ref, commit.encode())  # half a commit would be none, and runs beside this one read it
 
 
 @dataclasses.dataclass(frozen=True)

@@ -127,7 +127,9 @@ def _are_counts(value: object) -> TypeGuard[list[int]]:
 
 def is_possible_shape(shape: Sequence[int]) -> bool:
     """Whether an array can have this shape: numpy's limits, which also hold where one of its sides is 0."""
-    return len(shape) <= _MAX_AXES and math.prod(size for size in shape if size) < _TOO_LARGE
+    if len(shape) > _MAX_AXES or any(size < 0 for size in shape):
+        return False
+    return math.prod(size for size in shape if size) < _TOO_LARGE
 
 
 def _layout_problems(entries: list[Entry], start: int, size: int, where: str) -> Iterator[Problem]:

@@ -18,6 +18,7 @@ from nufilt_jax.analysis.report import Told, report_page
 from nufilt_jax.checkpoints import Checkpoint, open_checkpoint
 from nufilt_jax.commands import console as show
 from nufilt_jax.commands.arguments import AnalyzeArguments
+from nufilt_jax.commands.failures import traceback_beside, traceback_kept
 from nufilt_jax.commands.measured import measure
 from nufilt_jax.config import problem
 from nufilt_jax.durable import atomic_write
@@ -57,7 +58,7 @@ def analyze(folder: Path, arguments: AnalyzeArguments, stdout: Console, stderr: 
     if not (place.out / RECIPE).is_file():
         raise OutputError(Problem(str(folder), "holds no finished merge", "give the output folder of a merge"))
     watcher = show.ProgressWatcher(stderr, quiet=arguments.quiet or arguments.json)
-    with place.locked(), watcher.progress:
+    with traceback_kept(traceback_beside(place.out)), place.locked(), watcher.progress:
         recipe = read_recipe(read_json(place.out / RECIPE), place.out)
         watcher.phase("measuring on images")
         document = _document(recipe, place.out, specs, arguments.images)

@@ -14,6 +14,7 @@ from rich.text import Text
 from nufilt_jax.anatomy import FLAT
 from nufilt_jax.engine.coverage import Rows, coverage, coverage_lines
 from nufilt_jax.engine.plan import Plan
+from nufilt_jax.errors import printable
 from nufilt_jax.methods.state import LayerReport
 from nufilt_jax.output.recipe import Recipe
 
@@ -41,7 +42,7 @@ class ProgressWatcher:
     def head(self, plan: Plan, selected: Rows, left: Rows) -> None:
         """What will be merged, and in which windows; on no terminal it is told with the results."""
         if not self.progress.disable:
-            for line in (*coverage_lines(selected, left), *grid_lines(plan)):
+            for line in (*map(printable, coverage_lines(selected, left)), *grid_lines(plan)):
                 show_line(self._console, line)
 
     def cell(self, task: str, window: str, done: int, total: int) -> None:
@@ -72,7 +73,7 @@ class ProgressWatcher:
 def show_warnings(console: Console, warnings: tuple[str, ...]) -> None:
     """One line each on stderr."""
     for warning in warnings:
-        show_line(console, f"nufilt: warning: {warning}")
+        show_line(console, f"nufilt: warning: {printable(warning)}")
 
 
 def show_line(console: Console, line: str) -> None:
@@ -152,7 +153,7 @@ def show_plan(console: Console, plan: Plan, estimate: Mapping[str, Any]) -> None
         f"layers  {len(plan.selection.layers)} merged by the method, {len(plan.selection.other)} other tensors "
         f"moved ({plan.settings.other_params}), {document['kept_from_base']} kept from the base",
         *(f"        {row['layers']} of shape [{row['shape'][0]}, {row['shape'][1]}]" for row in document["stacks"]),
-        *coverage_lines(document["selected"], document["left"]),
+        *map(printable, coverage_lines(document["selected"], document["left"])),
         *grid_lines(plan),
         *estimate_lines(estimate),
         *([f"out     {plan.out}"] if plan.out else []),
@@ -167,7 +168,7 @@ def show_plan(console: Console, plan: Plan, estimate: Mapping[str, Any]) -> None
 
 def show_result(console: Console, recipe: Recipe, out: str) -> None:
     """What was merged and what was left, the steps as a table, and where the model is."""
-    for line in coverage_lines(recipe.selected, recipe.left):
+    for line in map(printable, coverage_lines(recipe.selected, recipe.left)):
         show_line(console, line)
     table = Table("step", "task", "seconds", "loss before", "loss after", "")
     for number, step in enumerate(recipe.steps, 1):

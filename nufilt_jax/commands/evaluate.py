@@ -6,6 +6,7 @@ from rich.console import Console
 
 from nufilt_jax.commands import console as show
 from nufilt_jax.commands.arguments import EvaluateArguments
+from nufilt_jax.commands.failures import traceback_beside, traceback_kept
 from nufilt_jax.commands.settings import read_evaluation
 from nufilt_jax.engine.evaluation import evaluate_folder
 from nufilt_jax.errors import CheckpointError, ConfigError, Problem, raise_all
@@ -25,7 +26,7 @@ def evaluate(folder: Path, arguments: EvaluateArguments, stdout: Console, stderr
         raise CheckpointError(Problem(str(folder), "there is no such folder", "give the output folder of a merge"))
     place = OutputPlace(folder)
     watcher = show.ProgressWatcher(stderr, quiet=arguments.quiet or arguments.json)
-    with place.locked(), watcher.progress:
+    with traceback_kept(traceback_beside(place.out)), place.locked(), watcher.progress:
         document = evaluate_folder(place.out, arguments.task, options, watcher.phase)
     if arguments.json:
         show.show_json(stdout, {"out": str(place.out), "evaluation": document})

@@ -1,4 +1,4 @@
-"""Ctrl-C ends a run in order, wherever it strikes."""
+"""Ctrl-C, and the signal by which schedulers end a job, end a run in order, wherever they strike."""
 
 import contextlib
 import os
@@ -9,9 +9,22 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-INTERRUPTED = 130
-MESSAGE = "nufilt: interrupted; the same command again goes on after the last finished step\n"
+_TOLD = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 _SHOW_CURSOR = "\x1b[?25h"  # a progress bar hides it
+
+
+class TerminatedError(KeyboardInterrupt):
+    """The run was asked to end by SIGTERM; it ends as Ctrl-C ends it."""
+
+
+def interruption(error: KeyboardInterrupt) -> tuple[int, str]:
+    """The exit status and the message of a run that was interrupted."""
+    return _ending(signal.SIGTERM if isinstance(error, TerminatedError) else signal.SIGINT)
+
+
+def _ending(number: int) -> tuple[int, str]:
+    again = "the same command again goes on after the last finished step"
+    return 128 + number, f"nufilt: {_TOLD[signal.Signals(number)]}; {again}\n"
 
 
 @contextlib.contextmanager
@@ -25,31 +38,37 @@ def orderly_interrupts() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # where no handler can be set
         yield
         return
-    handler, hook = signal.getsignal(signal.SIGINT), sys.unraisablehook
+    handlers = {number: signal.getsignal(number) for number in _TOLD}
+    if handlers[signal.SIGTERM] is not signal.SIG_DFL:  # somebody else's matter
+        del handlers[signal.SIGTERM]
+    hook = sys.unraisablehook
 
     def on_unraisable(lost: Any) -> None:
-        if lost.exc_type is KeyboardInterrupt:
-            _end()
+        if isinstance(lost.exc_value, KeyboardInterrupt):
+            _end(signal.SIGTERM if isinstance(lost.exc_value, TerminatedError) else signal.SIGINT)
         hook(lost)
 
-    signal.signal(signal.SIGINT, _on_interrupt)
+    for number in handlers:
+        signal.signal(number, _on_signal)
     sys.unraisablehook = on_unraisable
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         sys.unraisablehook = hook
 
 
-def _on_interrupt(_: int, frame: FrameType | None) -> None:
+def _on_signal(number: int, frame: FrameType | None) -> None:
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
-            _end()
+            _end(number)
         frame = frame.f_back
-    raise KeyboardInterrupt
+    raise TerminatedError if number == signal.SIGTERM else KeyboardInterrupt
 
 
-def _end() -> None:
+def _end(number: int) -> None:
+    status, message = _ending(number)
     with contextlib.suppress(OSError):
-        os.write(2, ((_SHOW_CURSOR if os.isatty(2) else "") + MESSAGE).encode())
-    os._exit(INTERRUPTED)
+        os.write(2, ((_SHOW_CURSOR if os.isatty(2) else "") + message).encode())
+    os._exit(status)

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from nufilt_jax.commands import console as show
 from nufilt_jax.commands.arguments import Arguments
+from nufilt_jax.commands.failures import traceback_beside, traceback_kept
 from nufilt_jax.commands.method_help import method_documents, method_lines
 from nufilt_jax.commands.request import check_usage, continued_job, new_job
 from nufilt_jax.engine.coverage import coverage, outside_warnings
@@ -68,7 +69,7 @@ def _run(arguments: Arguments, stdout: Console, stderr: Console) -> None:
     job = None if arguments.add is not None else new_job(arguments)
     place = OutputPlace(cast(Path, arguments.add or (job and job.out)))  # None is for plans, see check_usage
     watcher = show.ProgressWatcher(stderr, quiet=arguments.quiet or arguments.json)
-    with place.locked(), watcher.progress:
+    with traceback_kept(traceback_beside(place.out)), place.locked(), watcher.progress:
         clock = Clock()
         with clock.spent_on("plan"):
             plan = make_plan(job or continued_job(arguments, place), offline=arguments.offline)

@@ -13,7 +13,7 @@ from nufilt_jax.engine.records import new_recipe
 from nufilt_jax.engine.timing import Clock, CompileLog
 from nufilt_jax.engine.walk import Walk
 from nufilt_jax.engine.watching import Evaluation, Watcher
-from nufilt_jax.errors import EvaluationError, NufiltError, OutputError
+from nufilt_jax.errors import EvaluationError, NufiltError, OutputError, Problem, SolveError
 from nufilt_jax.methods import find
 from nufilt_jax.output.card import model_card
 from nufilt_jax.output.place import OutputPlace
@@ -63,6 +63,8 @@ def run(
                 evaluation.finish(place.staging, recipe)
     except (OutputError, EvaluationError):  # what is done can be gone on with, elsewhere or without an evaluation
         raise
+    except SolveError as error:
+        raise _kept(error, place) from error
     except NufiltError:  # the same command would fail again, and another could not use what is done
         place.discard()
         raise
@@ -90,5 +92,17 @@ def _write_model(plan: Plan, walk: Walk, place: OutputPlace) -> None:
         shutil.rmtree(place.staging, ignore_errors=True)
         if isinstance(error, OutputError):
             raise
-        kept = f"what is merged is kept in {place.partial}"
-        raise OutputError(*(p._replace(fix=f"{p.fix}; {kept}" if p.fix else kept) for p in error.problems)) from error
+        raise OutputError(*_with_kept(error, place)) from error
+
+
+def _kept(error: SolveError, place: OutputPlace) -> SolveError:
+    """The same refusal, which says that the steps before it stand; nothing is left behind where there are none."""
+    if not place.has_state:
+        place.discard()
+        return error
+    return SolveError(*_with_kept(error, place))
+
+
+def _with_kept(error: NufiltError, place: OutputPlace) -> list[Problem]:
+    kept = f"what is merged is kept in {place.partial}"
+    return [problem._replace(fix=f"{problem.fix}; {kept}" if problem.fix else kept) for problem in error.problems]

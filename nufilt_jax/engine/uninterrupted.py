@@ -1,4 +1,4 @@
-"""Ctrl-C waits while memory is between two states."""
+"""Ctrl-C and SIGTERM wait while memory is between two states."""
 
 import contextlib
 import signal
@@ -6,28 +6,33 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Puts a Ctrl-C off until the end of the context; a second one is not put off.
+    """Puts a Ctrl-C or SIGTERM off until the end of the context; a second one is not put off.
 
     A program that writes the new D over the old cannot be stopped half way and leave either.
     """
     if threading.current_thread() is not threading.main_thread():  # which gets no signals
         yield
         return
-    handler = signal.getsignal(signal.SIGINT)
+    handlers = {int(number): handler for number in _SIGNALS if callable(handler := signal.getsignal(number))}
     caught: list[tuple[int, FrameType | None]] = []
 
     def put_off(number: int, frame: FrameType | None) -> None:
-        if caught and callable(handler):
-            handler(number, frame)
+        if caught:
+            handlers[number](number, frame)
         caught.append((number, frame))
 
-    signal.signal(signal.SIGINT, put_off)
+    for number in handlers:
+        signal.signal(number, put_off)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
-    if caught and callable(handler):
-        handler(*caught[0])
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if caught:
+        number, frame = caught[0]
+        handlers[number](number, frame)

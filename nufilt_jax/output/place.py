@@ -134,6 +134,11 @@ class OutputPlace:
         """
         return [*stored_windows(self.out / STATE), *stored_windows(self.state)]
 
+    @property
+    def has_state(self) -> bool:
+        """Whether a window of the merge under way is kept."""
+        return self.state.is_dir() and any(self.state.iterdir())
+
     def record(self, recipe: Recipe) -> None:
         """Keeps a recipe of the merge under way.
 

@@ -1,11 +1,14 @@
 """Bad input: one line per problem, exit 1, nothing left behind; wrong usage: exit 2."""
 
+import json
 import re
 import shutil
 
 import model_builders as build
 import numpy as np
 import pytest
+
+from nufilt_jax.errors import Problem, SolveError
 
 LINE = re.compile(r"^nufilt: [^:]+: .+$")
 
@@ -185,11 +188,32 @@ def test_output_format_that_the_model_does_not_have(tmp_path, refused):
     assert refused("plan", *argv) == [line]
 
 
-def test_solution_that_is_not_finite(models, tmp_path, refused, command):
-    (*lines,) = refused(*command(models, tmp_path / "out", "--learning-rate", "1e38"))
-    assert len(lines) == len(build.SELECTED)
-    path = models / "beta" / "model.safetensors"
-    assert f"nufilt: {path}: {build.Q0}: the solution is not finite (lower --learning-rate)" in lines
+def test_solution_that_is_not_finite(models, tmp_path, nufilt, command):
+    out = tmp_path / "out"
+    argv = command(models, out, "--learning-rate", "1e38")
+    failed = nufilt(*argv)
+    path, more = models / "beta" / "model.safetensors", len(build.SELECTED) - 1
+    kept = f"lower --learning-rate; what is merged is kept in {out}.partial"
+    assert failed.code == 1 and not out.exists()
+    (line,) = failed.lines
+    assert line.startswith(f"nufilt: {path}: vision_model.encoder.layers.0.self_attn.")
+    assert line.endswith(f".weight and {more} more: the solution is not finite ({kept})")
+    assert [step["task"] for step in json.loads((tmp_path / "out.partial/nufilt.json").read_text())["steps"]] == [
+        "alpha"
+    ]
+    other = nufilt(*command(models, out))
+    assert other.code == 1 and f"remove {out}.partial" in other.err
+
+
+def test_a_first_solution_that_is_not_finite_leaves_nothing(models, tmp_path, refused, command, monkeypatch):
+    from nufilt_jax.engine import walk
+
+    def fails(*_):
+        raise SolveError(Problem("task", "the solution is not finite", "lower --learning-rate", build.Q0))
+
+    monkeypatch.setattr(walk, "update", fails)
+    (line,) = refused(*command(models, tmp_path / "out"))
+    assert line.endswith("(lower --learning-rate)")
 
 
 @pytest.mark.parametrize("out", ["/", "inside the base"])

@@ -1,0 +1,91 @@
+"""What nobody foresaw: one line for the user, and the traceback in a file beside the output, for a report."""
+
+import contextlib
+import importlib.metadata
+import platform
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+from nufilt_jax import __version__
+from nufilt_jax.errors import NufiltError, Problem
+
+_LIBRARIES = ("jax", "jaxlib", "numpy", "orbax-checkpoint", "safetensors")
+_PACKAGE = Path(__file__).parents[1]
+_NO_MEMORY = "RESOURCE_EXHAUSTED"  # so XLA begins to say that a device has no room
+
+
+class UnexpectedError(NufiltError, RuntimeError):
+    """A failure that nobody foresaw; its traceback is kept for a report."""
+
+
+def traceback_beside(out: Path) -> Path:
+    """The file that holds the traceback of a failed run: `DIR.traceback`, beside its output folder."""
+    return out.with_name(f"{out.name}.traceback")
+
+
+@contextlib.contextmanager
+def traceback_kept(log: Path) -> Iterator[None]:
+    """Keeps the traceback of what fails unforeseen in a file, which the next run that ends well removes.
+
+    Raises:
+      UnexpectedError: in the place of what was not foreseen.
+    """
+    try:
+        yield
+    except (NufiltError, OSError):
+        raise
+    except Exception as error:
+        raise UnexpectedError(unforeseen(error, log if _write(log, error) else None)) from error
+    with contextlib.suppress(OSError):
+        log.unlink(missing_ok=True)
+
+
+def unforeseen(error: BaseException, log: Path | None = None) -> Problem:
+    """What to tell of a failure that is no `NufiltError`.
+
+    Args:
+      error: as it was raised.
+      log: the file that holds its traceback; None if there is none.
+    """
+    kept = f"the traceback is in {log}" if log else ""
+    if isinstance(error, OSError):
+        return Problem(str(error.filename or "system"), error.strerror or str(error), kept)
+    reason = next((line for line in map(str.strip, str(error).splitlines()) if line), "")
+    if isinstance(error, MemoryError):
+        return Problem("memory", "is exhausted", _joined("close other programs, or use a larger machine", kept))
+    if reason.startswith(_NO_MEMORY):
+        fix = "give a smaller --max-memory, or use a larger device"
+        return Problem("device memory", f"is exhausted: {reason}", _joined(fix, kept))
+    what = f"{type(error).__name__}" + (f": {reason}" if reason else "")
+    return Problem(_place(error), f"failed unforeseen: {what}", _joined(kept, "please report it"))
+
+
+def _joined(*parts: str) -> str:
+    return "; ".join(part for part in parts if part)
+
+
+def _place(error: BaseException) -> str:
+    """Where in this package a failure was met, innermost first: `engine/walk.py:93`."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(_PACKAGE)]
+    if not ours:
+        return "nufilt"
+    return f"{Path(ours[-1].filename).relative_to(_PACKAGE).as_posix()}:{ours[-1].lineno}"
+
+
+def _write(log: Path, error: BaseException) -> bool:
+    """Whether the traceback could be kept."""
+    told = [
+        f"nufilt_jax {__version__}, Python {platform.python_version()}, {platform.platform()}",
+        *(f"{name} {importlib.metadata.version(name)}" for name in _LIBRARIES),
+        f"command: {sys.argv}",
+        "".join(traceback.format_exception(error)),
+    ]
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("\n".join(told), encoding="utf-8", errors="backslashreplace")
+    except (OSError, ValueError):
+        return False
+    return True
