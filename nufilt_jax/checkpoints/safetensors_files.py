@@ -163,13 +163,26 @@ def ordered(pieces: Iterable[Piece]) -> list[Piece]:
     return sorted(pieces, key=lambda piece: -bits(piece.dtype))
 
 
-def write_file(path: Path, pieces: Iterable[Piece], metadata: Mapping[str, str]) -> None:
+def file_bytes(pieces: Iterable[Piece], metadata: Mapping[str, str]) -> int:
+    """Bytes of the file that `write_file` writes."""
+    pieces = list(pieces)
+    data = sum(math.prod(piece.shape) * bits(piece.dtype) // 8 for piece in pieces)
+    return len(_header_bytes(ordered(pieces), metadata)) + data
+
+
+def write_file(path: Path, pieces: Iterable[Piece], metadata: Mapping[str, str], *, mode: str = "wb") -> None:
     """Streams a safetensors file.
 
     The library would need all tensors in memory at once, and refuses types that it does not know.
+
+    Args:
+      path: of the file.
+      pieces: its tensors.
+      metadata: of its header.
+      mode: `wb`, or `r+b` to write over room that was taken before.
     """
     pieces = ordered(pieces)
-    with path.open("wb") as file:
+    with path.open(mode) as file:
         file.write(_header_bytes(pieces, metadata))
         for piece in pieces:
             file.writelines(piece.data)

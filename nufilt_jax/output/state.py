@@ -1,36 +1,28 @@
 """The state of a merge on disk: what a later run needs to go on where this one stops.
 
 One folder per window of the grid: `window-0002-3/` holds the D of window number 2 after 3 tasks (`window-0002/` in a
-finished merge), `arrays/` as an orbax checkpoint and `window.json` with its layers and what each step did to them. So a
-folder tells by itself what it holds, and other windows can be laid over the same layers.
+finished merge), `arrays.safetensors` with their checksums and `window.json` with its layers and what each step did to
+them. So a folder tells by itself what it holds, and other windows can be laid over the same layers. Arrays that are
+spread over several processes stand in `arrays/`, an orbax checkpoint.
 """
 
-import contextlib
-import logging
-import os
 import re
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from nufilt_jax.checkpoints.dtypes import AnyArray
 from nufilt_jax.durable import make_folder, move, sync_tree
 from nufilt_jax.errors import OutputError, Problem
+from nufilt_jax.output.arrays import Groups, write_arrays
 from nufilt_jax.output.documents import read_json, write_json
 from nufilt_jax.output.recipe import Step
+from nufilt_jax.output.spread import is_spread, save_spread
 
-_ROOM = 1.1  # free space asked for, per byte of state
-_SLACK = 1 << 17  # bytes that orbax writes whatever the size: measured at 30 kB
-_PLAIN = re.compile(r"[\w/.-]+", re.ASCII)
+_SLACK = 1 << 16  # bytes asked for beside the arrays' own: of the header, and of what tells of the window
 _FOLDER = re.compile(r"window-(?P<number>\d{4,})(-\d+)?")
-ARRAYS, _TOLD = "arrays", "window.json"
+ARRAYS, SPREAD, _TOLD = "arrays.safetensors", "arrays", "window.json"
 AGAIN = "merge again from the start"
-
-Groups = Mapping[str, Mapping[str, AnyArray]]  # named groups of arrays, as `delta` and `extra` of a merge
+MAKE_ROOM = "free some space and run the same command again"
 
 
 class CellRecord(NamedTuple):
@@ -68,13 +60,6 @@ class StoredWindow(NamedTuple):
     def named(self, done: int | None = None) -> str:
         """The name of its folder: in a finished merge, or with the number of its tasks."""
         return f"window-{self.number:04d}" + ("" if done is None else f"-{done}")
-
-
-class _Lent(np.ndarray):
-    """A view that orbax writes from: it would copy the whole state first, lest somebody change it meanwhile."""
-
-    def __deepcopy__(self, memo: dict[int, Any] | None = None, /) -> "_Lent":
-        return self
 
 
 def stored_windows(root: Path) -> list[StoredWindow]:
@@ -115,7 +100,7 @@ def save_window(root: Path, window: StoredWindow, arrays: Groups) -> StoredWindo
     make_folder(root)
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
-    _save_arrays(draft / ARRAYS, arrays)
+    _save_arrays(draft, arrays)
     cells = [{**cell.step.to_json(), "forecast": cell.forecast} for cell in window.cells]
     write_json(draft / _TOLD, {"tasks": window.done, "layers": list(window.layers), "cells": cells})
     sync_tree(draft)
@@ -127,56 +112,24 @@ def save_window(root: Path, window: StoredWindow, arrays: Groups) -> StoredWindo
     return window._replace(folder=target)
 
 
-def _save_arrays(folder: Path, arrays: Groups) -> None:
-    import orbax.checkpoint as ocp
-
-    groups = {group: {name: np.asarray(x).view(_Lent) for name, x in named.items()} for group, named in arrays.items()}
-    _require_room(folder.parent, sum(x.nbytes for named in groups.values() for x in named.values()))
+def _save_arrays(draft: Path, groups: Groups) -> None:
+    if any(is_spread(x) for named in groups.values() for x in named.values()):
+        save_spread(draft / SPREAD, groups)
+        return
+    path = draft / ARRAYS
     try:
-        # Not compressed: float32 task vectors hardly shrink, and the processor is busy merging.
-        handler = ocp.PyTreeCheckpointHandler(use_zarr3=True, use_compression=False)
-        with quiet(), spelt_plainly(folder) as path, ocp.Checkpointer(handler) as checkpointer:
-            checkpointer.save(path, groups)
-    except (OSError, ValueError, RuntimeError) as error:
-        what = f"the state cannot be written: {error}"
-        raise OutputError(Problem(str(folder), what, "free some space and run the same command again")) from error
+        _require_room(draft, sum(x.nbytes for named in groups.values() for x in named.values()))
+        write_arrays(path, groups)
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        what = f"the state cannot be written: {error.strerror or error}"
+        raise OutputError(Problem(str(path), what, MAKE_ROOM)) from error
 
 
 def _require_room(folder: Path, n_bytes: int) -> None:
-    """Finds out beforehand: where a disk is full, orbax says so from its threads, in many lines."""
-    reserved = folder / "room"
-    needed = int(_ROOM * n_bytes) + _SLACK
-    try:
-        if (free := shutil.disk_usage(folder).free) < needed:
-            what = f"the state needs {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free"
-            raise OutputError(Problem(str(folder), what, "free some space and run the same command again"))
-        if hasattr(os, "posix_fallocate"):  # knows of quotas too
-            with reserved.open("wb") as file:
-                os.posix_fallocate(file.fileno(), 0, needed)
-    finally:
-        reserved.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def spelt_plainly(folder: Path) -> Iterator[Path]:
-    """A path that orbax takes as it is: it knows UTF-8 alone, and reads a pattern or an address into some names."""
-    path = folder.absolute()
-    if _PLAIN.fullmatch(str(path)):
-        yield path
-        return
-    with tempfile.TemporaryDirectory(prefix="nufilt-") as scratch:
-        link = Path(scratch) / "folder"
-        link.symlink_to(path.parent)
-        yield link / path.name
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps the tracebacks of orbax's threads off stderr; the failure itself is raised, and told in one line."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+    """Tells both numbers where the disk has no room; what it does not tell of, as quotas, is met when room is taken."""
+    needed = n_bytes + _SLACK
+    if (free := shutil.disk_usage(folder).free) < needed:
+        what = f"the state needs {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free"
+        raise OutputError(Problem(str(folder), what, MAKE_ROOM))

@@ -5,12 +5,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from nufilt_jax.checkpoints.dtypes import Array
 from nufilt_jax.errors import CheckpointError, Problem
+from nufilt_jax.output.arrays import ArrayFile
 from nufilt_jax.output.recipe import Step
-from nufilt_jax.output.state import AGAIN, ARRAYS, CellRecord, StoredWindow, quiet, spelt_plainly
+from nufilt_jax.output.spread import SpreadArrays
+from nufilt_jax.output.state import AGAIN, ARRAYS, SPREAD, CellRecord, StoredWindow
 
 
 class Stored:
@@ -21,13 +21,14 @@ class Stored:
 
     def __init__(self, windows: Iterable[StoredWindow] = ()) -> None:
         self._homes: dict[str, StoredWindow] = {}
+        self._contexts = contextlib.ExitStack()
+        self._files: dict[Path, ArrayFile | SpreadArrays] = {}
         for window in windows:
             self.add(window)
-        self._readers = contextlib.ExitStack()
-        self._checkpointer: Any = None
 
     def add(self, window: StoredWindow) -> None:
         """Takes in a window that is on disk."""
+        self._files.pop(window.folder, None)  # it may stand in the place of an older one
         for layer in window.layers:
             if layer not in self._homes or self._homes[layer].done <= window.done:
                 self._homes[layer] = window
@@ -78,8 +79,8 @@ class Stored:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._readers.close()
-        self._checkpointer = None
+        self._contexts.close()
+        self._files.clear()
 
     def deltas(self, layers: Iterable[str]) -> dict[str, Array]:
         """D of some layers.
@@ -96,7 +97,7 @@ class Stored:
         return {
             name: array
             for folder, members in wanted.items()
-            for name, array in self._restored(folder, {"delta": members})["delta"].items()
+            for name, array in self._read(folder, "delta", members).items()
         }
 
     def others(self, layers: Iterable[str]) -> dict[str, dict[str, Array]]:
@@ -104,33 +105,26 @@ class Stored:
         found: dict[str, dict[str, Array]] = {}
         layers = tuple(layers)
         for window in self.windows_of(layers):
-            folder, foreign = window.folder, set(window.layers).difference(layers)
-            with _failures(folder), spelt_plainly(folder / ARRAYS) as path:
-                tree = self._reader().metadata(path).item_metadata.tree
-            names = {group: [x for x in named if x not in foreign] for group, named in tree.items() if group != "delta"}
-            names = {group: wanted for group, wanted in names.items() if wanted}
-            for group, named in (self._restored(folder, names) if names else {}).items():
-                found[group] = found.get(group, {}) | named
+            foreign = set(window.layers).difference(layers)
+            with _failures(window.folder):
+                names = self._file(window.folder).names
+            for group, named in names.items():
+                wanted = [name for name in named if name not in foreign]
+                if group != "delta" and wanted:
+                    found[group] = found.get(group, {}) | self._read(window.folder, group, wanted)
         return found
 
-    def _restored(self, folder: Path, names: Mapping[str, Iterable[str]]) -> dict[str, dict[str, Array]]:
-        """Some arrays of each group, and nothing else read."""
-        import orbax.checkpoint as ocp
+    def _read(self, folder: Path, group: str, names: Iterable[str]) -> dict[str, Array]:
+        with _failures(folder):
+            return self._file(folder).read(group, names)
 
-        as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
-        how = {group: dict.fromkeys(members, as_numpy) for group, members in names.items()}
-        item = {group: dict.fromkeys(members, 0) for group, members in names.items()}
-        part = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
-        with _failures(folder), spelt_plainly(folder / ARRAYS) as path:
-            return self._reader().restore(path, args=part)
-
-    def _reader(self) -> Any:
-        import orbax.checkpoint as ocp
-
-        if self._checkpointer is None:
-            self._readers.enter_context(quiet())
-            self._checkpointer = self._readers.enter_context(ocp.Checkpointer(ocp.PyTreeCheckpointHandler()))
-        return self._checkpointer
+    def _file(self, folder: Path) -> ArrayFile | SpreadArrays:
+        if folder not in self._files:
+            if (folder / SPREAD).is_dir():
+                self._files[folder] = self._contexts.enter_context(SpreadArrays(folder / SPREAD))
+            else:
+                self._files[folder] = ArrayFile(folder / ARRAYS)
+        return self._files[folder]
 
 
 def forecast_of(layers: Iterable[str], parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -144,9 +138,9 @@ def forecast_of(layers: Iterable[str], parts: Iterable[Mapping[str, Any]]) -> di
 
 @contextlib.contextmanager
 def _failures(folder: Path) -> Iterator[None]:
-    """Turns what orbax raises into one line."""
+    """Turns what a damaged state raises into one line."""
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        what = f"the state of the merge cannot be read: {type(error).__name__}: {error}"
+        what = f"the state of the merge cannot be read: {error}"
         raise CheckpointError(Problem(str(folder), what, AGAIN)) from error

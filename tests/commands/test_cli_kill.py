@@ -23,7 +23,7 @@ MERGE_POINTS = {
 SWAP_POINTS = {
     "in the middle of the swap": "os:replace:out.partial/previous:after",
     "after the swap": "os:replace:out.partial/output'):after",
-    "while tidying up": "os:unlink:manifest.ocdbt:after",
+    "while tidying up": "os:unlink:arrays.safetensors:after",
 }
 
 

@@ -3,7 +3,9 @@ import numpy as np
 import pytest
 
 from nufilt_jax.errors import CheckpointError, OutputError
+from nufilt_jax.output import state
 from nufilt_jax.output.recipe import Step
+from nufilt_jax.output.spread import save_spread
 from nufilt_jax.output.state import CellRecord, StoredWindow, save_window, stored_windows
 from nufilt_jax.output.stored import Stored
 
@@ -79,13 +81,64 @@ def test_the_state_with_the_most_tasks_counts(tmp_path):
             assert stored.deltas("b")["b"] == 2
 
 
-def test_a_damaged_state_is_refused(tmp_path):
+def flipped(data, at):
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        (lambda data: data[:-1], "is cut off"),
+        (
+            lambda data: flipped(data, len(data) - 1),
+            "has another checksum in arrays.safetensors than when it was written",
+        ),
+        (lambda data: flipped(data, 9), "has a header that is not JSON"),
+        (lambda data: data.replace(b"delta:a", b"delta:z"), "delta:a is not in arrays.safetensors"),
+        (lambda data: data.replace(b"crc32", b"other"), "has no checksums"),
+        (lambda data: b"", "too short"),
+    ],
+)
+def test_a_damaged_state_is_refused(tmp_path, damage, what):
     kept = save_window(tmp_path, window(tmp_path, 0, DELTA, "one"), {"delta": DELTA})
+    path = kept.folder / "arrays.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    with (
+        Stored([kept]) as stored,
+        pytest.raises(CheckpointError, match="the state of the merge cannot be read") as error,
+    ):
+        stored.deltas(DELTA)
+    assert what in str(error.value)
+
+
+def test_a_state_that_is_written_again_is_read_again(tmp_path):
+    told = window(tmp_path, 0, "a", "one")
+    with Stored([save_window(tmp_path, told, {"delta": {"a": np.zeros(3, np.float32)}})]) as stored:
+        assert not stored.deltas("a")["a"].any()
+        stored.add(save_window(tmp_path, told, {"delta": {"a": np.ones(3, np.float32)}}))
+        assert stored.deltas("a")["a"].all()
+
+
+@pytest.mark.parametrize("name", [".", "模型", "[x] #?%20"])
+def test_what_is_spread_over_processes_is_an_orbax_checkpoint(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(state, "is_spread", lambda _: True)  # one process alone holds nothing that is
+    root = tmp_path / name
+    kept = save_window(root, window(root, 0, DELTA, "one"), {"delta": DELTA, **BESIDE})
+    assert [path.name for path in kept.folder.iterdir() if path.is_dir()] == ["arrays"]
+    with Stored([kept]) as stored:
+        found = stored.deltas(DELTA), stored.others(DELTA)["extra"]
+    for group, wanted in zip(found, (DELTA, BESIDE["extra"]), strict=True):
+        assert {key: (x.dtype, x.tobytes()) for key, x in group.items()} == {
+            key: (np.asarray(x).dtype, np.asarray(x).tobytes()) for key, x in wanted.items()
+        }
     for path in (kept.folder / "arrays").rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[:-1])
     with Stored([kept]) as stored, pytest.raises(CheckpointError, match="the state of the merge cannot be read"):
         stored.deltas(DELTA)
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="the state cannot be written"):
+        save_spread(tmp_path / "file" / "arrays", {"delta": DELTA})
 
 
 @pytest.mark.parametrize("text", ["{}", '{"layers": ["a"], "cells": [{}]}', "[]", "{"])
