@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 # What moves a terminal's cursor, ends a line, or turns the direction of the text behind it.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-_NUMBERS = re.compile(r"\[[\d, ]*\]|\d+")  # and shapes
+_NUMBERS = re.compile(r"\[[\d, ]*\]|\d+(?:\.\d+)?(?:e[-+]?\d+)?")  # and shapes
 _LONGEST = 1000  # characters of a name in a message: more than most systems allow of a path
 _KEPT = 200  # of the start, and of the end, of a longer one
 _MOST_ALIKE = 3  # problems that differ in the tensor alone are told one by one up to this number

@@ -9,14 +9,14 @@ from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 
 from nufilt_jax import __version__
-from nufilt_jax.commands.arguments import AnalyzeArguments, Arguments, EvaluateArguments, home_expanded
+from nufilt_jax.commands.arguments import AnalyzeArguments, Arguments, EvaluateArguments, Flag, home_expanded
 from nufilt_jax.commands.streams import Output
 from nufilt_jax.errors import NotYetError, Problem, UsageError
 
 NO_ARGUMENTS = Arguments()
 ANALYZE_DEFAULTS = AnalyzeArguments()
 EVALUATE_DEFAULTS = EvaluateArguments()
-COMMANDS_TO_COME = ("verify", "export")
+COMMANDS_TO_COME = ("export",)
 WIDE = 1000  # columns of what is no terminal: nothing is wrapped or cut in a file or a pipe
 Folder = Annotated[Path, Parameter(converter=home_expanded)]
 _BARE: dict[str, Any] = {"result_action": "return_value", "suppress_keyboard_interrupt": False}  # `main` does the rest
@@ -87,6 +87,25 @@ def analyze(folder: Folder, /, arguments: AnalyzeArguments = ANALYZE_DEFAULTS) -
 
     _require_backend()
     return analyze(folder, arguments, _console(), _console(stderr=True))
+
+
+@app.command
+def verify(
+    folder: Folder, /, *, quick: Flag = False, json: Flag = False, quiet: Flag = False, offline: Flag = False
+) -> int:
+    """Check a finished merge against its recipe: inputs and files by their hashes, and every number by merging again.
+
+    Args:
+      folder: The output folder of the merge.
+      quick: Hash inputs and outputs alone, and do not merge again.
+      json: One JSON document on stdout and nothing else there.
+      quiet: Nothing but what does not hold.
+      offline: Never ask the Hub; use its local cache.
+    """
+    from nufilt_jax.commands.verify import verify
+
+    _require_backend()
+    return verify(folder, _console(), _console(stderr=True), quick=quick, json=json, quiet=quiet, offline=offline)
 
 
 def dispatch(argv: list[str], prog: str) -> int:

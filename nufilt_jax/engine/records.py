@@ -1,9 +1,11 @@
 """What goes into a recipe: what went in, how, and what each step did."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +17,7 @@ from nufilt_jax.core.forecast import Forecast
 from nufilt_jax.engine.coverage import coverage
 from nufilt_jax.engine.inspection import Inspection
 from nufilt_jax.engine.plan import Plan
+from nufilt_jax.linalg.chunks import layers_at_once
 from nufilt_jax.methods import find
 from nufilt_jax.methods.state import LayerReport
 from nufilt_jax.output.recipe import Model, Recipe, Step
@@ -25,11 +28,9 @@ NEAR_EQUAL = 1e-3  # relative gap at the cut below which the choice of direction
 
 def new_recipe(plan: Plan, inspection: Inspection) -> Recipe:
     """The recipe, with the steps that earlier runs have done marked as resumed."""
-    device = jax.local_devices()[0]
     several = f", {plan.devices} of them" if plan.devices > 1 and find(plan.settings.method).spreads else ""
     selected, left = coverage(plan, inspection.changes)
     recorded = plan.recorded.recipe if plan.recorded else None
-    libraries = {name: importlib.metadata.version(name) for name in _LIBRARIES}
     return Recipe(
         base=_opened("base", plan.base, inspection.base_sha256),
         tasks=tuple(
@@ -43,10 +44,50 @@ def new_recipe(plan: Plan, inspection: Inspection) -> Recipe:
         left=left,
         steps=tuple(step.as_resumed() for step in (recorded.steps if recorded else ())),
         windows=recorded.windows if recorded else [],
-        versions={"nufilt_jax": __version__, "python": platform.python_version()} | libraries,
-        device=f"{device.platform}: {device.device_kind}{several}",
+        versions=version_entry(),
+        device=device_entry() + several,
+        host=_host(recorded) if not plan.is_finished or recorded is None else recorded.host,
+        files=recorded.files if plan.is_finished and recorded is not None else {},
         memory=plan.memory.to_json(),
     )
+
+
+def version_entry() -> dict[str, str]:
+    """Of this program and its libraries."""
+    libraries = {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    return {"nufilt_jax": __version__, "python": platform.python_version()} | libraries
+
+
+def device_entry() -> str:
+    """The device that JAX computes on."""
+    device = jax.devices()[0]
+    return f"{device.platform}: {device.device_kind}"
+
+
+def host_entry() -> dict[str, Any]:
+    """What the bits of a merge depend on, beside the versions and the kind of device.
+
+    Chunks of layers share the degree of a polynomial (see `linalg.chunks`), and XLA compiles for the processor at hand.
+    The number of cores by itself changes nothing.
+    """
+    return {"machine": platform.machine(), "processor": _processor(), "layers_at_once": layers_at_once()}
+
+
+def _host(recorded: Recipe | None) -> dict[str, Any]:
+    """The host; `is_mixed` tells that earlier steps were merged on another one."""
+    here = host_entry()
+    if recorded is None or not recorded.steps:
+        return here
+    is_mixed = {**recorded.host, "is_mixed": False} != {**here, "is_mixed": False} or recorded.host.get("is_mixed")
+    return {**here, "is_mixed": True} if is_mixed else here
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):  # where there is no /proc
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
 
 
 def _opened(name: str, checkpoint: Checkpoint, sha256: Mapping[str, str]) -> Model:

@@ -72,8 +72,7 @@ def run(
     recipe = dataclasses.replace(recipe, timings=clock.as_dict(), compiled=compiled.as_dict(), memory=memory)
     rule = find(plan.settings.method)
     card = model_card(recipe, rule.source, needs_data=rule.needs_data, adds_parameters=rule.adds_parameters)
-    place.publish(recipe, walk.forecast(), card, walk.windows)
-    return recipe
+    return place.publish(recipe, walk.forecast(), card, walk.windows)
 
 
 def _write_model(plan: Plan, walk: Walk, place: OutputPlace) -> None:

@@ -1,7 +1,8 @@
 """A batch a few layers at a time, and one after another: the order in which decompositions may run."""
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -24,8 +25,31 @@ def after(x: Float[Array, "..."], *done: Float[Array, "..."]) -> Float[Array, ".
     return x
 
 
+_as_then: list[int] = []  # how many layers at a time, where a merge of another machine is done again
+
+
+@contextlib.contextmanager
+def at_once(n_layers: int) -> Iterator[None]:
+    """Works on so many layers at a time, whatever the cores: the bits of a merge depend on that number.
+
+    Programs that were compiled for another number are let go of. Not for several threads.
+    """
+    changes = n_layers != layers_at_once()
+    if changes:
+        jax.clear_caches()
+    _as_then.append(n_layers)
+    try:
+        yield
+    finally:
+        _as_then.pop()
+        if changes:
+            jax.clear_caches()
+
+
 def layers_at_once() -> int:
     """How many layers a CPU works on at a time: one to each core, so that they stay in its cache."""
+    if _as_then:
+        return _as_then[-1]
     # Those this process may use, not all of the machine: `taskset` and batch systems give fewer.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, LAPACK_BATCH)

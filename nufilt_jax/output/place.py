@@ -1,6 +1,7 @@
 """The place of an output folder: locked while in use, and never holding half a model."""
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import os
@@ -13,12 +14,14 @@ from nufilt_jax.checkpoints.writer import output_error
 from nufilt_jax.durable import atomic_write, make_folder, move, sync, sync_tree
 from nufilt_jax.errors import OutputError, Problem
 from nufilt_jax.output.documents import read_json, write_json
+from nufilt_jax.output.hashes import folder_sha256
 from nufilt_jax.output.recipe import Recipe
 from nufilt_jax.output.state import Groups, StoredWindow, save_window, stored_windows
 
 RECIPE = "nufilt.json"
 FORECAST = "forecast.json"
 STATE = "state"
+REWRITTEN = (RECIPE, "evaluation.json", "accuracy_matrix.png")  # which other commands write anew: no digest is kept
 
 
 class OutputPlace:
@@ -162,7 +165,9 @@ class OutputPlace:
         except OSError as error:
             raise output_error(self.partial, error) from error
 
-    def publish(self, recipe: Recipe, forecast: Mapping[str, Any], card: str, windows: Iterable[StoredWindow]) -> None:
+    def publish(
+        self, recipe: Recipe, forecast: Mapping[str, Any], card: str, windows: Iterable[StoredWindow]
+    ) -> Recipe:
         """Completes the model in `staging` and puts it under the final name.
 
         Args:
@@ -171,18 +176,22 @@ class OutputPlace:
           card: the text of `README.md`.
           windows: all windows, as they stand on disk; numbered anew.
 
+        Returns:
+          The recipe, with the SHA-256 of the output's files.
+
         Raises:
           OutputError: something foreign has come to stand there, or the disk is full.
         """
         self.finished()
         try:
-            write_json(self.staging / RECIPE, recipe.to_json())
             write_json(self.staging / FORECAST, dict(forecast))
             atomic_write(self.staging / "README.md", card.encode())
             for number, window in enumerate(windows):
                 # Linked, not moved: should the swap be cut short, the state still stands where it did.
                 target = self.staging / STATE / window._replace(number=number).named()
                 shutil.copytree(window.folder, target, copy_function=_link)
+            recipe = dataclasses.replace(recipe, files=folder_sha256(self.staging, without=REWRITTEN))
+            write_json(self.staging / RECIPE, recipe.to_json())
             sync_tree(self.staging)
             if self.out.exists():
                 move(self.out, self._previous)
@@ -190,6 +199,7 @@ class OutputPlace:
         except OSError as error:
             raise output_error(self.out, error) from error
         self.discard()
+        return recipe
 
 
 def _link(source: str, target: str) -> None:

@@ -203,6 +203,8 @@ class Recipe:
       windows: of the grid: how many layers each has, the bytes of its D, and the tasks that are merged into it.
       versions: of this program and its libraries.
       device: where it ran.
+      host: what the bits of the numbers depend on beside versions and device, see `engine.records.host_entry`.
+      files: SHA-256 of the output's own files, by path relative to the folder.
       timings: seconds by what they were spent on, besides the steps.
       compiled: the programs compiled, and the seconds that took.
       memory: bytes allowed, planned and measured.
@@ -218,6 +220,8 @@ class Recipe:
     windows: Rows = dataclasses.field(default_factory=list)
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     device: str = ""
+    host: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
     timings: Mapping[str, float] = dataclasses.field(default_factory=dict)
     compiled: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     memory: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -278,7 +282,8 @@ class Recipe:
         return found if here == there else [*found, ("task", here, there)]
 
 
-_AS_THEY_ARE = ("selected", "left", "windows", "versions", "device", "timings", "compiled", "memory")
+_TOLD = ("versions", "device", "host", "files", "timings", "compiled", "memory")
+_AS_THEY_ARE = ("selected", "left", "windows", *_TOLD)
 _ALWAYS = ("selected", "left", "windows")
 
 

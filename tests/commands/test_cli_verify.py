@@ -1,0 +1,183 @@
+"""A finished merge held against its recipe."""
+
+import hashlib
+import json
+import shutil
+
+import model_builders as build
+import numpy as np
+import pytest
+
+from nufilt_jax.engine import evaluation, verification
+from nufilt_jax.output import place
+
+SUM = ("--method", "sum")
+
+
+@pytest.fixture
+def merged(models, tmp_path, nufilt, command):
+    """A merge of two models by summing, whose inputs a test may change."""
+    assert nufilt(*command(models, tmp_path / "out", *SUM, n=2)).code == 0
+    return tmp_path / "out"
+
+
+def recipe_of(out):
+    return json.loads((out / "nufilt.json").read_text())
+
+
+def flip(path, at=-1):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def test_the_recipe_holds_the_hashes_of_its_files(merged):
+    files = {path.relative_to(merged).as_posix(): path for path in merged.rglob("*") if path.is_file()}
+    wanted = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+    del wanted["nufilt.json"]
+    assert recipe_of(merged)["files"] == wanted
+    assert {"model.safetensors", "config.json", "README.md", "forecast.json"} < wanted.keys()
+    assert "state/window-0000/arrays.safetensors" in wanted
+    assert set(place.REWRITTEN) == {"nufilt.json", evaluation.EVALUATION, evaluation.PICTURE}
+
+
+def test_a_merge_that_nothing_happened_to(shared_models, tmp_path, nufilt, command):
+    out = tmp_path / "out"
+    assert nufilt(*command(shared_models, out, n=2)).code == 0
+    before = build.snapshot(tmp_path)
+    told = nufilt("verify", out, "--json")
+    assert (told.code, told.err) == (0, "") and build.snapshot(tmp_path) == before
+    assert told.json["holds"] and told.json["bit_for_bit"] and told.json["problems"] == []
+    assert told.json["inputs"] == {"base": True, "alpha": True, "beta": True}
+    again = told.json["recomputed"]
+    n_layers = len(build.SELECTED)
+    assert again["tensors"] == again["identical"] == len(build.weights(out)) + n_layers and again["worst"] == 0
+    assert nufilt("verify", out).out.splitlines()[-1] == "verified"
+    assert nufilt("add", out, "--task", f"gamma={shared_models / 'gamma'}").code == 0
+    assert nufilt("verify", out).code == 0
+
+
+def test_quick_merges_nothing(merged, nufilt, monkeypatch):
+    monkeypatch.setattr(verification, "run", None)
+    result = nufilt("verify", merged, "--quick", "--json")
+    assert result.code == 0 and result.json["recomputed"] is None and result.json["quick"]
+    assert nufilt("verify", merged, "--quick").out.splitlines() == [
+        "inputs  3 of 3 are what they were",
+        f"files   {len(recipe_of(merged)['files'])} were hashed",
+        "verified",
+    ]
+    assert nufilt("verify", merged, "--quick", "--quiet").out == ""
+
+
+def test_every_missing_or_changed_file_is_named(merged, models, nufilt):
+    flip(merged / "config.json")
+    flip(merged / "state" / "window-0000" / "window.json")
+    (merged / "forecast.json").unlink()
+    flip(models / "base" / "model.safetensors")
+    shutil.rmtree(models / "beta")
+    for options in ((), ("--quick",)):
+        result = nufilt("verify", merged, *options)
+        lines = [line for line in result.lines if line.startswith("nufilt: ")]
+        assert result.code == 1 and len(lines) == len(result.lines) == 5
+        for path, what in [
+            (merged / "config.json", "had SHA-256 "),
+            (merged / "state/window-0000/window.json", "had SHA-256 "),
+            (merged / "forecast.json", "is missing"),
+            (models / "base", f"has changed since the merge in {merged} began: model.safetensors had SHA-256 "),
+            (models / "beta", "there is no such folder"),
+        ]:
+            assert any(line.startswith(f"nufilt: {path}: {what}") for line in lines), (path, lines)
+        assert result.out.splitlines()[-1] == "not verified"
+    told = nufilt("verify", merged, "--quick", "--json").json
+    assert told["inputs"] == {"base": False, "alpha": True, "beta": False} and not told["holds"]
+    assert len(told["problems"]) == 5
+
+
+def rehashed(out, **changes):
+    """Writes the hashes of an output anew, as somebody would who wants to hide what was changed."""
+    recipe = recipe_of(out)
+    recipe["files"] = {name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in recipe["files"]}
+    (out / "nufilt.json").write_text(json.dumps(recipe | changes))
+
+
+def change_model(out, factor):
+    path = out / "model.safetensors"
+    tensors = build.weights(out)
+    build.save_file(tensors | {build.Q0: tensors[build.Q0] * np.float32(factor)}, path, {"format": "pt"})
+
+
+def test_what_another_recipe_would_give_is_found(merged, nufilt):
+    change_model(merged, 1 + 1e-6)
+    rehashed(merged)
+    result = nufilt("verify", merged)
+    (line,) = result.lines
+    assert result.code == 1
+    assert line.startswith(
+        f"nufilt: {merged / 'model.safetensors'}: {build.Q0}: is not what the recipe gives: it differs"
+    )
+    assert "where 0 is allowed" in line
+    assert nufilt("verify", merged, "--quick").code == 0
+
+
+def test_other_versions_may_change_bits_and_little_more(merged, nufilt):
+    versions = recipe_of(merged)["versions"] | {"jax": "0.1"}
+    change_model(merged, 1 + 1e-7)
+    rehashed(merged, versions=versions)
+    told = nufilt("verify", merged, "--json")
+    assert told.code == 0, told.err
+    assert [row["what"] for row in told.json["differences"]] == ["jax"] and not told.json["bit_for_bit"]
+    assert told.json["recomputed"]["worst_tensor"] == build.Q0
+    assert "jax (then 0.1, now" in nufilt("verify", merged).out
+    change_model(merged, 1.01)
+    rehashed(merged, versions=versions)
+    result = nufilt("verify", merged)
+    assert result.code == 1 and "where 4e-05 is allowed" in result.err
+
+
+def test_a_state_of_another_merge_is_found(merged, models, tmp_path, nufilt, command):
+    other = tmp_path / "other"
+    assert nufilt(*command(models, other, *SUM, tasks=("alpha", "gamma"))).code == 0
+    shutil.rmtree(merged / "state")
+    shutil.copytree(other / "state", merged / "state")
+    rehashed(merged)
+    result = nufilt("verify", merged)
+    assert result.code == 1 and f"nufilt: {merged}: state: " in result.err and len(result.lines) == 1
+
+
+@pytest.mark.parametrize("what", ["nothing", "no recipe", "no hashes", "damaged"])
+def test_what_cannot_be_verified(merged, nufilt, tmp_path, what):
+    if what == "no recipe":
+        (merged / "nufilt.json").unlink()
+    elif what == "no hashes":
+        recipe = recipe_of(merged)
+        del recipe["files"]
+        (merged / "nufilt.json").write_text(json.dumps(recipe))
+    elif what == "damaged":
+        (merged / "nufilt.json").write_text("{")
+    result = nufilt("verify", tmp_path / "none" if what == "nothing" else merged, "--quick", "--quiet")
+    (line,) = result.lines
+    told = {"no hashes": "its recipe holds no hashes of its files", "damaged": "is not JSON"}
+    assert result.code == 1 and told.get(what, "holds no finished merge") in line
+
+
+def test_bits_are_those_of_the_merge_whatever_the_cores(shared_models, tmp_path, nufilt, command, monkeypatch):
+    from nufilt_jax.linalg import chunks
+
+    out = tmp_path / "out"
+    with chunks.at_once(3):
+        assert nufilt(*command(shared_models, out, n=2)).code == 0
+    assert recipe_of(out)["host"]["layers_at_once"] == 3
+    assert chunks.layers_at_once() != 3
+    assert nufilt("verify", out).code == 0
+
+
+def test_a_merge_of_two_hosts_is_called_one(shared_models, tmp_path, nufilt, command, monkeypatch):
+    from nufilt_jax.engine import records
+
+    out = tmp_path / "out"
+    assert nufilt(*command(shared_models, out, *SUM, n=1)).code == 0
+    monkeypatch.setattr(records, "_processor", lambda: "another")
+    assert nufilt("add", out, "--task", f"gamma={shared_models / 'gamma'}").code == 0
+    assert recipe_of(out)["host"]["is_mixed"]
+    told = nufilt("verify", out, "--json")
+    assert told.code == 0 and [row["what"] for row in told.json["differences"]] == ["hosts"]
