@@ -9,14 +9,13 @@ from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 
 from nufilt_jax import __version__
-from nufilt_jax.commands.arguments import AnalyzeArguments, Arguments, EvaluateArguments, Flag, home_expanded
+from nufilt_jax.commands.arguments import AnalyzeArguments, Arguments, EvaluateArguments, Flag, Whole, home_expanded
 from nufilt_jax.commands.streams import Output
-from nufilt_jax.errors import NotYetError, Problem, UsageError
+from nufilt_jax.errors import Problem, UsageError
 
 NO_ARGUMENTS = Arguments()
 ANALYZE_DEFAULTS = AnalyzeArguments()
 EVALUATE_DEFAULTS = EvaluateArguments()
-COMMANDS_TO_COME = ("export",)
 WIDE = 1000  # columns of what is no terminal: nothing is wrapped or cut in a file or a pipe
 Folder = Annotated[Path, Parameter(converter=home_expanded)]
 _BARE: dict[str, Any] = {"result_action": "return_value", "suppress_keyboard_interrupt": False}  # `main` does the rest
@@ -108,6 +107,35 @@ def verify(
     return verify(folder, _console(), _console(stderr=True), quick=quick, json=json, quiet=quiet, offline=offline)
 
 
+@app.command
+def export(
+    folder: Folder,
+    /,
+    *,
+    what: str,
+    out: Folder,
+    step: Whole = None,
+    json: Flag = False,
+    quiet: Flag = False,
+    offline: Flag = False,
+) -> int:
+    """Write a part of a finished merge for other programs: a task vector, D, the forecast, or the solve as StableHLO.
+
+    Args:
+      folder: The output folder of the merge.
+      what: tau, delta, forecast or stablehlo.
+      out: The file to write, or for stablehlo the folder.
+      step: Of which step, counted from 1. Without it, the last; of a forecast, all.
+      json: One JSON document on stdout and nothing else there.
+      quiet: Nothing but warnings and errors.
+      offline: Never ask the Hub; use its local cache.
+    """
+    from nufilt_jax.commands.export import export
+
+    _require_backend()
+    return export(folder, what, out, step, _console(), json=json, quiet=quiet, offline=offline)
+
+
 def dispatch(argv: list[str], prog: str) -> int:
     """Parses a command line and does what it says.
 
@@ -124,8 +152,6 @@ def dispatch(argv: list[str], prog: str) -> int:
     runner = app
     if prog != app.name[0]:
         runner = App(name=prog, default_command=merge, version=__version__, **_BARE)
-    elif argv and argv[0] in COMMANDS_TO_COME:
-        raise NotYetError(Problem(argv[0], "is not available yet", "merge, add, plan, evaluate and analyze are"))
     try:
         console = Console(file=cast(TextIO, Output(sys.stdout, is_result=True)))
         result = runner(argv, console=console, exit_on_error=False, print_error=False)

@@ -255,12 +255,6 @@ def test_wrong_usage(refused, tmp_path, monkeypatch, argv):
     assert len(lines) == 1
 
 
-@pytest.mark.parametrize("name", ["verify", "export"])
-def test_commands_to_come(refused, name):
-    ready = "merge, add, plan, evaluate and analyze are"
-    assert refused(name, "x", "--y") == [f"nufilt: {name}: is not available yet ({ready})"]
-
-
 def test_messages_are_never_wrapped(shared_models, tmp_path, refused, command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     name = "with [brackets] and :cat: " + "x" * 100
