@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from typing import Any
+from typing import Any, BinaryIO
 
 LFS_POINTER = "is a Git LFS pointer, not the file itself"
 LFS_PULL = "run in the clone: git lfs pull"
@@ -11,6 +11,10 @@ LFS_PULL = "run in the clone: git lfs pull"
 _LFS_START = b"version https://git-lfs.github.com/spec/"
 _MAX_DEPTH = 100  # of brackets in brackets: configs have 5, and what walks them later recurses
 _MAX_DIGITS = 308  # of a whole number: a float holds no more
+# The largest models have some 100 000 tensors, of 130 bytes and ten values each in a header. Above, a small file takes
+# much memory: that of 48 MB of JSON is at most half a gigabyte.
+MOST_BYTES = 48_000_000
+_MOST_VALUES = 2_500_000
 _SHOWN = 80  # characters of a value in a message
 
 
@@ -31,6 +35,11 @@ def is_lfs_pointer(start: bytes) -> bool:
     return start.startswith(_LFS_START)
 
 
+def read_object(file: BinaryIO, *, lenient: bool = False) -> dict[str, Any]:
+    """Reads a JSON object from an open file, and of one that is too long not all; see `parse_object`."""
+    return parse_object(file.read(MOST_BYTES + 1), lenient=lenient)
+
+
 def parse_object(text: bytes, *, lenient: bool = False) -> dict[str, Any]:
     """Reads a JSON object.
 
@@ -43,6 +52,10 @@ def parse_object(text: bytes, *, lenient: bool = False) -> dict[str, Any]:
     """
     if is_lfs_pointer(text):
         raise JsonError(LFS_POINTER, LFS_PULL)
+    if len(text) > MOST_BYTES:
+        raise JsonError(f"is JSON of more than {MOST_BYTES // 1_000_000} MB")
+    if sum(map(text.count, (b",", b"[", b"{"))) > _MOST_VALUES:
+        raise JsonError(f"is JSON of more than {_MOST_VALUES} values")
     strict: dict[str, Any] = {} if lenient else _STRICT
     try:
         content = json.loads(text.decode("utf-8-sig"), parse_int=_whole, **strict)

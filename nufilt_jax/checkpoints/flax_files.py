@@ -20,6 +20,7 @@ _ARRAY, _SCALAR = 1, 3  # extension types of flax.serialization; 2 is a complex 
 _CHUNKED = "__msgpack_chunked_array__"
 _CHUNK_BYTES = 1 << 30  # msgpack objects end at 2^32 bytes; flax splits arrays here
 _MAX_DEPTH = 64
+_MOST_TENSORS = 250_000  # twice those of the largest models
 _CHUNK_NUMBER = re.compile(r"[0-9]{1,9}")
 
 # First byte of an object -> (kind, how many bytes hold its length).
@@ -80,6 +81,8 @@ def _walk(file: BufferedReader, size: int, path: tuple[str, ...], entries: list[
     """Appends the tensors of one object: a map, or an array."""
     name = "/".join(path)
     kind, length = _head(file, size)
+    if len(entries) >= _MOST_TENSORS:
+        raise _Malformed(f"holds more than {_MOST_TENSORS} tensors")
     if kind == "ext":
         entries.append(_read_array(file, name, length, size))
     elif kind != "map":

@@ -24,6 +24,7 @@ from nufilt_jax.checkpoints.folders import (
 from nufilt_jax.checkpoints.index import parse_index
 from nufilt_jax.durable import atomic_write
 from nufilt_jax.errors import CheckpointError, Problem
+from nufilt_jax.strict_json import MOST_BYTES
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$", re.ASCII)
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
@@ -126,7 +127,7 @@ def _weight_names(folder: Folder, layout: Layout) -> list[str]:
     if not layout.is_index:
         return [layout.file]
     with folder.open(layout.file) as file:
-        return [layout.file, *parse_index(file.read(), layout.file).shards]
+        return [layout.file, *parse_index(file.read(MOST_BYTES + 1), layout.file).shards]
 
 
 def _fetch(source: str, revision: str | None, *, headers_only: bool, whole: bool) -> Place:

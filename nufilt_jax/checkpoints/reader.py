@@ -18,7 +18,7 @@ from nufilt_jax.checkpoints.safetensors_files import Entry, Header
 from nufilt_jax.checkpoints.tensors import TensorInfo, UnreadTensors, map_tensors, stream_spans
 from nufilt_jax.checkpoints.ties import tie
 from nufilt_jax.errors import CheckpointError, Problem, raise_all
-from nufilt_jax.strict_json import JsonError, parse_object
+from nufilt_jax.strict_json import MOST_BYTES, JsonError, read_object
 
 Role = Literal["base", "task"]
 
@@ -172,7 +172,7 @@ def _read_config(
     if "config.json" in present:
         try:
             with folder.open("config.json") as file:
-                return parse_object(file.read(), lenient=True), []
+                return read_object(file, lenient=True), []
         except JsonError as error:
             fault = Problem(path, str(error), error.fix or "download or save the model again")
     return {}, [fault] if role == "base" else []
@@ -183,7 +183,7 @@ def _read_headers(folder: Folder, layout: Layout, where: str) -> tuple[Index, di
     index = Index({layout.file: frozenset()}, {}, ())
     if layout.is_index:
         with folder.open(layout.file) as file:
-            index = parse_index(file.read(), f"{where}/{layout.file}")
+            index = parse_index(file.read(MOST_BYTES + 1), f"{where}/{layout.file}")
     lost = missing_shards(index, {name for name in index.shards if folder.has(name)}, where)
     headers = {name: _read_header(folder, name, layout.format, where) for name in index.shards if folder.has(name)}
     broken = [problem for header in headers.values() for problem in header.problems]

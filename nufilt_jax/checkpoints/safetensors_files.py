@@ -15,6 +15,7 @@ from nufilt_jax.errors import Problem
 from nufilt_jax.strict_json import (
     LFS_POINTER,
     LFS_PULL,
+    MOST_BYTES,
     JsonError,
     is_lfs_pointer,
     is_text,
@@ -22,7 +23,6 @@ from nufilt_jax.strict_json import (
     shown,
 )
 
-_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 _RELOAD = "download or save it again"
 _POINTER = 100  # bytes that tell a Git LFS pointer
 _MAX_AXES = 32  # numpy had no more until 2.0
@@ -86,7 +86,7 @@ def _read_table(file: BufferedReader, size: int) -> tuple[dict[str, Any], int, s
     if size < 8:
         return {}, 0, f"is {size} bytes long, too short for a safetensors file"
     length = int.from_bytes(file.read(8), "little")
-    if length > _MAX_HEADER:
+    if length > MOST_BYTES:
         return {}, 0, f"is no safetensors file: it would have a header of {length} bytes"
     if 8 + length > size:
         return {}, 0, f"is cut off: the header needs {8 + length} bytes, the file has {size}"

@@ -12,7 +12,7 @@ from typing import Any
 
 from nufilt_jax.errors import ConfigError, Problem, raise_all
 from nufilt_jax.evaluation.t5.spec import TextSpec
-from nufilt_jax.strict_json import JsonError, parse_object
+from nufilt_jax.strict_json import JsonError, read_object
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,8 @@ def load_specs(user_file: Path | None = None) -> dict[str, Spec]:
     if user_file is None:
         return specs
     try:
-        document = parse_object(user_file.read_bytes())
+        with user_file.open("rb") as file:
+            document = read_object(file)
     except JsonError as error:
         raise ConfigError(Problem(str(user_file), str(error), error.fix or _NAME_TASKS)) from error
     except OSError as error:

@@ -18,7 +18,7 @@ from nufilt_jax.evaluation.specs import ImageSpec, Spec
 from nufilt_jax.evaluation.t5.spec import TextSpec
 from nufilt_jax.evaluation.t5.tasks import open_text_task
 from nufilt_jax.evaluation.tokenizer import open_tokenizer
-from nufilt_jax.strict_json import JsonError, parse_object
+from nufilt_jax.strict_json import JsonError, read_object
 
 _KINDS: Mapping[str, type] = {"clip": ImageSpec, "clip_vision_model": ImageSpec, "t5": TextSpec}
 _WORDS: Mapping[type, str] = {ImageSpec: "images", TextSpec: "text"}
@@ -128,7 +128,8 @@ def open_tasks(
 def _preprocessor(folder: Path) -> dict[str, Any]:
     path = folder / "preprocessor_config.json"
     try:
-        return parse_object(path.read_bytes(), lenient=True)
+        with path.open("rb") as file:
+            return read_object(file, lenient=True)
     except (OSError, JsonError) as error:
         what = str(error) if isinstance(error, JsonError) else f"cannot be read: {error.strerror or error}"
         raise CheckpointError(Problem(str(path), what, "copy that of the pre-trained model into the folder")) from error

@@ -6,7 +6,7 @@ from typing import Any
 
 from nufilt_jax.durable import atomic_write
 from nufilt_jax.errors import OutputError, Problem
-from nufilt_jax.strict_json import JsonError, parse_object
+from nufilt_jax.strict_json import JsonError, read_object
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -16,7 +16,8 @@ def read_json(path: Path) -> dict[str, Any]:
       OutputError: it cannot be read, or is none.
     """
     try:
-        return parse_object(path.read_bytes())
+        with path.open("rb") as file:
+            return read_object(file)
     except JsonError as error:
         raise OutputError(Problem(str(path), str(error), error.fix or "remove the folder to start over")) from error
     except OSError as error:

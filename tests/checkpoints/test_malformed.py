@@ -167,3 +167,50 @@ def test_halves_of_characters_in_a_config_are_written_again(tmp_path):
     (folder / "config.json").write_text('{"torch_dtype": "float32", "name": "\\ud800"}')
     save(open_checkpoint(str(folder)).read(), tmp_path / "out", like=str(folder), dtype="float16")
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"torch_dtype": "float16", "name": "\ud800"}
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int16", "int32", "int64", "uint64"])
+def test_a_flax_shape_in_any_whole_numbers(tmp_path, dtype):
+    width, code = {"int8": (1, 0xD0), "int16": (2, 0xD1), "int32": (4, 0xD2), "int64": (8, 0xD3), "uint64": (8, 0xCF)}[
+        dtype
+    ]
+    folder = write_flax(tmp_path / "m", {"w": np.ones((2, 3), np.float32)})
+    path = folder / "flax_model.msgpack"
+    data = path.read_bytes()
+    at = data.index(b"\x92\x02\x03")  # the shape [2, 3]
+    start = data.index(b"\xc7")  # the array, an extension of so many bytes
+    shape = b"\x92" + bytes([code]) + (2).to_bytes(width, "big") + bytes([code]) + (3).to_bytes(width, "big")
+    longer = data[start + 1] + len(shape) - 3
+    path.write_bytes(data[: start + 1] + bytes([longer]) + data[start + 2 : at] + shape + data[at + 3 :])
+    assert open_checkpoint(str(folder)).tensors["w"].shape == (2, 3)
+    minus = bytes([code]) + (256**width - 2).to_bytes(width, "big")
+    path.write_bytes(path.read_bytes().replace(bytes([code]) + (2).to_bytes(width, "big"), minus))
+    with pytest.raises(CheckpointError, match=r"w: has the impossible shape"):
+        open_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("header", "what"),
+    [
+        (b'{"a":' + b"[" * 3_000_000, "is JSON of more than 2500000 values"),
+        (b'{"a":"' + b"x" * 47_999_000 + b'"}', "has no description in the header"),
+        (b"x" * 48_000_001, "it would have a header of 48000001 bytes"),
+        (b'{"w":' + b"[" * 5000 + b"]" * 5000 + b"}", "is nested too deeply"),
+        (b'{"w":{"shape":' + b"[" * 900 + b"]" * 900 + b"}}", "is nested too deeply"),
+    ],
+    ids=["brackets", "long text", "long", "nested", "nested shape"],
+)
+def test_a_small_file_cannot_take_much_memory(tmp_path, header, what):
+    folder = write_safetensors(tmp_path / "m", vision_tower())
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(CheckpointError) as error:
+        open_checkpoint(str(folder))
+    assert what in str(error.value) and len(str(error.value)) < 1000
+
+
+def test_a_config_without_end_is_not_read_to_it(tmp_path):
+    folder = write_safetensors(tmp_path / "m", vision_tower())
+    with (folder / "config.json").open("r+b") as file:
+        file.truncate(1 << 40)  # a sparse file
+    with pytest.raises(CheckpointError, match=r"config\.json: is JSON of more than 48 MB"):
+        open_checkpoint(str(folder), role="base")
