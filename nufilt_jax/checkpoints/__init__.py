@@ -6,6 +6,8 @@ from nufilt_jax.checkpoints.flax_trees import from_flax as from_flax
 from nufilt_jax.checkpoints.flax_trees import to_flax as to_flax
 from nufilt_jax.checkpoints.hub import parse_source as parse_source
 from nufilt_jax.checkpoints.partners import fit as fit
+from nufilt_jax.checkpoints.peft.adapted import AdaptedCheckpoint as AdaptedCheckpoint
+from nufilt_jax.checkpoints.peft.reader import open_task as open_task
 from nufilt_jax.checkpoints.quantised import quantised_problems as quantised_problems
 from nufilt_jax.checkpoints.reader import Checkpoint as Checkpoint
 from nufilt_jax.checkpoints.reader import open_checkpoint as open_checkpoint

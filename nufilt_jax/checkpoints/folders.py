@@ -12,10 +12,12 @@ from nufilt_jax.errors import Problem
 
 SAFETENSORS = "safetensors"
 FLAX = "flax"
+PEFT = "peft"  # an adapter, which needs its base
 ADDED = "added_parameters.safetensors"  # what a merge added to its model, see `added`
 
 _SINGLE = {SAFETENSORS: "model.safetensors", FLAX: "flax_model.msgpack"}
 _INDEX = {SAFETENSORS: "model.safetensors.index.json", FLAX: "flax_model.msgpack.index.json"}
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 _WEIGHTS = re.compile(
     r"\.(safetensors|msgpack|bin|pt|pth|ckpt|h5|ot|onnx|onnx_data|gguf|ggml|pkl|pickle|npz|tflite|pb|mlmodel)"
@@ -77,12 +79,14 @@ class Layout:
 
 
 def find_weights(names: Collection[str]) -> Layout | None:
-    """The weights to read: safetensors before Flax, one file before shards; None if there are none."""
+    """The weights to read: safetensors before Flax, one file before shards, then adapters; None if there are none."""
     for kind in (SAFETENSORS, FLAX):
         if _SINGLE[kind] in names:
             return Layout(kind, _SINGLE[kind], is_index=False)
         if _INDEX[kind] in names:
             return Layout(kind, _INDEX[kind], is_index=True)
+    if ADAPTER_CONFIG in names and ADAPTER in names:
+        return Layout(PEFT, ADAPTER, is_index=False)
     return None
 
 
@@ -93,12 +97,14 @@ def single_file(kind: str) -> str:
 
 def no_weights_problem(where: str, names: Collection[str]) -> Problem:
     """Says why nothing in a folder can be read as weights."""
-    if "adapter_config.json" in names:
-        return Problem(
-            where,
-            "is a PEFT adapter, and adapters cannot be merged yet",
-            "load it with peft, call merge_and_unload() and save the whole model",
-        )
+    if ADAPTER_CONFIG in names and "adapter_model.bin" in names:
+        what = "is a pickle, which can run any code when loaded, and the adapter has no other weights"
+        fix = "load it with peft 0.6 or later where you trust it and call save_pretrained(folder)"
+        return Problem(f"{where}/adapter_model.bin", what, f"{fix}, which writes safetensors")
+    if ADAPTER_CONFIG in names:
+        return Problem(where, f"is a PEFT adapter without its {ADAPTER}", "download or save it again")
+    if ADAPTER in names:
+        return Problem(where, f"holds {ADAPTER} without its {ADAPTER_CONFIG}", "download or save it again")
     if "model_index.json" in names:
         what = "is a diffusers pipeline: its components are models of their own"
         held = [f"{where}/{name}" for name in components(where, names)]

@@ -41,6 +41,21 @@ def canonical_names(stored_names: Collection[str]) -> dict[str, str]:
     return {name: _apply(rules, name) for name in stored_names}
 
 
+def names_like(names: Collection[str], base: Collection[str]) -> dict[str, str]:
+    """Canonical names of tensors of a model that is known by its base: as an adapter's, which has few of them.
+
+    Args:
+      names: stored names, torch spelling.
+      base: canonical names of the base.
+    """
+    rules = _rules_for(base)
+    for prefix, more in (("vision_model.", _VISION_RULES), ("text_model.", _TEXT_RULES)):
+        # Of a model with both towers, names without a tower's could be either's.
+        if not rules and base and all(name.startswith(prefix) for name in base):
+            rules = more
+    return {name: _apply(rules, name) for name in names}
+
+
 def _rules_for(names: Collection[str]) -> tuple[tuple[str, str], ...]:
     if any(re.match(r"(model\.)?multi_modal_projector\.", name) for name in names):
         return _LLAVA_RULES

@@ -9,7 +9,16 @@ from typing import Any, Literal
 
 from nufilt_jax.checkpoints import flax_files, safetensors_files
 from nufilt_jax.checkpoints.dtypes import Array, numpy_dtype
-from nufilt_jax.checkpoints.folders import ADDED, FLAX, Folder, Layout, find_weights, no_weights_problem
+from nufilt_jax.checkpoints.folders import (
+    ADAPTER_CONFIG,
+    ADDED,
+    FLAX,
+    PEFT,
+    Folder,
+    Layout,
+    find_weights,
+    no_weights_problem,
+)
 from nufilt_jax.checkpoints.hub import Place, locate
 from nufilt_jax.checkpoints.index import Index, disagreements, missing_shards, parse_index
 from nufilt_jax.checkpoints.names import canonical_names, flax_axes, from_flax_name
@@ -21,6 +30,7 @@ from nufilt_jax.errors import CheckpointError, Problem, raise_all
 from nufilt_jax.strict_json import MOST_BYTES, JsonError, read_object
 
 Role = Literal["base", "task"]
+_NO_MODEL = ("is a PEFT adapter, no model", "merge it as --task NAME=FOLDER onto its base")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +50,7 @@ class Checkpoint:
       index_metadata: what the index says beside the weight map.
       is_local: False if only headers were fetched from the Hub, so that no weight can be read.
       has_added: whether parameters that a merge added stand beside its weights.
+      notices: what the user should know of how it is read.
     """
 
     source: str
@@ -54,6 +65,12 @@ class Checkpoint:
     index_metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     is_local: bool = True
     has_added: bool = False
+    notices: tuple[str, ...] = ()
+
+    @property
+    def stored(self) -> tuple[TensorInfo, ...]:
+        """What lies in its own files."""
+        return tuple(self.tensors.values())
 
     def read(self, names: Iterable[str] | None = None) -> dict[str, Array]:
         """Weights by canonical name, in canonical orientation and in the file's own type.
@@ -71,7 +88,7 @@ class Checkpoint:
         raise_all(CheckpointError, self._unreadable(wanted))
         return map_tensors(self.tensors[name] for name in wanted)
 
-    def unread(self, names: Iterable[str], *, stop: threading.Event | None = None) -> UnreadTensors:
+    def unread(self, names: Iterable[str], *, stop: threading.Event | None = None) -> Mapping[str, Any]:
         """Weights as `read` gives them, but each read when it is asked for, and never mapped.
 
         Args:
@@ -115,6 +132,7 @@ def open_checkpoint(
     role: Role = "task",
     headers_only: bool = False,
     model_config: Mapping[str, Any] | None = None,
+    adapters: bool = False,
 ) -> Checkpoint:
     """Opens a local folder or a Hub model; reads headers, index and config only.
 
@@ -125,23 +143,30 @@ def open_checkpoint(
       role: a base needs a valid `config.json`; a task's is ignored if missing or broken.
       headers_only: write nothing; of a Hub model that is not cached only the headers are fetched.
       model_config: says how the weights lie; the base's for a task, whose own may be missing. None for its own.
+      adapters: a PEFT folder may come too: its tensors by stored name, its config that of the adapter.
 
     Raises:
       CheckpointError: with everything that is wrong with this folder.
     """
     place = locate(source, revision=revision, offline=offline, headers_only=headers_only, whole=role == "base")
     try:
-        return _open_at(place, source, role, model_config)
+        return _open_at(place, source, role, model_config, adapters=adapters)
     except OSError as error:
         where = str(error.filename or source)
         what = f"cannot be read: {error.strerror or error}"
         raise CheckpointError(Problem(where, what, "check the folder and its permissions")) from error
 
 
-def _open_at(place: Place, source: str, role: Role, model_config: Mapping[str, Any] | None) -> Checkpoint:
+def _open_at(
+    place: Place, source: str, role: Role, model_config: Mapping[str, Any] | None, *, adapters: bool
+) -> Checkpoint:
     present = place.folder.files()
-    config, config_problems = _read_config(place.folder, present, source, role)
     layout = find_weights(present)
+    if layout is not None and layout.format == PEFT and not adapters:
+        raise CheckpointError(Problem(source, *_NO_MODEL))
+    is_adapter = layout is not None and layout.format == PEFT
+    file = ADAPTER_CONFIG if is_adapter else "config.json"
+    config, config_problems = _read_config(place.folder, file, present, source, needed=is_adapter or role == "base")
     if layout is None:
         raise CheckpointError(no_weights_problem(source, present), *config_problems)
     index, headers, problems = _read_headers(place.folder, layout, source)
@@ -154,7 +179,8 @@ def _open_at(place: Place, source: str, role: Role, model_config: Mapping[str, A
         format=layout.format,
         config=config,
         tensors=tie(infos, config, compare_bytes=place.is_local),
-        weight_files=tuple(place.path / name for name in headers),
+        # The numbers of an adapter mean nothing without those of its config, which are hashed with them.
+        weight_files=tuple(place.path / name for name in (*headers, *([ADAPTER_CONFIG] if is_adapter else []))),
         metadata={name: header.metadata for name, header in headers.items()},
         index_file=layout.file if layout.is_index else None,
         index_metadata=index.metadata,
@@ -164,18 +190,17 @@ def _open_at(place: Place, source: str, role: Role, model_config: Mapping[str, A
 
 
 def _read_config(
-    folder: Folder, present: Collection[str], where: str, role: Role
+    folder: Folder, name: str, present: Collection[str], where: str, *, needed: bool
 ) -> tuple[dict[str, Any], list[Problem]]:
-    """Content of `config.json`; a fault counts for a base only."""
-    path = f"{where}/config.json"
-    fault = Problem(where, "has no config.json", "a base must be a whole model folder")
-    if "config.json" in present:
+    """Content of a config; a fault counts where it is needed."""
+    fault = Problem(where, f"has no {name}", "a base must be a whole model folder")
+    if name in present:
         try:
-            with folder.open("config.json") as file:
+            with folder.open(name) as file:
                 return read_object(file, lenient=True), []
         except JsonError as error:
-            fault = Problem(path, str(error), error.fix or "download or save the model again")
-    return {}, [fault] if role == "base" else []
+            fault = Problem(f"{where}/{name}", str(error), error.fix or "download or save the model again")
+    return {}, [fault] if needed else []
 
 
 def _read_headers(folder: Folder, layout: Layout, where: str) -> tuple[Index, dict[str, Header], list[Problem]]:

@@ -15,7 +15,7 @@ from nufilt_jax.analysis.document import Measured, make_document
 from nufilt_jax.analysis.layers import WHOLE_MODEL
 from nufilt_jax.analysis.pictures import draw_pictures
 from nufilt_jax.analysis.report import Told, report_page
-from nufilt_jax.checkpoints import Checkpoint, open_checkpoint
+from nufilt_jax.checkpoints import Checkpoint, open_checkpoint, open_task
 from nufilt_jax.commands import console as show
 from nufilt_jax.commands.arguments import AnalyzeArguments
 from nufilt_jax.commands.failures import traceback_beside, traceback_kept
@@ -102,7 +102,7 @@ def _measured(
     try:
         base = open_checkpoint(recipe.base.source, revision=recipe.base.revision)
         images = _images(recipe.task_names, base, specs, n_images)
-        models = [open_checkpoint(task.source, revision=task.revision) for task in recipe.tasks]
+        models = [open_task(task.source, base, revision=task.revision) for task in recipe.tasks]
         _require_unchanged([(recipe.base, base), *zip(recipe.tasks, models, strict=True)], folder)
         return measure(base.read(), [model.read() for model in models], base.config, images, rules), missing
     except NufiltError as error:  # the rest of the report needs none of this

@@ -166,7 +166,8 @@ def _n_known(recorded: list[str], new: list[str]) -> int:
 
 
 def _sha256(model: Model, arguments: Arguments) -> dict[str, str]:
-    return open_checkpoint(model.source, revision=model.revision, offline=arguments.offline).sha256()
+    model_folder = open_checkpoint(model.source, revision=model.revision, offline=arguments.offline, adapters=True)
+    return model_folder.sha256()
 
 
 def _max_memory(arguments: Arguments, problems: list[Problem]) -> int | None:

@@ -39,7 +39,7 @@ def plan_bytes(plan: Plan) -> dict[str, int]:
 
 
 def _stored(model: Checkpoint) -> int:
-    return sum(info.nbytes for info in model.tensors.values())
+    return sum(info.nbytes for info in model.stored)
 
 
 def plan_disk(plan: Plan, n_bytes: Mapping[str, int]) -> dict[str, int]:

@@ -7,9 +7,10 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
-from nufilt_jax.checkpoints import Checkpoint, Findings, survey_file
+from nufilt_jax.checkpoints import AdaptedCheckpoint, Checkpoint, Findings, TensorInfo, survey_file
 from nufilt_jax.checkpoints.dtypes import OUTPUT_DTYPES
 from nufilt_jax.checkpoints.outputs import new_types, range_problem
+from nufilt_jax.checkpoints.peft.adapted import weight_of
 from nufilt_jax.engine.memory import READERS
 from nufilt_jax.engine.plan import Plan
 from nufilt_jax.errors import CheckpointError, Problem, raise_all
@@ -49,15 +50,15 @@ def inspect(plan: Plan) -> Inspection:
     warnings: list[str] = []
     for checkpoint, findings in zip((plan.base, *plan.tasks.values()), (base, *tasks), strict=True):
         nonfinite = frozenset[str]().union(*(found.nonfinite for found in findings))
-        names = (name for name in checkpoint.tensors if name in nonfinite)
-        refused, accepted = _nonfinite_problems(checkpoint, names, set(plan.selection.touched))
+        broken = (info for info in checkpoint.stored if info.name in nonfinite)
+        refused, accepted = _nonfinite_problems(broken, set(plan.selection.touched))
         problems += refused
         warnings += map(str, accepted)
     raise_all(CheckpointError, problems)
     merged = (
         {} if plan.recorded is None else {task.name: dict(task.sha256 or {}) for task in plan.recorded.recipe.tasks}
     )
-    changes = {name: _changes(findings) for name, findings in zip(plan.tasks, tasks, strict=True)}
+    changes = {name: _changes(plan.tasks[name], findings) for name, findings in zip(plan.tasks, tasks, strict=True)}
     return Inspection(_sha256(base, plan.base), merged | hashes, tuple(warnings), changes)
 
 
@@ -71,7 +72,7 @@ def _read_all(plan: Plan) -> list[list[Findings]]:
         path = checkpoint.weight_files[index]
         if plan.is_finished:
             return survey_file(path, (), stop=stop)
-        tensors = [info for info in checkpoint.tensors.values() if info.file == path]
+        tensors = [info for info in checkpoint.stored if info.file == path]
         if checkpoint is plan.base:
             return survey_file(path, tensors, new_types=kept, stop=stop)
         return survey_file(path, tensors, base=plan.base.tensors, stop=stop)
@@ -93,8 +94,11 @@ def _sha256(findings: Iterable[Findings], checkpoint: Checkpoint) -> dict[str, s
     return {name: found.sha256 for name, found in zip(names, findings, strict=True)}
 
 
-def _changes(findings: Iterable[Findings]) -> dict[str, float]:
-    return {name: x for found in findings for name, x in found.changes.items() if math.isfinite(x)}
+def _changes(task: Checkpoint, findings: Iterable[Findings]) -> dict[str, float]:
+    found = {name: x for part in findings for name, x in part.changes.items()}
+    if isinstance(task, AdaptedCheckpoint):
+        found |= task.squared_changes()
+    return {name: x for name, x in found.items() if math.isfinite(x)}
 
 
 def _range_problems(plan: Plan, findings: Iterable[Findings]) -> Iterator[Problem]:
@@ -116,14 +120,11 @@ def _replaced(plan: Plan, base_sha256: Mapping[str, str], hashes: Mapping[str, M
         yield from then.changes(now, checkpoint.source, folder)
 
 
-def _nonfinite_problems(
-    checkpoint: Checkpoint, names: Iterable[str], touched: set[str]
-) -> tuple[list[Problem], list[Problem]]:
+def _nonfinite_problems(tensors: Iterable[TensorInfo], touched: set[str]) -> tuple[list[Problem], list[Problem]]:
     """Tensors with non-finite numbers: those that the merge would use, and those that it leaves alone."""
     refused, accepted = [], []
-    for name in names:
-        info = checkpoint.tensors[name]
-        if name in touched:
+    for info in tensors:
+        if weight_of(info.name) in touched:
             fix = "fine-tune again, or exclude it with --layers"
             refused.append(Problem(str(info.file), _NONFINITE, fix, info.stored_name))
         else:

@@ -40,7 +40,7 @@ def lay_out(
             most, fewest = (at_once, 2) if is_solved and len(shape) == 2 else (1, 1)
             stacks.append(Stack(members, shape, chunk_size(len(members), most), most, fewest, is_solved))
     runs_model = job.evaluation is not None or rule.needs_data
-    everything = [info for model in (base, *tasks) for info in model.tensors.values()]
+    everything = [info for model in (base, *tasks) for info in model.stored]
     sizes = Sizes(
         workspace=max((workspace(stack.shape, stack.chunk, config) for stack in stacks if stack.is_solved), default=0),
         tensor=max((4 * base.tensors[name].size for name in selection.touched), default=0),

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from nufilt_jax.anatomy import shape_in, tensor_of
-from nufilt_jax.checkpoints import Checkpoint, fit, open_checkpoint, quantised_problems
+from nufilt_jax.checkpoints import Checkpoint, fit, open_checkpoint, open_task, quantised_problems
 from nufilt_jax.checkpoints.dtypes import OUTPUT_DTYPES, numpy_dtype
 from nufilt_jax.checkpoints.folders import FLAX
 from nufilt_jax.checkpoints.names import has_flax_form
@@ -124,7 +124,7 @@ def make_plan(job: Job, *, offline: bool = False, headers_only: bool = False) ->
             fitted = fit(base, task, selection.touched, asked_for=asked_for, strict=job.strict)
             tasks[name] = fitted.task
             problems += fitted.problems
-            notices += fitted.notices
+            notices += (*task.notices, *fitted.notices)
         with gathering(problems):
             problems += _evaluation_problems(job, base)
         with gathering(problems):
@@ -196,10 +196,7 @@ def _open_all(
         base = open_checkpoint(job.base.source, revision=job.base.revision, role="base", **how)
     for source in job.sources[job.n_merged :]:
         with gathering(problems):
-            config = None if base is None else base.config
-            tasks[source.name] = open_checkpoint(
-                source.source, revision=source.revision, role="task", model_config=config, **how
-            )
+            tasks[source.name] = open_task(source.source, base, revision=source.revision, **how)
     return base, tasks
 
 

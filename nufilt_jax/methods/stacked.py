@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nufilt_jax.anatomy import layer_shape, part_of
+from nufilt_jax.anatomy import layer_shape, part_of, tensor_of
 
 Array = jax.Array | np.ndarray  # of host or device; inside one layer's program it is jaxtyping's, a `jax.Array`
 Params = Mapping[str, Array]
@@ -86,6 +86,19 @@ class InParts(Protocol):
 
     def part(self, name: str, index: int) -> Array:
         """Matrix number `index` of a tensor."""
+        ...
+
+
+@runtime_checkable
+class Changes(Protocol):
+    """Parameters of a task that know of themselves how they differ from the base's, as those of an adapter do."""
+
+    def is_unchanged(self, name: str) -> bool:
+        """Whether a tensor is the base's own."""
+        ...
+
+    def change(self, name: str) -> tuple[Array, Array] | None:
+        """τ of a matrix as factors `[m, r]` and `[r, n]`, in float32; None of one that has none."""
         ...
 
 
@@ -169,6 +182,8 @@ def task_vector(base: Params, task: Params, names: Names) -> TaskVector:
 
 
 def _difference(base: Params, task: Params, members: tuple[str, ...]) -> jax.Array:
+    if isinstance(task, Changes):
+        return jax.device_put(_stack((_told_change(base, task, name) for name in members), len(members)))
     pairs = ((layer_of(task, name), layer_of(base, name)) for name in members)
     first = next(pairs)
     # What a device holds already is subtracted there.
@@ -177,6 +192,15 @@ def _difference(base: Params, task: Params, members: tuple[str, ...]) -> jax.Arr
     # One tensor at a time, into the stack's own memory: no second copy of a model is ever held.
     changes = (_change(*pair) for pair in itertools.chain([first], pairs))
     return jax.device_put(_stack(changes, len(members)))
+
+
+def _told_change(base: Params, task: Params, layer: str) -> np.ndarray:
+    """τ of a layer of a task that knows of its changes: what it did not change is not read."""
+    if isinstance(task, Changes) and (factors := task.change(layer)) is not None:
+        return np.matmul(*factors)
+    if isinstance(task, Changes) and task.is_unchanged(tensor_of(layer)):
+        return np.zeros(layer_of(base, layer).shape, np.float32)
+    return _change(layer_of(task, layer), layer_of(base, layer))
 
 
 def _change(task: Array, base: Array) -> np.ndarray:

@@ -386,7 +386,7 @@ def test_adapters_and_folders_without_weights_are_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
     [line] = refusals(tmp_path)
-    assert "is a PEFT adapter" in line and "merge_and_unload()" in line
+    assert "is a PEFT adapter, no model" in line and "--task NAME=FOLDER" in line
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{", None])

@@ -1,0 +1,1 @@
+"""PEFT folders of LoRA adapters: read on top of a base, and written."""

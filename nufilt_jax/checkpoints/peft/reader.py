@@ -1,0 +1,176 @@
+"""From an opened PEFT folder to a task: its factors matched with the weights of a base."""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from nufilt_jax.checkpoints.dtypes import FLOATS
+from nufilt_jax.checkpoints.folders import PEFT
+from nufilt_jax.checkpoints.names import names_like
+from nufilt_jax.checkpoints.peft.adapted import AdaptedCheckpoint, LoraFactors, factor_info
+from nufilt_jax.checkpoints.peft.config import CONFIG, LoraConfig
+from nufilt_jax.checkpoints.peft.keys import Key, parse_key
+from nufilt_jax.checkpoints.prefixes import match_names
+from nufilt_jax.checkpoints.reader import Checkpoint, open_checkpoint
+from nufilt_jax.checkpoints.tensors import TensorInfo
+from nufilt_jax.errors import CheckpointError, Problem, raise_all
+
+_MERGE = "load it with peft, call merge_and_unload() and save the whole model"
+_SAVE = "save the adapter again"
+Pairs = dict[str, dict[str, TensorInfo]]  # by module, its factors `a` and `b`
+
+
+def open_task(source: str, base: Checkpoint | None, **how: Any) -> Checkpoint:
+    """Opens a task, whole or an adapter.
+
+    Args:
+      source: a folder or a Hub id.
+      base: the base; None if it could not be opened, and then an adapter comes unmatched.
+      **how: as for `open_checkpoint`.
+
+    Raises:
+      CheckpointError: with everything that is wrong with this folder.
+    """
+    config = None if base is None else base.config
+    task = open_checkpoint(source, role="task", model_config=config, adapters=True, **how)
+    return task if base is None or task.format != PEFT else adapted(base, task)
+
+
+def adapted(base: Checkpoint, adapter: Checkpoint) -> AdaptedCheckpoint:
+    """An adapter as a task.
+
+    Args:
+      base: on which it is put.
+      adapter: as `open_checkpoint` opens a PEFT folder: its tensors by stored name, its config that of the adapter.
+
+    Raises:
+      CheckpointError: another kind of adapter, or factors that do not fit their config or the base; all listed.
+    """
+    config = LoraConfig.of(adapter.config, f"{adapter.source}/{CONFIG}")
+    pairs, full, problems = _sorted(adapter)
+    problems += _rank_problems(adapter, pairs, config)
+    raise_all(CheckpointError, problems)
+    names = _canonical(base, adapter, pairs, full)
+    problems += _unmatched(base, adapter, pairs, names)
+    raise_all(CheckpointError, problems)
+    factors = {
+        names[module]: LoraFactors(
+            factor_info(pair["a"], names[module], "A"),
+            factor_info(pair["b"], names[module], "B"),
+            config.scale_of(module),
+            module,
+        )
+        for module, pair in pairs.items()
+    }
+    whole = {names[name]: dataclasses.replace(info, name=names[name]) for name, info in full.items()}
+    changed = {name: _entry(base.tensors[name], pair) for name, pair in factors.items()}
+    return AdaptedCheckpoint(
+        **{field.name: getattr(adapter, field.name) for field in dataclasses.fields(Checkpoint)}
+        | {"tensors": {**base.tensors, **whole, **changed}, "notices": tuple(_other_base(base, adapter, config))},
+        base=base,
+        factors=factors,
+    )
+
+
+def _entry(ours: TensorInfo, pair: LoraFactors) -> TensorInfo:
+    """An adapted weight: of the base's shape, named as its factor, with no bytes of its own."""
+    return dataclasses.replace(ours, stored_name=pair.b.stored_name, file=pair.b.file, spans=(), aliases=())
+
+
+def _sorted(adapter: Checkpoint) -> tuple[Pairs, dict[str, TensorInfo], list[Problem]]:
+    """Factors by module, full tensors by name, and what is neither."""
+    pairs: Pairs = {}
+    full: dict[str, TensorInfo] = {}
+    problems: list[Problem] = []
+    for info in adapter.tensors.values():
+        key = parse_key(info.stored_name)
+        if key.kind in ("a", "b"):
+            twice = pairs.setdefault(key.name, {}).setdefault(key.kind, info)
+        elif key.kind == "full":
+            twice = full.setdefault(key.name, info)
+        else:
+            problems += _foreign(info, key)
+            continue
+        if twice is not info:
+            what = f"means the same as {twice.stored_name}"
+            problems.append(Problem(str(info.file), what, "keep one of the two", info.stored_name))
+    if not pairs and not problems:
+        what = "holds no LoRA factors" if adapter.tensors else "holds no tensors"
+        problems.append(Problem(str(adapter.weight_files[0]), what, _SAVE))
+    return pairs, full, problems
+
+
+def _foreign(info: TensorInfo, key: Key) -> Iterator[Problem]:
+    if key.kind == "foreign":
+        yield Problem(str(info.file), f"belongs to {key.what}, which cannot be merged", _MERGE, info.stored_name)
+
+
+def _rank_problems(adapter: Checkpoint, pairs: Pairs, config: LoraConfig) -> Iterator[Problem]:
+    for module, pair in pairs.items():
+        one = next(iter(pair.values()))
+        if len(pair) == 1:
+            lacking = f"lora_{'AB'['a' in pair]}"
+            yield Problem(str(one.file), f"has no partner {lacking}", _SAVE, one.stored_name)
+            continue
+        a, b = pair["a"], pair["b"]
+        if len(a.shape) != 2 or len(b.shape) != 2:
+            what = f"has shape {list(a.shape)}: LoRA of a convolution cannot be merged"
+            yield Problem(str(a.file), what, _MERGE, a.stored_name)
+            continue
+        rank = config.rank_of(module)
+        for info, found in ((a, a.shape[0]), (b, b.shape[1])):
+            if found != rank:
+                what = f"has shape {list(info.shape)}, rank {found}, but {CONFIG} says r = {rank}"
+                yield Problem(str(info.file), what, "use the config that was saved with it", info.stored_name)
+        for info in (a, b):
+            if info.dtype not in FLOATS:
+                what = f"holds {info.dtype}, but only {', '.join(sorted(FLOATS))} can be merged"
+                yield Problem(str(info.file), what, "save it in a float type", info.stored_name)
+        if not config.covers(module):
+            what = f"is not among the target_modules of {CONFIG}, and peft would leave it out"
+            yield Problem(str(a.file), what, "use the config that was saved with it", a.stored_name)
+
+
+def _canonical(base: Checkpoint, adapter: Checkpoint, pairs: Pairs, full: Mapping[str, TensorInfo]) -> dict[str, str]:
+    """The base's name of every module's weight and of every full tensor."""
+    weights = {module: f"{module}.weight" for module in pairs}
+    spelt = names_like([*weights.values(), *full], base.tensors)
+    shapes = {weights[m]: (pair["b"].shape[0], pair["a"].shape[1]) for m, pair in pairs.items()}
+    wanted = {
+        spelt[name]: dataclasses.replace(next(iter(adapter.tensors.values())), name=spelt[name], shape=shape)
+        for name, shape in (*shapes.items(), *((name, info.shape) for name, info in full.items()))
+    }
+    matched = match_names(base, dataclasses.replace(adapter, tensors=wanted), base.tensors)
+    new = dict(zip(wanted, matched.task.tensors, strict=True))
+    names = {module: new[spelt[weight]] for module, weight in weights.items()}
+    return names | {name: new[spelt[name]] for name in full}
+
+
+def _unmatched(base: Checkpoint, adapter: Checkpoint, pairs: Pairs, names: Mapping[str, str]) -> Iterator[Problem]:
+    tied = {alias.name: info.name for info in base.tensors.values() for alias in info.aliases}
+    seen: dict[str, str] = {}
+    for module, pair in pairs.items():
+        name, shape = names[module], (pair["b"].shape[0], pair["a"].shape[1])
+        ours, stored, file = base.tensors.get(name), pair["a"].stored_name, str(pair["a"].file)
+        if name in tied or (ours is not None and ours.aliases):
+            main = tied.get(name, name)
+            what = f"adapts {main}, which the base {base.source} ties to another tensor"
+            yield Problem(file, what, _MERGE, stored)
+        elif ours is None:
+            what = f"adapts {module}, which is no module of the base {base.source}"
+            yield Problem(file, what, "give the base that the adapter was trained on", stored)
+        elif ours.shape != shape:
+            what = f"changes a weight of shape {list(shape)}, which is {list(ours.shape)} in the base {base.source}"
+            yield Problem(file, what, "give the base that the adapter was trained on", stored)
+        elif name in seen:
+            yield Problem(file, f"adapts the same weight as {seen[name]}", "keep one of the two", stored)
+        seen.setdefault(name, stored)
+
+
+def _other_base(base: Checkpoint, adapter: Checkpoint, config: LoraConfig) -> Iterator[str]:
+    said = config.base
+    known = {base.source, str(base.config.get("_name_or_path", ""))}
+    if not said or said in known or os.path.realpath(os.path.expanduser(said)) == os.path.realpath(base.path):
+        return
+    yield f"{adapter.source}: was trained on {said!r} by its {CONFIG}, and is merged onto {base.source!r}"

@@ -1,0 +1,211 @@
+"""PEFT folders: what is read, by every spelling, and what is refused, by name."""
+
+import json
+import math
+
+import adapter_builders as adapters
+import ml_dtypes
+import model_builders as build
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from nufilt_jax.checkpoints import open_checkpoint, open_task
+from nufilt_jax.errors import CheckpointError
+
+Q0, FC1 = adapters.MODULES[2], adapters.MODULES[-1]
+
+
+@pytest.fixture(scope="module")
+def base_tensors():
+    return build.tower(0)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, base_tensors):
+    folder = build.write(tmp_path_factory.mktemp("models") / "base", base_tensors)
+    return open_checkpoint(str(folder), role="base")
+
+
+@pytest.fixture(scope="module")
+def pairs(base_tensors):
+    return adapters.factors(base_tensors, 1, modules=(Q0, FC1))
+
+
+def changes(base, folder, module=Q0):
+    """τ of a module, as the task tells it."""
+    left, right = open_task(str(folder), base).unread([f"{module}.weight"]).change(f"{module}.weight")
+    return left @ right
+
+
+def product(pairs, scale, module=Q0):
+    a, b = pairs[module]
+    return scale * (b @ a)
+
+
+@pytest.mark.parametrize("prefix", ["base_model.model.", "", "base_model.model.model."])
+@pytest.mark.parametrize("infix", ["", ".default"])
+def test_spellings_of_keys(tmp_path, base, pairs, prefix, infix):
+    folder = adapters.write(tmp_path / "a", pairs, prefix=prefix, infix=infix)
+    np.testing.assert_allclose(changes(base, folder), product(pairs, 2.0), rtol=1e-6, atol=1e-7)
+
+
+def test_names_of_a_tower_without_its_prefix(tmp_path, base, pairs):
+    """As transformers 5 calls the modules of a vision tower."""
+    short = {module.removeprefix("vision_model."): pair for module, pair in pairs.items()}
+    folder = adapters.write(tmp_path / "a", short)
+    np.testing.assert_allclose(changes(base, folder), product(pairs, 2.0), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
+def test_float_types(tmp_path, base, pairs, dtype):
+    folder = adapters.write(tmp_path / "a", pairs, dtype=dtype)
+    stored = {module: tuple(x.astype(dtype).astype(np.float32) for x in pair) for module, pair in pairs.items()}
+    np.testing.assert_allclose(changes(base, folder), product(stored, 2.0), rtol=1e-6, atol=1e-7)
+
+
+def test_scales(tmp_path, base, base_tensors):
+    """α/r, α/√r, and patterns of both, the first that matches."""
+    pairs = adapters.factors(base_tensors, 1, 4, (Q0,)) | adapters.factors(base_tensors, 2, 2, (FC1,))
+    how = {"rank": 4, "rank_pattern": {"fc1": 2}, "alpha_pattern": {r"encoder\.layers\.0\.self_attn\.q_proj": 3}}
+    folder = adapters.write(tmp_path / "a", pairs, lora_alpha=10, **how)
+    np.testing.assert_allclose(changes(base, folder, Q0), product(pairs, 3 / 4, Q0), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(changes(base, folder, FC1), product(pairs, 10 / 2, FC1), rtol=1e-6, atol=1e-7)
+    folder = adapters.write(tmp_path / "b", pairs, lora_alpha=10, use_rslora=True, **how)
+    np.testing.assert_allclose(changes(base, folder, FC1), product(pairs, 10 / math.sqrt(2), FC1), rtol=1e-6, atol=1e-7)
+
+
+def test_whole_tensors_and_biases(tmp_path, base, base_tensors, pairs):
+    """`modules_to_save` and trained biases stand in place of the base's, in old and new spelling."""
+    bias, norm = f"{adapters.MODULES[3]}.bias", "vision_model.post_layernorm"
+    new = np.full(build.WIDTH, 7, np.float32)
+    extra = {
+        f"base_model.model.{bias.replace('.bias', '.base_layer.bias')}": new,
+        f"base_model.model.{norm}.modules_to_save.default.weight": 2 * new,
+        f"base_model.model.{norm}.original_module.weight": 3 * new,
+    }
+    folder = adapters.write(tmp_path / "a", pairs, extra=extra, bias="all", modules_to_save=["post_layernorm"])
+    task = open_task(str(folder), base)
+    read = task.read()
+    assert read.keys() == base_tensors.keys()
+    np.testing.assert_array_equal(read[bias], new)
+    np.testing.assert_array_equal(read[f"{norm}.weight"], 2 * new)
+    np.testing.assert_allclose(
+        read[f"{Q0}.weight"], adapters.merged(base_tensors, pairs)[f"{Q0}.weight"], rtol=1e-6, atol=1e-7
+    )
+    np.testing.assert_array_equal(read[build.FC2], base_tensors[build.FC2])
+
+
+def test_which_base_it_was_trained_on(tmp_path, base, pairs):
+    same = adapters.write(tmp_path / "a", pairs, base_model_name_or_path=str(base.path))
+    other = adapters.write(tmp_path / "b", pairs, base_model_name_or_path="openai/clip-vit-base-patch16")
+    assert open_task(str(same), base).notices == ()
+    [notice] = open_task(str(other), base).notices
+    assert "was trained on 'openai/clip-vit-base-patch16'" in notice
+
+
+CONFIGS = {
+    "dora": ({"use_dora": True}, "use_dora is True: DoRA"),
+    "loha": ({"peft_type": "LOHA"}, "type 'LOHA'"),
+    "prompt": ({"peft_type": "PROMPT_TUNING"}, "type 'PROMPT_TUNING'"),
+    "pissa": ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4'"),
+    "unknown": ({"use_zora": True}, "the unknown setting use_zora = True"),
+    "rank": ({"r": 3}, "rank 2, but adapter_config.json says r = 3"),
+    "no rank": ({"r": None}, "r must be a whole number from 1, got None"),
+    "alpha": ({"lora_alpha": float("nan")}, "lora_alpha must be a finite number, got nan"),
+    "alphas": ({"alpha_pattern": {"fc1": "4"}}, "alpha_pattern fc1 must be a finite number, got '4'"),
+    "targets": ({"target_modules": ["q_proj"]}, "is not among the target_modules"),
+    "regex": ({"target_modules": r".*\.q_proj"}, "is not among the target_modules"),
+    "broken": ({"target_modules": "("}, "is no regular expression"),
+    "layers": ({"layers_to_transform": [0]}, "is not among the target_modules"),
+    "excluded": ({"exclude_modules": ["fc1"]}, "is not among the target_modules"),
+    "tokens": ({"trainable_token_indices": [1]}, "trainable_token_indices is [1]"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_configs_that_are_refused(tmp_path, base, pairs, case):
+    fields, message = CONFIGS[case]
+    folder = adapters.write(tmp_path / "a", pairs, **{"rank": 2} | fields) if "r" not in fields else None
+    if folder is None:
+        folder = adapters.write(tmp_path / "a", pairs)
+        (folder / "adapter_config.json").write_text(json.dumps(adapters.config(2, **fields)))
+    with pytest.raises(CheckpointError) as error:
+        open_task(str(folder), base)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("targets", [r".*\.(q_proj|fc1)", "all-linear", ["q_proj", "mlp.fc1"], [Q0, FC1]])
+def test_targets_that_cover(tmp_path, base, pairs, targets):
+    folder = adapters.write(tmp_path / "a", pairs, target_modules=targets, layers_to_transform=None)
+    assert len(open_task(str(folder), base).factors) == 2
+
+
+KEYS = {
+    "embedding": ("base_model.model.shared.lora_embedding_A", "LoRA of an embedding"),
+    "dora": (f"base_model.model.{Q0}.lora_magnitude_vector", "DoRA"),
+    "adalora": (f"base_model.model.{Q0}.lora_E", "AdaLoRA"),
+    "loha": (f"base_model.model.{Q0}.hada_w1_a", "LoHa"),
+    "lokr": (f"base_model.model.{Q0}.lokr_w1", "LoKr"),
+    "ia3": (f"base_model.model.{Q0}.ia3_l", "IA³"),
+    "prompt": ("prompt_embeddings", "prompt tuning"),
+    "unknown": (f"base_model.model.{Q0}.lora_C.weight", "a variant of LoRA"),
+    "bias": (f"base_model.model.{Q0}.lora_B.bias", "LoRA with biases of its own"),
+}
+
+
+@pytest.mark.parametrize("case", KEYS)
+def test_keys_that_are_refused(tmp_path, base, pairs, case):
+    key, what = KEYS[case]
+    folder = adapters.write(tmp_path / "a", pairs, extra={key: np.zeros((2, 2), np.float32)})
+    with pytest.raises(CheckpointError) as error:
+        open_task(str(folder), base)
+    [problem] = error.value.problems
+    assert problem.tensor == key and f"belongs to {what}" in problem.what
+
+
+def test_factors_that_do_not_fit(tmp_path, base, pairs):
+    """All of them at once, each by its name in the file."""
+    a, b = pairs[Q0]
+    wrong = {Q0: (a, b[:-1]), "vision_model.encoder.layers.7.mlp.fc1": pairs[FC1]}
+    folder = adapters.write(tmp_path / "a", wrong)
+    with pytest.raises(CheckpointError) as error:
+        open_task(str(folder), base)
+    text = str(error.value)
+    assert f"{Q0}.lora_A.weight: changes a weight of shape [15, 16], which is [16, 16] in the base" in text
+    assert "layers.7.mlp.fc1.lora_A.weight: adapts vision_model.encoder.layers.7.mlp.fc1, which is no module" in text
+
+
+def test_half_a_pair(tmp_path, base, pairs):
+    folder = adapters.write(tmp_path / "a", pairs)
+    key = f"base_model.model.{Q0}.lora_A.weight"
+    save_file({key: pairs[Q0][0]}, folder / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"lora_A\.weight: has no partner lora_B"):
+        open_task(str(folder), base)
+
+
+def test_pickled_adapters_are_not_opened(tmp_path, base, pairs):
+    folder = adapters.write(tmp_path / "a", pairs)
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match=r"adapter_model\.bin: is a pickle"):
+        open_task(str(folder), base)
+
+
+def test_an_adapter_is_no_model(tmp_path, pairs):
+    folder = adapters.write(tmp_path / "a", pairs)
+    with pytest.raises(CheckpointError, match="is a PEFT adapter, no model"):
+        open_checkpoint(str(folder), role="base")
+
+
+def test_conv1d(tmp_path):
+    """GPT-2 keeps its weights as `[d_in, d_out]`; the factors are B `[d_out, r]` and A `[r, d_in]` all the same."""
+    rng = np.random.default_rng(0)
+    stored = rng.standard_normal((4, 12)).astype(np.float32)
+    name = "h.0.attn.c_attn"
+    tensors = {f"{name}.weight": stored, "wte.weight": np.zeros((5, 4), np.float32)}
+    base = open_checkpoint(str(build.write(tmp_path / "base", tensors, model_type="gpt2")), role="base")
+    a, b = rng.standard_normal((2, 4)).astype(np.float32), rng.standard_normal((12, 2)).astype(np.float32)
+    how = {"target_modules": ["c_attn"], "fan_in_fan_out": True}
+    folder = adapters.write(tmp_path / "a", {f"transformer.{name}": (a, b)}, **how)
+    read = open_task(str(folder), base).read()[f"{name}.weight"]
+    np.testing.assert_allclose(read, stored.T + 2 * (b @ a), rtol=1e-6, atol=1e-6)
