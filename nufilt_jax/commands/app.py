@@ -10,12 +10,14 @@ from rich.console import Console
 
 from nufilt_jax import __version__
 from nufilt_jax.commands.arguments import AnalyzeArguments, Arguments, EvaluateArguments, Flag, Whole, home_expanded
+from nufilt_jax.commands.extract_arguments import ExtractArguments
 from nufilt_jax.commands.streams import Output
 from nufilt_jax.errors import Problem, UsageError
 
 NO_ARGUMENTS = Arguments()
 ANALYZE_DEFAULTS = AnalyzeArguments()
 EVALUATE_DEFAULTS = EvaluateArguments()
+EXTRACT_DEFAULTS = ExtractArguments()
 WIDE = 1000  # columns of what is no terminal: nothing is wrapped or cut in a file or a pipe
 Folder = Annotated[Path, Parameter(converter=home_expanded)]
 _BARE: dict[str, Any] = {"result_action": "return_value", "suppress_keyboard_interrupt": False}  # `main` does the rest
@@ -134,6 +136,20 @@ def export(
 
     _require_backend()
     return export(folder, what, out, step, _console(), json=json, quiet=quiet, offline=offline)
+
+
+@app.command
+def extract(model: str, /, arguments: ExtractArguments = EXTRACT_DEFAULTS) -> int:
+    """Make a LoRA adapter of what a whole model changed in its base: a fine-tune, or a finished merge.
+
+    Args:
+      model: The model: a folder or Hub id, as PATH_OR_HUB[@REV].
+      arguments: The options.
+    """
+    from nufilt_jax.commands.extract import extract
+
+    _require_backend()
+    return extract(model, arguments, _console(), _console(stderr=True))
 
 
 def dispatch(argv: list[str], prog: str) -> int:

@@ -1,0 +1,84 @@
+"""`nufilt extract`: the adapter nearest to what a model changed, and how near that is."""
+
+import json
+
+import adapter_builders as adapters
+import model_builders as build
+import numpy as np
+import pytest
+
+from nufilt_jax.checkpoints import open_checkpoint, open_task
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A base, a fine-tune of full rank, and one whose changes have rank 2."""
+    folder = tmp_path_factory.mktemp("extract")
+    base = build.tower(0)
+    build.write(folder / "base", base)
+    build.write(folder / "full", build.fine_tuned(base, 1))
+    build.write(folder / "thin", adapters.merged(base, adapters.factors(base, 2)))
+    return folder
+
+
+def changes(models, out):
+    base = open_checkpoint(str(models / "base"), role="base")
+    tensors = open_task(str(out), base).unread(build.SELECTED)
+    return {name: np.matmul(*tensors.change(name)) for name in build.SELECTED}
+
+
+@pytest.mark.parametrize("rank", [3, 40])
+def test_every_layer_is_its_best_approximation(nufilt, models, tmp_path, rank):
+    """Against the SVD in float64; beyond the rank of a layer, all of it."""
+    out = tmp_path / "a"
+    result = nufilt("extract", models / "full", "--base", models / "base", "--rank", rank, "--out", out, "--json")
+    assert result.code == 0, result.err
+    told = {layer["module"]: layer for layer in result.json["layers"]}
+    base, full, found = build.weights(models / "base"), build.weights(models / "full"), changes(models, out)
+    for name in build.SELECTED:
+        tau = full[name].astype(np.float64) - base[name]
+        u, s, vt = np.linalg.svd(tau, full_matrices=False)
+        best = (u[:, :rank] * s[:rank]) @ vt[:rank]
+        np.testing.assert_allclose(found[name], best, atol=1e-5 * s[0])
+        layer = told[name.removesuffix(".weight")]
+        assert layer["kept"] == pytest.approx(np.sum(s[:rank] ** 2) / np.sum(s**2), rel=1e-5)
+        assert layer["rank"] == min(rank, *tau.shape)
+    assert json.loads((out / "extract.json").read_text())["kept"] == result.json["kept"]
+
+
+def test_what_has_the_rank_is_kept_whole(nufilt, models, tmp_path):
+    out = tmp_path / "a"
+    result = nufilt("extract", models / "thin", "--base", models / "base", "--rank", 8, "--out", out)
+    assert result.code == 0, result.err
+    assert "energy kept: 100.00%" in result.out and "fc1" in result.out
+    base, thin = build.weights(models / "base"), build.weights(models / "thin")
+    for name, change in changes(models, out).items():
+        np.testing.assert_allclose(base[name] + change, thin[name], atol=2e-6)
+
+
+def test_what_is_outside_is_warned_of(nufilt, models, tmp_path):
+    out = tmp_path / "a"
+    how = ("--layers", "q_proj", "--rank", 2, "--dtype", "bfloat16")
+    result = nufilt("extract", models / "full", "--base", models / "base", "--out", out, *how)
+    assert result.code == 0
+    assert "of its squared change is in tensors that the adapter does not hold" in result.err
+    assert {str(x.dtype) for x in build.weights(out).values()} == {"bfloat16"}
+
+
+REFUSED = {
+    "rank": (("--rank", 0), "--rank: must be at least 1, got 0"),
+    "same": (("--rank", 2), "differs from the base in none of the layers"),
+    "dtype": (("--rank", 2, "--dtype", "int8"), "--dtype: must be one of"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals(refused, models, tmp_path, case):
+    options, message = REFUSED[case]
+    [line] = refused("extract", models / "base", "--base", models / "base", "--out", tmp_path / "a", *options)
+    assert message in line
+
+
+def test_what_is_missing(refused, models):
+    [line] = refused("extract", models / "full", "--base", models / "base", code=2)
+    assert "--rank, --out: missing" in line
