@@ -20,6 +20,7 @@ import optax
 from jaxtyping import Array, Float, UInt32
 
 from nufilt_jax.linalg.dense import matmul
+from nufilt_jax.linalg.factored import Matrix, gathered, rows_of
 from nufilt_jax.linalg.grams import Gram
 
 EPSILON = 1e-8  # Adam's, of the loss as it is
@@ -63,7 +64,7 @@ class Adapter(NamedTuple):
 
 def reduced_objective(
     gram: Gram,
-    task_delta: Float[Array, "m n"],
+    task_delta: Float[Matrix, "m n"],
     target: Float[Array, "m pulled"],
     prior: Float[Array, "n r_p"],
     task: Float[Array, "n r_v"],
@@ -79,7 +80,7 @@ def reduced_objective(
       task: V1.
       unit: √c.
     """
-    pull = unit * matmul(task_delta.T, target)
+    pull = unit * matmul(rows_of(task_delta).T, gathered(task_delta, target))
     return Objective(unit, gram.scaled((unit / gram.unit) ** 2), pull, jnp.sum(target**2), prior, task)
 
 

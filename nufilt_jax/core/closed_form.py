@@ -21,7 +21,7 @@ def smallest_correction(
     task: Float[Array, "n r_v"],
     *,
     ridge: Float[Array, ""] | float,
-) -> tuple[Float[Array, "m n"], Float[Array, "2"]]:
+) -> tuple[Float[Array, "m r_v"], Float[Array, "n r_v"], Float[Array, "2"]]:
     """The minimiser of the surrogate plus λ ‖E‖² among all E with E V2 = 0.
 
     Args:
@@ -31,7 +31,7 @@ def smallest_correction(
       ridge: λ.
 
     Returns:
-      E, and the surrogate without and with it.
+      L and R of E = L Rᵀ, and the surrogate without and with it.
     """
     free = task
     for _ in range(2):  # P V1; done once, rounding would leave something of V2, and a small λ make much of it
@@ -41,7 +41,7 @@ def smallest_correction(
     answer = matmul(target, blended_inverse(free, gain=gain))
     # λ g = 1 − g.
     losses = jnp.stack([jnp.sum(target**2), jnp.sum(((1 - gain) * answer) ** 2)])
-    return matmul(gain * answer, free.T), losses
+    return gain * answer, free, losses
 
 
 def blended_inverse(x: Float[Array, "n k"], *, gain: Float[Array, ""] | float) -> Float[Array, "k k"]:

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from nufilt_jax.core.settings import RightFactor
 from nufilt_jax.linalg.dense import matmul
+from nufilt_jax.linalg.factored import Matrix, rows_of, spread, with_rows
 
 
 class Target(NamedTuple):
@@ -17,17 +18,18 @@ class Target(NamedTuple):
 
     Attributes:
       wanted: C, what τ B A V should be, in the columns of V = [V2 V1] where that is not zero: those of V1 or all.
-      felt: τ F V2, what the directions of the earlier tasks feel of τ F; None if that is zero by construction.
+      felt: τ F V2, what the directions of the earlier tasks feel of τ F, by the rows of τ; None if that is zero by
+        construction.
     """
 
     wanted: Float[Array, "*layers m pulled"]
-    felt: Float[Array, "*layers m r_p"] | None  # known while tracing: no zeros are multiplied
+    felt: Float[Array, "*layers rows r_p"] | None  # known while tracing: no zeros are multiplied
 
 
 def target(
     right_factor: RightFactor,
-    merged_delta: Float[Array, "m n"],
-    task_delta: Float[Array, "m n"],
+    merged_delta: Float[Matrix, "m n"],
+    task_delta: Float[Matrix, "m n"],
     prior: Float[Array, "n r_p"],
     new: Float[Array, "n r_v"],
 ) -> Target:
@@ -43,19 +45,20 @@ def target(
       prior: V2.
       new: V1.
     """
-    merged_response = matmul(merged_delta, new)
+    rows = rows_of(task_delta)
+    merged_response = spread(merged_delta, matmul(rows_of(merged_delta), new))
     if right_factor == "I + BA":
         # F = I leaves nothing of τ (I − F), but what V2 feels of τ is for the adapter to undo.
-        felt = matmul(task_delta, prior)
-        return Target(-jnp.concatenate([felt, merged_response], axis=1), felt)
+        felt = matmul(rows, prior)
+        return Target(-jnp.concatenate([spread(task_delta, felt), merged_response], axis=1), felt)
     # (I − F) V1, for F = P and F = 0. V2 (V2ᵀ V1) before τ: products with r_v columns, and no n × n projector.
     missing = matmul(prior, matmul(prior.T, new)) if right_factor == "P + BA" else new
-    return Target(matmul(task_delta, missing) - merged_response, None)
+    return Target(spread(task_delta, matmul(rows, missing)) - merged_response, None)
 
 
 def null_space_filter(
-    task_delta: Float[Array, "m n"], prior: Float[Array, "n k"]
-) -> tuple[Float[Array, "m n"], Float[Array, "m k"]]:
+    task_delta: Float[Matrix, "m n"], prior: Float[Array, "n k"]
+) -> tuple[Float[Matrix, "m n"], Float[Array, "rows k"]]:
     """Removes from a task vector the input directions that the merged model uses most.
 
     Source: Eqs. (7) and (8), arXiv:2509.21413v2.
@@ -65,16 +68,17 @@ def null_space_filter(
       prior: V2, orthonormal columns; zero columns remove nothing.
 
     Returns:
-      τ P, and the response τ V2 that was taken away.
+      τ P, and the response τ V2 that was taken away, by the rows of τ.
     """
     # (τ V2) V2ᵀ takes 4 m n r_p flops; τ (V2 V2ᵀ) would take 2 m n² and n² numbers of memory.
-    removed = matmul(task_delta, prior)
-    return task_delta - matmul(removed, prior.T), removed
+    rows = rows_of(task_delta)
+    removed = matmul(rows, prior)
+    return with_rows(task_delta, rows - matmul(removed, prior.T)), removed
 
 
-def authors_first_filter(task_delta: Float[Array, "m n"], rank: int) -> Float[Array, "m n"]:
+def authors_first_filter(task_delta: Float[Matrix, "m n"], rank: int) -> Float[Matrix, "m n"]:
     """What the authors' program does to the very first task: its first `rank` input coordinates are deleted.
 
     The right singular vectors of a zero matrix come out of their solver as the identity (spec of `first_task`).
     """
-    return task_delta.at[:, :rank].set(0)
+    return with_rows(task_delta, rows_of(task_delta).at[:, :rank].set(0))

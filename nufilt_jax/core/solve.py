@@ -12,17 +12,18 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int
 
 from nufilt_jax.core.forecast import Forecast
 from nufilt_jax.core.settings import SolveConfig
 from nufilt_jax.core.stages import correct, fuse_updates, prior_directions, reduce, task_directions, train
 from nufilt_jax.errors import ConfigError, Problem, raise_all
-from nufilt_jax.linalg.chunks import after, in_chunks, layers_at_once
+from nufilt_jax.linalg.chunks import in_chunks, layers_at_once
 from nufilt_jax.linalg.compiling import Program
 from nufilt_jax.linalg.dispatch import is_traced, run_alone
+from nufilt_jax.linalg.factored import Matrix, after_all, all_finite, chosen, plus, rows_of
 from nufilt_jax.linalg.grams import gram_of
-from nufilt_jax.linalg.stacks import Stacks, bounds, joined
+from nufilt_jax.linalg.stacks import MatrixStacks, bounds, joined
 
 
 class LayerSolution(NamedTuple):
@@ -50,15 +51,15 @@ class GroupSolution(NamedTuple):
       forecast: what can be told without data.
     """
 
-    updates: Stacks
+    updates: MatrixStacks
     losses: Float[Array, "layers n_losses"]
     ok: Bool[Array, " layers"]
     forecast: Forecast
 
 
 def solve_group(
-    merged: Stacks,
-    task: Stacks,
+    merged: MatrixStacks,
+    task: MatrixStacks,
     start: Float[Array, "layers r_l n"],
     *,
     config: SolveConfig,
@@ -86,30 +87,33 @@ def solve_group(
     return jax.lax.platform_dependent(merged, task, start, cpu=functools.partial(_solve_in_turn, solve), default=solve)
 
 
-def _assert_one_group(merged: Stacks, task: Stacks, start: Array, config: SolveConfig) -> None:
+def _assert_one_group(merged: MatrixStacks, task: MatrixStacks, start: Array, config: SolveConfig) -> None:
     """What annotations cannot say of a group; checked while tracing, so free when it runs.
 
     `_check` and the merge refuse a user's arrays in words before: what is caught here is a mistake of this package.
     """
     width = merged[0].shape[-1]
     for d, t in zip(merged, task, strict=True):
-        chex.assert_equal_shape([d, t])
-        chex.assert_shape(d, (None, None, width))
+        chex.assert_equal(d.shape, t.shape)
+        chex.assert_shape(rows_of(d), (None, None, width))
     chex.assert_shape(start, (bounds(merged)[-1][1], config.trained_rank, width))
 
 
 def _solve_in_turn(
-    solve: Callable[[Stacks, Stacks, Array], GroupSolution], merged: Stacks, task: Stacks, start: Array
+    solve: Callable[[MatrixStacks, MatrixStacks, Array], GroupSolution],
+    merged: MatrixStacks,
+    task: MatrixStacks,
+    start: Array,
 ) -> GroupSolution:
     """`solve_group`, one stack after another, chunk by chunk."""
-    stacks: list[Array] = []
+    stacks: list[Matrix] = []
     parts: list[GroupSolution] = []
     for d, t, (i, j) in zip(merged, task, bounds(merged), strict=True):
         # No two LAPACK calls at once; at rank 0 the updates or the losses alone may wait for none.
-        done = [jnp.ravel(x)[-1] for x in (stacks[-1], parts[-1].losses)] if parts else []
+        done = [jnp.ravel(x)[-1] for x in (rows_of(stacks[-1]), parts[-1].losses)] if parts else []
 
-        def one(d: Array, t: Array, rows: Array, done: list[Array] = done) -> tuple[Array, GroupSolution]:
-            found = solve((after(d, *done),), (after(t, *done),), start[rows])
+        def one(d: Matrix, t: Matrix, rows: Array, done: list[Array] = done) -> tuple[Matrix, GroupSolution]:
+            found = solve((after_all(d, *done),), (after_all(t, *done),), start[rows])
             return found.updates[0], found._replace(updates=())
 
         # The updates take the place of D's stack: nothing of its size is allocated.
@@ -120,12 +124,12 @@ def _solve_in_turn(
 
 
 def _solve_at_once(
-    merged: Stacks, task: Stacks, start: Array, *, config: SolveConfig, add: bool, until_certified: bool
+    merged: MatrixStacks, task: MatrixStacks, start: Array, *, config: SolveConfig, add: bool, until_certified: bool
 ) -> GroupSolution:
     """`solve_group`, the layers of all stacks side by side: its stages, one after another."""
     prior = prior_directions(merged, config=config, until_certified=until_certified)
-    task = tuple(after(x, prior.vectors) for x in task)  # no two LAPACK calls at once
-    grams = gram_of(task)
+    task = tuple(after_all(x, prior.vectors) for x in task)  # no two LAPACK calls at once
+    grams = gram_of(tuple(map(rows_of, task)))
     new = task_directions(task, grams, config=config, until_certified=until_certified)
     certified = prior.certified & new.certified
     parts, objectives = reduce(merged, task, grams, prior, new, right_factor=config.right_factor)
@@ -136,14 +140,13 @@ def _solve_at_once(
         updates, shares, losses = correct(task, parts, ridge=config.closed_form_ridge)
     ok = jnp.all(jnp.isfinite(losses), axis=1)  # in their own units: as they are, those of large weights may overflow
     removed, restored, drift, captured = shares
-    # All zeros but for what is not finite: adding them up is faster on a CPU than `isfinite` and `all`.
-    finite = [jnp.sum(0 * update, axis=(1, 2)) == 0 for update in updates]
+    finite = [all_finite(update) for update in updates]
     if add:
         summed = []
-        for d, update, (i, j) in zip(merged, updates, bounds(merged), strict=True):
+        for d, t, update, (i, j) in zip(merged, task, updates, bounds(merged), strict=True):
             # What `mended` solves again has to start from D as it was, which may live in this memory alone.
-            is_final = until_certified | certified[i:j, None, None]
-            summed.append(d + jnp.where(is_final, update, 0))
+            is_final = until_certified | certified[i:j]
+            summed.append(chosen(is_final, jax.vmap(plus)(d, update, t), d))
         updates = tuple(summed)
     return GroupSolution(
         updates=updates,
@@ -184,8 +187,9 @@ def mended(
 
 
 @jax.jit
-def _layer(stack: Shaped[Array, "layers *rest"], row: Int[Array, ""] | int) -> Shaped[Array, "1 *rest"]:
-    return jax.lax.dynamic_slice_in_dim(jnp.asarray(stack), row, 1)
+def _layer(stack: Any, row: Int[Array, ""] | int) -> Any:
+    """One layer of arrays with a layer axis."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(jnp.asarray(x), row, 1), stack)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -235,7 +239,7 @@ def solve_stack(
     else:
         found = run_alone(functools.partial(program, until_certified=False), (merged,), (task,), start)
         found = mended(found, (merged,), (task,), start, program)
-    return LayerSolution(found.updates[0], found.losses, found.ok)
+    return LayerSolution(rows_of(found.updates[0]), found.losses, found.ok)
 
 
 def solve_layer(

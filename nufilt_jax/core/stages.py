@@ -15,30 +15,45 @@ from nufilt_jax.core.forecast import share
 from nufilt_jax.core.fuse import fuse
 from nufilt_jax.core.settings import RightFactor, SolveConfig
 from nufilt_jax.linalg import subspace
-from nufilt_jax.linalg.dense import matmul, norm, unit_scale
+from nufilt_jax.linalg.dense import matmul, norm, product_norm, unit_scale
+from nufilt_jax.linalg.factored import Factored, Matrix, plus_product, rows_of
 from nufilt_jax.linalg.grams import Gram, gram_of
-from nufilt_jax.linalg.stacks import Stacks, bounds, joined, rows
+from nufilt_jax.linalg.stacks import MatrixStacks, bounds, joined, rows
 from nufilt_jax.linalg.subspace import Directions, rank_mask
+from nufilt_jax.linalg.thin import leading_of_rows
 
 Shares = tuple[Float[Array, "*layers"], ...]  # removed, restored, drift, captured: see `Forecast`
 
 
-def prior_directions(merged: Stacks, *, config: SolveConfig, until_certified: bool = True) -> Directions:
+def prior_directions(merged: MatrixStacks, *, config: SolveConfig, until_certified: bool = True) -> Directions:
     """Stage 1, V2: the leading directions of D, the Gram matrices included."""
-    chosen = subspace.route(config.decomposition, merged[0].shape[-1])
-    return subspace.leading(merged, gram_of(merged), config.filter_rank, chosen, until_certified=until_certified)
+    rows = tuple(map(rows_of, merged))
+    if _is_thin(merged, config):
+        return leading_of_rows(rows, config.filter_rank, until_certified=until_certified)
+    chosen = subspace.route(config.decomposition, rows[0].shape[-1])
+    return subspace.leading(rows, gram_of(rows), config.filter_rank, chosen, until_certified=until_certified)
 
 
-def task_directions(task: Stacks, grams: Gram, *, config: SolveConfig, until_certified: bool = True) -> Directions:
+def _is_thin(stacks: MatrixStacks, config: SolveConfig) -> bool:
+    """Whether all matrices are factored, and the reference was not asked for."""
+    return config.decomposition != "svd" and all(isinstance(x, Factored) for x in stacks)
+
+
+def task_directions(
+    task: MatrixStacks, grams: Gram, *, config: SolveConfig, until_certified: bool = True
+) -> Directions:
     """Stage 2, V1: the leading directions of τ, from τᵀτ, which the adapter needs anyway."""
     # r_v is 8: this costs a fraction of V2's, though from the same routes.
-    chosen = subspace.route(config.decomposition, task[0].shape[-1])
-    return subspace.leading(task, grams, config.task_rank, chosen, until_certified=until_certified)
+    rows = tuple(map(rows_of, task))
+    if _is_thin(task, config):
+        return leading_of_rows(rows, config.task_rank, until_certified=until_certified)
+    chosen = subspace.route(config.decomposition, rows[0].shape[-1])
+    return subspace.leading(rows, grams, config.task_rank, chosen, until_certified=until_certified)
 
 
 def reduce(
-    merged: Stacks,
-    task: Stacks,
+    merged: MatrixStacks,
+    task: MatrixStacks,
     grams: Gram,
     prior: Directions,
     new: Directions,
@@ -69,8 +84,8 @@ def train(
 
 
 def fuse_updates(
-    task: Stacks, parts: list["_Reduced"], adapters: Adapter, *, right_factor: RightFactor = "P + BA"
-) -> tuple[Stacks, Shares]:
+    task: MatrixStacks, parts: list["_Reduced"], adapters: Adapter, *, right_factor: RightFactor = "P + BA"
+) -> tuple[MatrixStacks, Shares]:
     """Stage 5: the updates τ (P + BA), and the shares of the forecast."""
     chex.assert_tree_shape_prefix(adapters, (bounds(task)[-1][1],))
     fuse_layer = functools.partial(_fuse_layer, right_factor=right_factor)
@@ -82,8 +97,8 @@ def fuse_updates(
 
 
 def correct(
-    task: Stacks, parts: list["_Reduced"], *, ridge: Float[Array, ""] | float
-) -> tuple[Stacks, Shares, Float[Array, "layers before_and_after"]]:
+    task: MatrixStacks, parts: list["_Reduced"], *, ridge: Float[Array, ""] | float
+) -> tuple[MatrixStacks, Shares, Float[Array, "layers before_and_after"]]:
     """Stages 4 and 5 of the closed form: the updates τ P + E, shares, losses in the objectives' units."""
     correct_layer = jax.vmap(functools.partial(_correct_layer, ridge=ridge))
     corrected = [correct_layer(t, part) for t, part in zip(task, parts, strict=True)]
@@ -101,8 +116,8 @@ class _Reduced(NamedTuple):
 
 
 def _reduce_layer(
-    merged: Float[Array, "m n"],
-    task: Float[Array, "m n"],
+    merged: Float[Matrix, "m n"],
+    task: Float[Matrix, "m n"],
     task_gram: Gram,
     prior: Directions,
     new: Directions,
@@ -113,16 +128,16 @@ def _reduce_layer(
     prior, new = rank_mask(prior, len(merged)), rank_mask(new, len(merged))
     goal = target(right_factor, merged, task, prior.vectors, new.vectors)
     # Small weights need no unit: beside Adam's ε, their gradients are nothing.
-    unit = jnp.minimum(jnp.minimum(unit_scale(merged), unit_scale(task))[0, 0], 1)
+    unit = jnp.minimum(jnp.minimum(unit_scale(rows_of(merged)), unit_scale(rows_of(task)))[0, 0], 1)
     goal = goal._replace(wanted=unit * goal.wanted)
     objective = reduced_objective(task_gram, task, goal.wanted, prior.vectors, new.vectors, unit)
     # Orthonormal directions, whose sizes are ‖D v‖: their norm is ‖D V2‖, without another product.
-    return _Reduced(goal, objective, norm(prior.sizes[None]), norm(merged))
+    return _Reduced(goal, objective, norm(prior.sizes[None]), norm(rows_of(merged)))
 
 
 def _fuse_layer(
-    task: Float[Array, "m n"], part: _Reduced, adapter: Adapter, *, right_factor: RightFactor
-) -> tuple[Float[Array, "m n"], Shares]:
+    task: Float[Matrix, "m n"], part: _Reduced, adapter: Adapter, *, right_factor: RightFactor
+) -> tuple[Float[Matrix, "m n"], Shares]:
     fused = fuse(right_factor, task, adapter, part.objective.prior)
     # Where no filter ran, V2 feels τ F too.
     felt = fused.felt if part.target.felt is None else part.target.felt + fused.felt
@@ -130,25 +145,26 @@ def _fuse_layer(
 
 
 def _correct_layer(
-    task: Float[Array, "m n"], part: _Reduced, *, ridge: Float[Array, ""] | float
-) -> tuple[Float[Array, "m n"], Shares, Float[Array, "2"]]:
+    task: Float[Matrix, "m n"], part: _Reduced, *, ridge: Float[Array, ""] | float
+) -> tuple[Float[Matrix, "m n"], Shares, Float[Array, "2"]]:
     objective = part.objective
     filtered, removed = null_space_filter(task, objective.prior)
-    scaled, losses = smallest_correction(part.target.wanted, objective.prior, objective.task, ridge=ridge)
+    scaled, right, losses = smallest_correction(part.target.wanted, objective.prior, objective.task, ridge=ridge)
     # E is linear in C, which was scaled. The losses stay so: `core.solve` judges them before large ones overflow.
-    restored = scaled / objective.unit
-    shares = _shares(task, part, norm(removed), norm(restored), matmul(restored, objective.prior))
-    return filtered + restored, shares, losses
+    left = scaled / objective.unit
+    felt = matmul(left, matmul(right.T, objective.prior))
+    shares = _shares(task, part, norm(removed), product_norm(left, right), felt)
+    return plus_product(filtered, left, right), shares, losses
 
 
 def _shares(
-    task: Float[Array, "m n"],
+    task: Float[Matrix, "m n"],
     part: _Reduced,
     removed: Float[Array, ""],
     restored: Float[Array, ""],
-    felt: Float[Array, "m r_p"],
+    felt: Float[Array, "rows r_p"],
 ) -> Shares:
-    size = norm(task)
+    size = norm(rows_of(task))
     return (
         share(removed, size),
         share(restored, size),

@@ -14,6 +14,7 @@ from nufilt_jax.anatomy import tensor_of
 from nufilt_jax.checkpoints import Checkpoint
 from nufilt_jax.checkpoints.tensors import PassingTensors
 from nufilt_jax.engine.devices import mesh_of
+from nufilt_jax.engine.factors import task_rank, window_ranks
 from nufilt_jax.engine.grid import Window
 from nufilt_jax.engine.plan import Plan
 from nufilt_jax.engine.timing import Clock
@@ -48,6 +49,7 @@ def rule_of(plan: Plan, window: Window) -> methods.Merger:
         conv=settings.conv,
         selection=Selection(layers, others),
         mesh=mesh_of(plan.devices, settings.method),
+        ranks=window_ranks(window.stacks),
     )
 
 
@@ -62,9 +64,12 @@ def load_task(plan: Plan, window: Window, name: str, stop: threading.Event) -> T
     """
     checkpoint, clock, names = plan.tasks[name], Clock(), touched(window)
     theirs = checkpoint.unread(names, stop=stop)
+    number = [source.name for source in plan.sources].index(name)
+    thin = methods.find(plan.settings.method).in_factors
     with clock.spent_on("read"):
         base = PassingTensors(plan.base.read(names))
-        vector = task_vector(base, theirs, tuple(stack.layers for stack in window.stacks))
+        ranks = [task_rank(stack, number, checkpoint, in_factors=thin) for stack in window.stacks]
+        vector = task_vector(base, theirs, tuple(stack.layers for stack in window.stacks), ranks)
     with clock.spent_on("put"):
         jax.block_until_ready(vector.stacks)
     return Task(name, checkpoint, vector, clock)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from nufilt_jax.linalg.chunks import chunk_size
+from nufilt_jax.methods.stacked import total_rank
 
 Walk = Literal["rows", "columns"]
 
@@ -28,6 +29,7 @@ class Stack(NamedTuple):
       fewest: chunks that a piece must have, unless it is the whole: of one chunk the compiler makes no loop, and rounds
         otherwise than within one.
       is_solved: whether the method works on them; else they follow `--other-params`.
+      ranks: of layers whose D is kept in factors, the rank that each task may add; None for those kept whole.
     """
 
     layers: tuple[str, ...]
@@ -36,11 +38,12 @@ class Stack(NamedTuple):
     at_once: int = 1
     fewest: int = 1
     is_solved: bool = True
+    ranks: tuple[int, ...] | None = None
 
     @property
     def n_bytes(self) -> int:
-        """Of one layer, in float32."""
-        return 4 * math.prod(self.shape)
+        """Of one layer's D, in float32."""
+        return 4 * (math.prod(self.shape) if self.ranks is None else total_rank(self.ranks) * sum(self.shape))
 
     @property
     def total(self) -> int:

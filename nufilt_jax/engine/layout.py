@@ -4,6 +4,7 @@ import jax
 
 from nufilt_jax.anatomy import shape_in
 from nufilt_jax.checkpoints import Checkpoint
+from nufilt_jax.engine.factors import ranks_of
 from nufilt_jax.engine.grid import Stack, Window
 from nufilt_jax.engine.job import Job
 from nufilt_jax.engine.memory import (
@@ -32,17 +33,17 @@ def lay_out(
     """
     rule, config = find(job.settings.method), job.settings.config
     shapes = {name: shape_in(base.tensors, name) for name in selection.layers + selection.other}
-    at_once = layers_at_once()
+    at_once, ranks = layers_at_once(), ranks_of(job, base, tasks, selection, stored)
     stacks = list[Stack]()
     for names, is_solved in ((selection.layers, True), (selection.other, False)):
-        for members in stack_names(shapes, names):
-            shape = shapes[members[0]]
+        for members in stack_names(shapes, names, ranks):
+            shape, own = shapes[members[0]], ranks.get(members[0])
             most, fewest = (at_once, 2) if is_solved and len(shape) == 2 else (1, 1)
-            stacks.append(Stack(members, shape, chunk_size(len(members), most), most, fewest, is_solved))
+            stacks.append(Stack(members, shape, chunk_size(len(members), most), most, fewest, is_solved, own))
     runs_model = job.evaluation is not None or rule.needs_data
     everything = [info for model in (base, *tasks) for info in model.stored]
     sizes = Sizes(
-        workspace=max((workspace(stack.shape, stack.chunk, config) for stack in stacks if stack.is_solved), default=0),
+        workspace=max((workspace(x.shape, x.chunk, config, x.ranks) for x in stacks if x.is_solved), default=0),
         tensor=max((4 * base.tensors[name].size for name in selection.touched), default=0),
         stored=max((info.nbytes for info in everything), default=0),
         model=sum(4 * info.size for info in base.tensors.values()) if runs_model else 0,

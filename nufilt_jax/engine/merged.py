@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from nufilt_jax.linalg.factored import Factored
 from nufilt_jax.methods.stacked import Array, Params
 from nufilt_jax.methods.state import joined, merged_tensor
 from nufilt_jax.output.stored import Stored
@@ -33,7 +34,8 @@ class MergedTensor:
         n_rows = max(1, _ROWS_BYTES * self.shape[0] // max(1, result.nbytes))
         for start in range(0, self.shape[0], n_rows):
             rows = slice(start, start + n_rows)
-            result[rows] = merged_tensor(self._base[rows], delta[rows], self.dtype)
+            part = delta.outputs(rows) if isinstance(delta, Factored) else delta[rows]
+            result[rows] = merged_tensor(self._base[rows], part, self.dtype)
         return result
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from nufilt_jax.engine.ahead import ReadAhead
 from nufilt_jax.engine.cell import Task, examples, file_entry, load_task, rule_of, touched, update
+from nufilt_jax.engine.factors import kept, restored
 from nufilt_jax.engine.grid import Cell, Window, cells
 from nufilt_jax.engine.memory import release_memory
 from nufilt_jax.engine.merged import StoredDelta, merged_tensors
@@ -18,7 +19,7 @@ from nufilt_jax.engine.timing import Clock
 from nufilt_jax.engine.uninterrupted import uninterrupted
 from nufilt_jax.engine.watching import Evaluation, Watcher
 from nufilt_jax.errors import EvaluationError, NufiltError
-from nufilt_jax.methods.stacked import Array, Params, stacked
+from nufilt_jax.methods.stacked import Array, Params
 from nufilt_jax.methods.state import MergeState
 from nufilt_jax.output.place import OutputPlace
 from nufilt_jax.output.recipe import Recipe, Step
@@ -172,7 +173,7 @@ class Walk:
         state = self._rule.init(self._base(window))
         done = len(self._row.records)
         if done:
-            delta = stacked(self._stored.deltas(window.layers), state.delta.names)
+            delta = restored(self._stored.deltas(window.layers), state.delta)
             beside = self._stored.others(window.layers)
             extra, added = beside.get("extra", {}), beside.get("added", {})
             state = dataclasses.replace(state, delta=delta, extra=extra, added=added, step=done)
@@ -201,8 +202,9 @@ class Walk:
             return
         start = time.perf_counter()
         told = [CellRecord(cell.step.told(self._told.get(cell.step.task)), cell.forecast) for cell in row.records]
-        window = StoredWindow(self._place.state, row.window.number, row.window.layers, tuple(told))
-        arrays = {"delta": state.delta.on_host(), "extra": dict(state.extra), "added": dict(state.added)}
+        deltas, ranks = kept(state.delta.on_host(), row.window.stacks, len(told))
+        window = StoredWindow(self._place.state, row.window.number, row.window.layers, tuple(told), ranks)
+        arrays: dict[str, Any] = {**deltas, "extra": dict(state.extra), "added": dict(state.added)}
         arrays["numbers"] = dict(self._survey.numbers(window.done - 1) or {})
         row.kept = self._place.keep(window, arrays)
         self._stored.add(row.kept)

@@ -96,9 +96,9 @@ def in_chunks(function: Callable[..., Any], arrays: Any, size: int, *, in_place:
         return jax.tree.map(join, jax.lax.map(lambda chunk: function(*chunk), chunks))
 
     # The carry of a scan is one buffer for all iterations, so writing to it copies nothing.
-    def overwrite(first: Array, chunk: tuple[Array, Any]) -> tuple[Array, Any]:
+    def overwrite(first: Any, chunk: tuple[Array, Any]) -> tuple[Any, Any]:
         i, others = chunk
-        written, result = function(first[i], *others)
-        return first.at[i].set(written), result
+        written, result = function(jax.tree.map(lambda x: x[i], first), *others)
+        return jax.tree.map(lambda x, y: x.at[i].set(y), first, written), result
 
     return jax.tree.map(join, jax.lax.scan(overwrite, chunks[0], (jnp.arange(n_chunks), chunks[1:])))

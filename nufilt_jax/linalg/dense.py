@@ -78,6 +78,13 @@ def norm(x: Float[Array, "m n"]) -> Float[Array, ""]:
     return jnp.sqrt(jnp.sum((x * scale) ** 2)) / scale[0, 0]
 
 
+def product_norm(left: Float[Array, "m k"], right: Float[Array, "n k"]) -> Float[Array, ""]:
+    """‖L Rᵀ‖ of thin matrices, from their Gram matrices: ‖L Rᵀ‖² = ⟨LᵀL, RᵀR⟩, in place of m n products."""
+    unit = unit_scale(left)  # to be squared
+    # Of a product of nothing, rounding may leave less than that.
+    return jnp.sqrt(jnp.maximum(jnp.sum(gram(unit * left) * gram(right)), 0)) / unit[0, 0]
+
+
 def eigh_descending(
     x: Float[Array, "*batch n n"],
 ) -> tuple[Float[Array, "*batch n"], Float[Array, "*batch n n"]]:

@@ -8,11 +8,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from nufilt_jax.linalg.factored import Matrix
+
 Stacks = tuple[Float[Array, "_ _ n"], ...]  # a stack per shape [m, n], with a leading axis over its layers
+MatrixStacks = tuple[Float[Matrix, "_ _ n"], ...]  # the same, some of them factored perhaps
 Tree = TypeVar("Tree")
 
 
-def bounds(stacks: Stacks) -> list[tuple[int, int]]:
+def bounds(stacks: MatrixStacks) -> list[tuple[int, int]]:
     """Where each stack's layers begin and end in the concatenation of all."""
     return list(itertools.pairwise(itertools.accumulate((len(stack) for stack in stacks), initial=0)))
 

@@ -29,7 +29,7 @@ from nufilt_jax.methods.data import TaskData as TaskData
 from nufilt_jax.methods.elementwise import move_others
 from nufilt_jax.methods.matrices import require_finite
 from nufilt_jax.methods.selection import Selection, select
-from nufilt_jax.methods.stacked import Names, Params, TaskVector, stack_names, task_vector, zeros
+from nufilt_jax.methods.stacked import Names, Params, Ranks, TaskVector, stack_names, task_vector, zeros
 from nufilt_jax.methods.state import Context, Merger, MergeState, Numbers, OnStack, Rule, check_task
 
 RULES: dict[str, Rule[Any]] = {
@@ -75,6 +75,7 @@ def get(
     conv: bool = False,
     selection: Selection | None = None,
     mesh: Mesh | None = None,
+    ranks: Ranks | None = None,
 ) -> Merger:
     """A merging rule, ready to use.
 
@@ -89,6 +90,7 @@ def get(
       selection: what `selection.select` chose with these arguments from the whole model; for a base that holds only
         the tensors touched, whose family its names do not tell.
       mesh: one-dimensional, of devices of this process that share the layers, if the rule spreads; None for one device.
+      ranks: of layers whose D is kept in factors, the rank that each task may have; see `Rule.in_factors`.
 
     Raises:
       ConfigError: an unknown rule, or settings of another rule.
@@ -115,12 +117,12 @@ def get(
         how: dict[str, Any] = {"layers": layers, "other_params": other_params, "scope": rule.scope, "conv": conv}
         chosen = selection or select(base, **how)
         shapes = {name: shape_in(base, name) for name in chosen.layers + chosen.other}
-        return stack_names(shapes, chosen.layers), stack_names(shapes, chosen.other)
+        return stack_names(shapes, chosen.layers, ranks), stack_names(shapes, chosen.other, ranks)
 
     def init(base: Params) -> MergeState:
         mine, others = choose(base)
         shapes = {members[0]: shape_in(base, members[0]) for members in mine + others}
-        return MergeState(dict(base), zeros(shapes, mine + others))
+        return MergeState(dict(base), zeros(shapes, mine + others, ranks))
 
     def update(
         state: MergeState,

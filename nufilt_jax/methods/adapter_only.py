@@ -33,6 +33,7 @@ RULE = Rule(
     update="θ + τ (I + BA): BA is trained as NUFILT's, on a loss that does not know of a filter",
     touches=nufilt.RULE.touches,
     cost=nufilt.RULE.cost,
+    in_factors=True,
     source="Qiu et al., arXiv:2509.21413v2, Table 4 row 3",
     spreads=True,
 )

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from nufilt_jax.config import MethodConfig
@@ -13,6 +12,7 @@ from nufilt_jax.errors import Problem, SolveError, raise_all
 from nufilt_jax.linalg.chunks import LAPACK_BATCH, in_chunks, layers_at_once
 from nufilt_jax.linalg.compiling import Program
 from nufilt_jax.linalg.dispatch import is_traced, run_alone
+from nufilt_jax.linalg.factored import all_finite
 from nufilt_jax.linalg.spread import spread
 from nufilt_jax.methods.elementwise import blend
 from nufilt_jax.methods.stacked import Array, Names, Stacked, Stacks, TaskVector
@@ -81,11 +81,8 @@ def require_finite(merged: Stacked, fix: str = "") -> None:
 
 @jax.jit
 def _is_finite(stacks: Stacks) -> Stacks:
-    """Of every tensor of every stack, whether all its numbers are finite.
-
-    All zeros but for what is not finite: adding them up needs no array of truths as large as the stack.
-    """
-    return tuple(jnp.sum(0 * x, axis=tuple(range(1, x.ndim))) == 0 for x in stacks)
+    """Of every tensor of every stack, whether all its numbers are finite."""
+    return tuple(all_finite(x) for x in stacks)
 
 
 def split(delta: Stacked, is_first: Callable[[str, tuple[int, ...]], bool]) -> tuple[Names, Names]:

@@ -20,10 +20,11 @@ from nufilt_jax.core.solve import GroupSolution, mended, solve_group
 from nufilt_jax.errors import Problem, SolveError, raise_all
 from nufilt_jax.linalg.compiling import Program
 from nufilt_jax.linalg.dispatch import is_traced, run_alone
+from nufilt_jax.linalg.factored import Factored
 from nufilt_jax.linalg.spread import spread
-from nufilt_jax.linalg.stacks import Stacks, bounds, joined, rows
+from nufilt_jax.linalg.stacks import MatrixStacks, bounds, joined, rows
 from nufilt_jax.methods.selection import published_layers
-from nufilt_jax.methods.stacked import Array, Group, Stacked, TaskVector, group_layers
+from nufilt_jax.methods.stacked import Array, Group, Stacked, TaskVector, groups_of
 from nufilt_jax.methods.state import Advance, Context, LayerReport, MergeState, OnStack, Rule, as_it_is
 
 # The text's θ_1 (Algorithm 1), or what the program makes of it; which one Table 4 was measured with is open.
@@ -74,7 +75,8 @@ def first(state: MergeState, task: TaskVector, context: Context[FirstTaskConfig]
     taken, rank = as_it_is(state, task, context), context.config.filter_rank
     if context.config.first_task == "paper":
         return taken
-    return Advance(jax.tree.map(jax.vmap(lambda x: authors_first_filter(x, rank)), taken.delta))
+    stacks = tuple(jax.vmap(lambda x: authors_first_filter(x, rank))(stack) for stack in taken.delta.stacks)
+    return Advance(Stacked(stacks, taken.delta.names))
 
 
 def advance(state: MergeState, task: TaskVector, context: Context[SolveConfig]) -> Advance:
@@ -85,20 +87,25 @@ def advance(state: MergeState, task: TaskVector, context: Context[SolveConfig]) 
     """
     config = context.config
     is_inline = is_traced((state.delta, task))
-    merged: list[jax.Array] = []
+    merged: dict[Group, tuple[Any, ...]] = {}
     waiting: list[_UnderWay] = []
     report: dict[str, LayerReport] = {}
-    groups = group_layers(task.shapes)
+    groups = groups_of(state.delta)
 
     def finish(begun: _UnderWay) -> None:
         found = begun.found if is_inline else _mended(begun, config)
-        merged.extend(found.updates)
+        merged[begun.group] = found.updates
         report.update(_told(begun.group, found, context.on_stack))
 
     for group in groups:
         keys = adapter_keys(context.seed, state.step + 1, tuple(name.removesuffix(FLAT) for name in group.names))
         d, t = (part.only(group.stacks).stacks for part in (state.delta, task))
-        if context.mesh is None or is_inline:
+        is_thin = all(isinstance(x, Factored) for x in d)
+        if all(isinstance(x, Factored) and x.rank == 0 for x in t):  # the task did not adapt any of them
+            merged[group] = d
+            report.update(_unmoved(group, config))
+            continue
+        if context.mesh is None or is_inline or is_thin:  # thin layers are through before they could be sent anywhere
             found = run_alone(functools.partial(_step, config=config, until_certified=is_inline), d, t, keys)
         else:
             found = _spread_step(d, t, keys, config, context.mesh)
@@ -114,14 +121,21 @@ def advance(state: MergeState, task: TaskVector, context: Context[SolveConfig]) 
         if name not in report
     ]
     raise_all(SolveError, broken)
-    return Advance(Stacked(tuple(merged), tuple(names for group in groups for names in group.stacks)), report)
+    stacks = tuple(stack for group in groups for stack in merged[group])
+    return Advance(Stacked(stacks, tuple(names for group in groups for names in group.stacks)), report)
+
+
+def _unmoved(group: Group, config: SolveConfig) -> dict[str, LayerReport]:
+    """The reports of layers that a task did not change: nothing is solved, and nothing is lost."""
+    n_losses = 2 if config.closed_form_ridge is not None else config.steps + 1 if config.trained_rank else 0
+    return {name: LayerReport(np.zeros(n_losses, np.float32)) for name in group.names}
 
 
 class _UnderWay(NamedTuple):
     """A group whose program is running: its layers, τ, the keys of the adapters' starts, and what comes out."""
 
     group: Group
-    task: tuple[Array, ...]
+    task: tuple[Any, ...]
     keys: UInt32[np.ndarray, "layers 2"]
     found: GroupSolution
 
@@ -146,7 +160,12 @@ def _told(group: Group, solution: GroupSolution, on_stack: OnStack | None) -> di
 
 @functools.partial(Program, static_argnames="until_certified", donate_argnums=0)
 def _step(
-    deltas: Stacks, task: Stacks, keys: UInt32[Array, "layers 2"], *, config: SolveConfig, until_certified: bool
+    deltas: MatrixStacks,
+    task: MatrixStacks,
+    keys: UInt32[Array, "layers 2"],
+    *,
+    config: SolveConfig,
+    until_certified: bool,
 ) -> GroupSolution:
     """D + τ (P + BA) for the layers of one width; takes the memory of D."""
     width = deltas[0].shape[-1]
@@ -171,7 +190,7 @@ def _spread_step(
 
 
 def _stack_by_stack(
-    deltas: Stacks, others: tuple[tuple[Array, Array], ...], *, config: SolveConfig
+    deltas: MatrixStacks, others: tuple[tuple[Array, Array], ...], *, config: SolveConfig
 ) -> tuple[tuple[Array, GroupSolution], ...]:
     """`_step` as `linalg.spread` takes it: a device has a part of every stack."""
     task, keys = zip(*others, strict=True)
@@ -199,6 +218,7 @@ RULE = Rule(
     update="θ + τ (P + BA): P removes the input directions that D uses most, BA is trained without data",
     touches="the blocks' linear layers",
     cost="2 leading subspaces, Adam steps of O(n²)",
+    in_factors=True,
     source="Qiu et al., arXiv:2509.21413v2",
     spreads=True,
 )

@@ -31,6 +31,7 @@ RULE = Rule(
     update="θ + τ P",
     touches=nufilt.RULE.touches,
     cost="1 leading subspace",
+    in_factors=True,
     source="Qiu et al., arXiv:2509.21413v2, Table 4 row 2",
     spreads=True,
 )

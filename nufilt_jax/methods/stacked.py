@@ -4,19 +4,21 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple, Protocol, Self, runtime_checkable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from nufilt_jax.anatomy import layer_shape, part_of, tensor_of
+from nufilt_jax.linalg.factored import Factored
 
 Array = jax.Array | np.ndarray  # of host or device; inside one layer's program it is jaxtyping's, a `jax.Array`
 Params = Mapping[str, Array]
-Stacks = tuple[Array, ...]  # of any shapes, each with a leading axis over its tensors
+Stacks = tuple[Any, ...]  # arrays or factored, of any shapes, each with a leading axis over its tensors
 Names = tuple[tuple[str, ...], ...]
+Ranks = Mapping[str, tuple[int, ...]]  # of layers whose D is factored: what every task adds at most
 
 _ALIGNMENT = 64  # bytes; a host array that starts on such a boundary becomes a CPU device's without a copy
 
@@ -144,21 +146,51 @@ def group_layers(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Group, ...]:
     )
 
 
-def stack_names(shapes: Mapping[str, tuple[int, ...]], names: Iterable[str]) -> Names:
-    """Sorts names of layers into one stack per shape; matrices in the order of `group_layers`."""
-    stacks: dict[tuple[int, ...], list[str]] = {}
+def groups_of(delta: Stacked) -> tuple[Group, ...]:
+    """The stacks of D as groups of one width, in their order; each factored stack is a group of its own."""
+    groups = list[Group]()
+    may_join = False
+    for members, stack in zip(delta.names, delta.stacks, strict=True):
+        width, is_dense = stack.shape[-1], not isinstance(stack, Factored)
+        if may_join and is_dense and groups[-1].width == width:
+            groups[-1] = Group(width, (*groups[-1].stacks, members))
+        else:
+            groups.append(Group(width, (members,)))
+        may_join = is_dense
+    return tuple(groups)
+
+
+def stack_names(shapes: Mapping[str, tuple[int, ...]], names: Iterable[str], ranks: Ranks | None = None) -> Names:
+    """Sorts names of layers into one stack per shape, those that are factored also by their ranks.
+
+    Matrices in the order of `group_layers`, of each shape the dense ones first.
+    """
+    stacks: dict[tuple[Any, ...], list[str]] = {}
     for name in sorted(names):
-        stacks.setdefault(shapes[name][::-1], []).append(name)
+        stacks.setdefault((shapes[name][::-1], (ranks or {}).get(name, ())), []).append(name)
     return tuple(tuple(stacks[key]) for key in sorted(stacks))
 
 
-def zeros(shapes: Mapping[str, tuple[int, ...]], names: Names) -> Stacked:
+def zeros(shapes: Mapping[str, tuple[int, ...]], names: Names, ranks: Ranks | None = None) -> Stacked:
     """Zeros in float32, on the host: they take no memory until they are used."""
-    return Stacked(tuple(np.zeros((len(members), *shapes[members[0]]), np.float32) for members in names), names)
+
+    def stack(members: tuple[str, ...]) -> Any:
+        shape, n_layers, ours = shapes[members[0]], len(members), (ranks or {}).get(members[0])
+        if ours is None:
+            return np.zeros((n_layers, *shape), np.float32)
+        parts = (shape[0], total_rank(ours)), (total_rank(ours), shape[1])
+        return Factored(*(np.zeros((n_layers, *part), np.float32) for part in parts))
+
+    return Stacked(tuple(map(stack, names)), names)
+
+
+def total_rank(ranks: Iterable[int]) -> int:
+    """Of a factored D: as many rows as all tasks together add, and one if that is none."""
+    return max(1, sum(ranks))
 
 
 def stacked(params: Params, names: Names) -> Stacked:
-    """Tensors of any mapping, in float32, on the device."""
+    """Tensors of any mapping, those in factors multiplied out, in float32, on the device."""
     parts = (_stack((_float32(params[name]) for name in members), len(members)) for members in names)
     return Stacked(tuple(jax.device_put(part) for part in parts), names)
 
@@ -168,7 +200,7 @@ def restacked(params: Params, names: Names) -> Stacks:
     return tuple(jnp.stack([jnp.asarray(params[name]) for name in members]) for members in names)
 
 
-def task_vector(base: Params, task: Params, names: Names) -> TaskVector:
+def task_vector(base: Params, task: Params, names: Names, ranks: Sequence[int | None] | None = None) -> TaskVector:
     """τ of one task.
 
     Each tensor is read from the mappings once and not kept, so that they may read from files as they go.
@@ -177,8 +209,26 @@ def task_vector(base: Params, task: Params, names: Names) -> TaskVector:
       base: θ0 by canonical name.
       task: θ_t.
       names: the stacks wanted, as in `MergeState.delta.names`.
+      ranks: of each stack, the rank in which τ is wanted, of a task that knows of its changes; None for a dense one.
     """
-    return TaskVector(tuple(_difference(base, task, members) for members in names), names)
+    wanted = zip(names, ranks or [None] * len(names), strict=True)
+    stacks = (_difference(base, task, x) if rank is None else _factored(base, task, x, rank) for x, rank in wanted)
+    return TaskVector(tuple(stacks), names)
+
+
+def _factored(base: Params, task: Params, members: tuple[str, ...], rank: int) -> Factored:
+    """τ of a stack of matrices in factors; those that are not adapted, and ranks that are less, filled with zeros."""
+    m, n = layer_of(base, members[0]).shape
+    basis, rows = _aligned((len(members), m, rank)), _aligned((len(members), rank, n))
+    basis[:], rows[:] = 0, 0
+    for i, name in enumerate(members):
+        factors = task.change(name) if isinstance(task, Changes) and rank else None
+        if factors is not None:
+            left, right = factors
+            # On the host and in float64: the columns are few, and nothing is lost where they are nearly dependent.
+            q, triangle = np.linalg.qr(left.astype(np.float64))
+            basis[i, :, : q.shape[1]], rows[i, : q.shape[1]] = q, triangle @ right
+    return jax.device_put(Factored(basis, rows))
 
 
 def _difference(base: Params, task: Params, members: tuple[str, ...]) -> jax.Array:
@@ -220,8 +270,9 @@ def _wide(x: Array) -> jax.Array:
     return jnp.asarray(x, jnp.float64 if x.dtype == np.float64 else jnp.float32)
 
 
-def _float32(array: Array) -> np.ndarray:
-    return np.asarray(array).astype(np.float32, copy=False)
+def _float32(array: Any) -> np.ndarray:
+    whole = array.outputs(slice(None)) if isinstance(array, Factored) else array
+    return np.asarray(whole).astype(np.float32, copy=False)
 
 
 def _stack(tensors: Iterable[np.ndarray], n_tensors: int) -> np.ndarray:

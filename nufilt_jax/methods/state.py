@@ -14,6 +14,7 @@ from nufilt_jax.anatomy import FLAT, tensor_of
 from nufilt_jax.config import MethodConfig
 from nufilt_jax.core.forecast import Forecast
 from nufilt_jax.errors import CheckpointError, Problem, raise_all
+from nufilt_jax.linalg.factored import dense
 from nufilt_jax.methods.data import TaskData
 from nufilt_jax.methods.elementwise import blend
 from nufilt_jax.methods.selection import Scope
@@ -74,7 +75,7 @@ class MergeState:
     def merged(self) -> dict[str, Array]:
         """θ^m: every tensor of the base, in its own dtype, and what the rule added."""
         base, delta = self.base, self.delta
-        moved = {name: merged_tensor(base[name], joined(delta, name, base[name])) for name in self.touched}
+        moved = {name: merged_tensor(base[name], dense(joined(delta, name, base[name]))) for name in self.touched}
         return base | moved | self.added
 
     @property
@@ -83,8 +84,8 @@ class MergeState:
         return tuple(dict.fromkeys(map(tensor_of, self.delta)))
 
 
-def joined(delta: Mapping[str, Array], name: str, base: Array) -> Array:
-    """D of a whole tensor, put together from its layers."""
+def joined(delta: Mapping[str, Any], name: str, base: Array) -> Any:
+    """D of a whole tensor, put together from its layers; a factored one as it is kept."""
     if name in delta:
         return delta[name]
     if name + FLAT in delta:
@@ -231,6 +232,7 @@ class Rule(Generic[C]):
         model, it finds them by itself.
       first_survey: as much for the first task.
       states: arrays of the size of D that are kept from task to task, D included.
+      in_factors: whether D and τ may be factored: it multiplies them from the right, and adds them up.
       workspace: memory that an update takes beside these, τ and what programs need for a few layers, in sizes of D.
       spreads: whether it solves layers one by one, so that several devices can share them.
     """
@@ -252,6 +254,7 @@ class Rule(Generic[C]):
     states: int = 1
     workspace: float = 0.0
     spreads: bool = False
+    in_factors: bool = False
 
     @property
     def needs(self) -> str:

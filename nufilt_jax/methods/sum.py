@@ -28,5 +28,6 @@ RULE = Rule(
     update="θ + τ",
     touches="the blocks' linear layers",
     cost="O(mn)",
+    in_factors=True,
     source="Qiu et al., arXiv:2509.21413v2, Table 4 row 1",
 )

@@ -38,5 +38,6 @@ RULE = Rule(
     update="θ + λ τ",
     touches="every tensor",
     cost="O(mn)",
+    in_factors=True,
     source="Ilharco et al., arXiv:2212.04089",
 )

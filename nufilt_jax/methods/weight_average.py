@@ -29,5 +29,6 @@ RULE = Rule(
     update="running mean of the models",
     touches="every tensor",
     cost="O(mn)",
+    in_factors=True,
     source="Wortsman et al., arXiv:2203.05482",
 )

@@ -8,7 +8,9 @@ spread over several processes stand in `arrays/`, an orbax checkpoint.
 
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from nufilt_jax.durable import make_folder, move, sync_tree
@@ -21,6 +23,7 @@ from nufilt_jax.output.spread import is_spread, save_spread
 _SLACK = 1 << 16  # bytes asked for beside the arrays' own: of the header, and of what tells of the window
 _FOLDER = re.compile(r"window-(?P<number>\d{4,})(-\d+)?")
 ARRAYS, SPREAD, _TOLD = "arrays.safetensors", "arrays", "window.json"
+DELTA, FACTORS = "delta", ("basis", "rows")  # the groups of arrays that make up D
 AGAIN = "merge again from the start"
 MAKE_ROOM = "free some space and run the same command again"
 
@@ -45,12 +48,14 @@ class StoredWindow(NamedTuple):
       number: of the window.
       layers: whose D it holds, those included that follow `--other-params`.
       cells: what each of its tasks did.
+      ranks: of the layers whose D is kept in factors.
     """
 
     folder: Path
     number: int
     layers: tuple[str, ...]
     cells: tuple[CellRecord, ...]
+    ranks: Mapping[str, int] = MappingProxyType({})
 
     @property
     def done(self) -> int:
@@ -76,8 +81,9 @@ def stored_windows(root: Path) -> list[StoredWindow]:
         told = read_json(folder / _TOLD)
         try:
             cells = tuple(CellRecord(Step.from_json(cell), dict(cell["forecast"])) for cell in told["cells"])
-            window = StoredWindow(folder, int(name["number"]), tuple(map(str, told["layers"])), cells)
-        except (KeyError, TypeError, ValueError) as error:
+            ranks = {str(layer): int(rank) for layer, rank in told.get("ranks", {}).items()}
+            window = StoredWindow(folder, int(name["number"]), tuple(map(str, told["layers"])), cells, ranks)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise OutputError(Problem(str(folder / _TOLD), f"is damaged: {error}", AGAIN)) from error
         if window.number not in found or found[window.number].done < window.done:
             found[window.number] = window
@@ -102,7 +108,8 @@ def save_window(root: Path, window: StoredWindow, arrays: Groups) -> StoredWindo
     draft.mkdir()
     _save_arrays(draft, arrays)
     cells = [{**cell.step.to_json(), "forecast": cell.forecast} for cell in window.cells]
-    write_json(draft / _TOLD, {"tasks": window.done, "layers": list(window.layers), "cells": cells})
+    factored = {"ranks": dict(window.ranks)} if window.ranks else {}
+    write_json(draft / _TOLD, {"tasks": window.done, "layers": list(window.layers), **factored, "cells": cells})
     sync_tree(draft)
     shutil.rmtree(target, ignore_errors=True)
     move(draft, target)

@@ -7,10 +7,13 @@ from typing import Any
 
 from nufilt_jax.checkpoints.dtypes import Array
 from nufilt_jax.errors import CheckpointError, Problem
+from nufilt_jax.methods.stacked import Factored
 from nufilt_jax.output.arrays import ArrayFile
 from nufilt_jax.output.recipe import Step
 from nufilt_jax.output.spread import SpreadArrays
-from nufilt_jax.output.state import AGAIN, ARRAYS, SPREAD, CellRecord, StoredWindow
+from nufilt_jax.output.state import AGAIN, ARRAYS, DELTA, FACTORS, SPREAD, CellRecord, StoredWindow
+
+_OF_D = (DELTA, *FACTORS)
 
 
 class Stored:
@@ -61,6 +64,10 @@ class Stored:
         """Number of tasks that are merged into a layer."""
         return self._homes[layer].done if layer in self._homes else 0
 
+    def rank(self, layer: str) -> int | None:
+        """The rank of a layer whose D is kept in factors; None for any other."""
+        return self._homes[layer].ranks.get(layer) if layer in self._homes else None
+
     def records(self, layers: Iterable[str]) -> tuple[CellRecord, ...]:
         """What each task did to some layers into which the same tasks are merged.
 
@@ -82,8 +89,8 @@ class Stored:
         self._contexts.close()
         self._files.clear()
 
-    def deltas(self, layers: Iterable[str]) -> dict[str, Array]:
-        """D of some layers.
+    def deltas(self, layers: Iterable[str]) -> dict[str, Any]:
+        """D of some layers, in factors where it is kept so.
 
         Raises:
           CheckpointError: one is missing or damaged.
@@ -94,11 +101,14 @@ class Stored:
                 what = "the state of the merge does not hold the tensors that the recipe selects"
                 raise CheckpointError(Problem(layer, what, AGAIN))
             wanted.setdefault(self._homes[layer].folder, []).append(layer)
-        return {
-            name: array
-            for folder, members in wanted.items()
-            for name, array in self._read(folder, "delta", members).items()
-        }
+        found: dict[str, Any] = {}
+        for folder, members in wanted.items():
+            factored = [layer for layer in members if self.rank(layer) is not None]
+            dense = [layer for layer in members if layer not in factored]
+            factors = [self._read(folder, group, factored) if factored else {} for group in FACTORS]
+            found |= self._read(folder, DELTA, dense) if dense else {}
+            found |= {layer: Factored(*(named[layer] for named in factors)) for layer in factored}
+        return found
 
     def others(self, layers: Iterable[str]) -> dict[str, dict[str, Array]]:
         """The groups beside D of all windows that hold some of the layers, but for what is of other layers."""
@@ -110,7 +120,7 @@ class Stored:
                 names = self._file(window.folder).names
             for group, named in names.items():
                 wanted = [name for name in named if name not in foreign]
-                if group != "delta" and wanted:
+                if group not in _OF_D and wanted:
                     found[group] = found.get(group, {}) | self._read(window.folder, group, wanted)
         return found
 

@@ -1,5 +1,7 @@
 """`nufilt merge` of LoRA adapters, alone and mixed with whole models."""
 
+import json
+
 import adapter_builders as adapters
 import model_builders as build
 import numpy as np
@@ -49,6 +51,32 @@ def test_a_mixed_stream_is_that_of_whole_models(nufilt, stream, tmp_path, method
     merge(nufilt, stream, tmp_path / "theirs", ["one-whole", "full", "two-whole"], "--method", method, *ranks)
     # The whole models are rounded to float32, of weights 30 times as large as what moved them.
     assert_alike(updates(tmp_path / "ours", stream), updates(tmp_path / "theirs", stream), 3e-5)
+
+
+@pytest.mark.parametrize("method", ["nufilt", "weight_average"])
+def test_a_stream_of_adapters_is_that_of_whole_models(nufilt, stream, tmp_path, method):
+    """All of it in factors; and so is what is kept of it."""
+    ranks = RANKS if method == "nufilt" else ()
+    merge(nufilt, stream, tmp_path / "ours", ["one", "two"], "--method", method, *ranks)
+    merge(nufilt, stream, tmp_path / "theirs", ["one-whole", "two-whole"], "--method", method, *ranks)
+    assert_alike(updates(tmp_path / "ours", stream), updates(tmp_path / "theirs", stream), 3e-5)
+    [window] = (tmp_path / "ours" / "state").iterdir()
+    assert json.loads((window / "window.json").read_text())["ranks"][build.Q0] == 5
+
+
+def test_what_is_kept_in_factors_is_gone_on_with(nufilt, stream, tmp_path, stop_before, in_windows):
+    """Stopped and resumed, cut in windows, and added to."""
+    merge(nufilt, stream, tmp_path / "whole", ["one", "two", "full"], *RANKS)
+    in_windows(10_000)
+    go_on = stop_before("two")
+    given = [part for task in ("one", "two") for part in ("--task", f"{task}={stream / task}")]
+    command = ("merge", "--base", stream / "base", *given, "--out", tmp_path / "parts", *RANKS)
+    assert nufilt(*command).code == 130
+    go_on()
+    assert nufilt(*command).code == 0
+    added = nufilt("add", tmp_path / "parts", "--task", f"full={stream / 'full'}")
+    assert added.code == 0, added.err
+    assert_alike(updates(tmp_path / "parts", stream), updates(tmp_path / "whole", stream), 2e-5)
 
 
 def test_the_recipe_has_the_hashes_of_weights_and_config(nufilt, stream, tmp_path):

@@ -231,7 +231,8 @@ def test_the_correction_is_as_exact_as_its_directions(least, ridge):
     v2 = q[:, :12]
     v1 = (q[:, 20:28] * sines + q[:, :8] * np.sqrt(1 - sines**2)) @ matrices.orthonormal(rng, 8, 8)
     v2, v1, target = (x.astype(np.float32) for x in (v2, v1, rng.normal(size=(64, 8))))
-    found, losses = smallest_correction(*(jnp.asarray(x) for x in (target, v2, v1)), ridge=ridge)
+    left, right, losses = smallest_correction(*(jnp.asarray(x) for x in (target, v2, v1)), ridge=ridge)
+    found = left @ right.T
     exactly = (x.astype(np.float64) for x in (target, v1, v2))
     expected = exact.smallest_answer(*exactly, ridge)
     tolerance = 10 * oracle.EPS * (1 + ridge**-0.5)

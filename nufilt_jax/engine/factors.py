@@ -1,0 +1,119 @@
+"""Which layers a merge keeps in factors, in which ranks, and how they come from the disk and go there."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from nufilt_jax.anatomy import shape_in, tensor_of
+from nufilt_jax.checkpoints import AdaptedCheckpoint, Checkpoint
+from nufilt_jax.engine.grid import Stack
+from nufilt_jax.engine.job import Job
+from nufilt_jax.linalg.factored import Factored
+from nufilt_jax.methods import find
+from nufilt_jax.methods.selection import Selection
+from nufilt_jax.methods.stacked import Ranks, Stacked, stacked, total_rank
+from nufilt_jax.output.stored import Stored
+
+_STEP = 4  # ranks above it are filled up to multiples of it, so that few programs serve patterns of many ranks
+
+
+def ranks_of(
+    job: Job, base: Checkpoint, tasks: tuple[Checkpoint, ...], selection: Selection, stored: Stored
+) -> dict[str, tuple[int, ...]]:
+    """Of every layer whose D is to be kept in factors, the rank that each of the job's tasks may add to it.
+
+    Those that all tasks leave or adapt, if the method can, and if two thin matrices are smaller than the whole one.
+    What tasks added whose files are not opened counts as the first one's.
+    """
+    if not find(job.settings.method).in_factors:
+        return {}
+    found = {}
+    for layer in selection.layers + selection.other:
+        shape = shape_in(base.tensors, layer)
+        if layer != tensor_of(layer) or len(shape) != 2:
+            continue
+        before = stored.rank(layer) if stored.done(layer) else 0
+        added = [_added(task, base, layer) for task in tasks]
+        if before is None or None in added:
+            continue
+        merged = [before if number == 0 else 0 for number in range(job.n_merged)]
+        ranks = (*merged, *(rank or 0 for rank in added))
+        if _pays(sum(ranks), shape):
+            found[layer] = ranks
+    return found
+
+
+def _added(task: Checkpoint, base: Checkpoint, layer: str) -> int | None:
+    """The rank that a task adds to a layer; None if it holds the whole layer."""
+    if isinstance(task, AdaptedCheckpoint) and layer in task.factors:
+        return _padded(task.factors[layer].rank)
+    return 0 if task.tensors.get(layer) is base.tensors.get(layer) else None
+
+
+def _padded(rank: int) -> int:
+    return rank if rank <= _STEP else -(-rank // _STEP) * _STEP
+
+
+def _pays(rank: int, shape: tuple[int, ...]) -> bool:
+    m, n = shape
+    return rank * (m + n) < m * n
+
+
+def window_ranks(stacks: tuple[Stack, ...]) -> Ranks:
+    """Of the factored layers of a window, their ranks."""
+    return {layer: stack.ranks for stack in stacks if stack.ranks is not None for layer in stack.layers}
+
+
+def task_rank(stack: Stack, number: int, task: Checkpoint, *, in_factors: bool) -> int | None:
+    """The rank in which the τ of a task is formed, for a stack; None for a dense one.
+
+    Beside a dense D too, a thin τ is cheaper to work with.
+    """
+    if stack.ranks is not None:
+        return stack.ranks[number]
+    if not (in_factors and stack.is_solved and isinstance(task, AdaptedCheckpoint) and len(stack.shape) == 2):
+        return None
+    factors = [task.factors.get(layer) for layer in stack.layers]
+    ranks = [_padded(pair.rank) for pair in factors if pair is not None]
+    is_thin = len(ranks) == len(factors) and _pays(max(ranks, default=0), stack.shape)
+    return max(ranks) if is_thin else None
+
+
+def restored(found: Mapping[str, Any], like: Stacked) -> Stacked:
+    """D on the device as it was kept, in the stacks of `like`, which is zero."""
+    stacks = []
+    for members, stack in zip(like.names, like.stacks, strict=True):
+        if not isinstance(stack, Factored):
+            stacks += stacked(found, (members,)).stacks
+            continue
+        basis, rows = np.zeros(stack.basis.shape, np.float32), np.zeros(stack.rows.shape, np.float32)
+        for i, name in enumerate(members):
+            used = found[name].rank
+            basis[i, :, :used], rows[i, :used] = found[name].basis, found[name].rows
+        stacks.append(jax.device_put(Factored(basis, rows)))
+    return Stacked(tuple(stacks), like.names)
+
+
+def kept(delta: Stacked, stacks: tuple[Stack, ...], done: int) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
+    """D for the disk, group by group: what is not used yet of factors is left out.
+
+    Args:
+      delta: on the host.
+      stacks: of the window.
+      done: number of tasks that are merged.
+
+    Returns:
+      The groups of arrays, and the rank of every factored layer.
+    """
+    ranks = {layer: total_rank(found[:done]) for layer, found in window_ranks(stacks).items()}
+    groups: dict[str, dict[str, Any]] = {"delta": {}, "basis": {}, "rows": {}}
+    for name, found in delta.items():
+        x: Any = found
+        if name in ranks:
+            groups["basis"][name] = np.ascontiguousarray(x.basis[:, : ranks[name]])
+            groups["rows"][name] = x.rows[: ranks[name]]
+        else:
+            groups["delta"][name] = x
+    return groups, ranks

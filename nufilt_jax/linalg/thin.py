@@ -1,0 +1,93 @@
+"""Leading right singular vectors of matrices with few rows: all work is with their rows, r of n numbers.
+
+X Xᵀ and the triangle of a QR decomposition are r x r; n enters in products alone.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from nufilt_jax.linalg.chunks import after
+from nufilt_jax.linalg.dense import eigh_descending, gram, matmul, orthonormalize, transpose, unit_scale
+from nufilt_jax.linalg.stacks import joined
+from nufilt_jax.linalg.subspace import FULL_WIDTH, Directions, leading_by_svd, relative_gap
+
+# Of what X has, the most that may be missing from a span that is certified, in units of √n eps ‖X‖.
+_MOST_MISSING = 8.0
+
+
+def leading_of_rows(stacks: Sequence[Float[Array, "_ r n"]], rank: int, *, until_certified: bool = True) -> Directions:
+    """As `subspace.leading`, of matrices with fewer rows than columns.
+
+    Args:
+      stacks: of one width n.
+      rank: how many vectors; at most r come out.
+      until_certified: take the decomposition that needs no certificate.
+    """
+    parts: list[Directions] = []
+    for stack in stacks:
+        waiting = after(stack, parts[-1].vectors) if parts else stack
+        parts.append(_leading(waiting, min(rank, *stack.shape[1:]), until_certified=until_certified))
+    most = max(part.vectors.shape[2] for part in parts)
+    return joined([_filled(part, most) for part in parts])
+
+
+def _filled(found: Directions, columns: int) -> Directions:
+    missing = columns - found.vectors.shape[2]
+    vectors = jnp.pad(found.vectors, ((0, 0), (0, 0), (0, missing)))
+    return found._replace(vectors=vectors, sizes=jnp.pad(found.sizes, ((0, 0), (0, missing))))
+
+
+def _leading(x: Float[Array, "layers r n"], rank: int, *, until_certified: bool) -> Directions:
+    n_layers, r, n = x.shape
+    if rank == 0:
+        none = jnp.zeros((n_layers, n, 0), x.dtype)
+        return Directions(none, none[:, 0], jnp.ones(n_layers), jnp.ones(n_layers, bool))
+    if r > n:
+        return leading_by_svd((x,), rank)
+    if rank == r and n > FULL_WIDTH and not until_certified:
+        return _whole_span(x)
+    scale = unit_scale(x)
+    q, triangle = jnp.linalg.qr(transpose(x * scale))
+    u, s, _ = jnp.linalg.svd(triangle, full_matrices=False)
+    sizes = s / scale[..., 0]
+    return Directions(matmul(q, u[..., :rank]), sizes[:, :rank], relative_gap(sizes, rank), jnp.ones(n_layers, bool))
+
+
+def _whole_span(x: Float[Array, "layers r n"]) -> Directions:
+    """Orthonormal vectors that span all rows, several times as fast as a QR decomposition.
+
+    Eigenvectors of X Xᵀ make the rows nearly orthogonal, whatever the squaring did to the small ones; then Cholesky-QR
+    of rows of length 1 does the rest.
+    """
+    unit = unit_scale(x)
+    _, w = eigh_descending(gram(transpose(unit * x)))
+    turned = matmul(transpose(w), unit * x)
+    lengths = jnp.linalg.norm(turned, axis=2, keepdims=True)
+    turned = turned / jnp.where(lengths > 0, lengths, 1)
+    overlap = gram(transpose(turned)) + jnp.where(lengths > 0, 0, 1) * jnp.eye(x.shape[1], dtype=x.dtype)
+    lower = jnp.linalg.cholesky(overlap)
+    vectors = transpose(jax.scipy.linalg.solve_triangular(lower, turned, lower=True))
+    vectors = orthonormalize(jnp.where(jnp.isfinite(vectors), vectors, 0))
+    response = matmul(unit * x, vectors)
+    return Directions(
+        vectors=vectors,
+        sizes=jnp.linalg.norm(response, axis=1) / unit[..., 0],
+        gap=jnp.ones(len(x)),
+        certified=_spans(unit * x, vectors, response),
+    )
+
+
+def _spans(
+    x: Float[Array, "layers r n"], vectors: Float[Array, "layers n r"], response: Float[Array, "layers r r"]
+) -> Bool[Array, " layers"]:
+    """Whether X V Vᵀ is X, and the columns of V are orthonormal, or zero where X has rows of zeros."""
+    eps = float(jnp.finfo(x.dtype).eps) * x.shape[2] ** 0.5
+    missing = jnp.linalg.norm(x - matmul(response, transpose(vectors)), axis=(1, 2))
+    overlap = gram(vectors)
+    skew = jnp.linalg.norm(overlap - overlap * jnp.eye(overlap.shape[1], dtype=x.dtype), axis=(1, 2))
+    lengths = jnp.diagonal(overlap, axis1=1, axis2=2)
+    is_unit = jnp.all((jnp.abs(lengths - 1) < _MOST_MISSING * eps) | (lengths == 0), axis=1)
+    return (missing <= _MOST_MISSING * eps * jnp.linalg.norm(x, axis=(1, 2))) & (skew < _MOST_MISSING * eps) & is_unit
