@@ -46,7 +46,7 @@ class Target(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What one command did: status, lines, processor seconds, the bytes it took, and what is wrong; empty if nothing is."""
+    """What one command did: status, lines, processor seconds, bytes it took, and what is wrong; empty if nothing is."""
 
     status: int
     lines: list[str]

@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from nufilt_jax import methods
 from nufilt_jax.analysis.document import Measured, make_document
@@ -140,7 +138,7 @@ def _write(out: Path, document: dict[str, Any], recipe: Recipe, pictures: Mappin
     shutil.rmtree(out / PICTURES, ignore_errors=True)
     (out / PICTURES).mkdir()
     files = {f"{PICTURES}/{name}.png": content for name, content in pictures.items()}
-    files[REPORT] = report_page(document, _told(recipe), pictures).encode()
+    files[REPORT] = report_page(document, _told(recipe.as_seen_from(out)), pictures).encode()
     for name, content in files.items():
         atomic_write(out / name, content)
     write_json(out / ANALYSIS, document)
@@ -165,17 +163,16 @@ def _show(console: Console, document: Mapping[str, Any], report: Path) -> None:
     """A row per step, and where the report is."""
     columns: dict[str, list[float | None]] = {}
     if found := document["accuracy"]:
-        columns["lost by earlier tasks, points"] = [None if x is None else 100 * x for x in found["lost"]]
+        columns["lost_by_earlier_tasks,_points"] = [None if x is None else 100 * x for x in found["lost"]]
     if found := document["forecast"]:
         columns["forecast drift"] = found["mean"]["drift"]
     if found := document["losses"]:
         steps = found["methods"][document["method"]]["relative"][WHOLE_MODEL]
         columns |= {f"{name} loss": steps[name] for name in ("stability", "plasticity")}
-    table = Table("step", "task", *columns)
-    for step, task in enumerate(document["tasks"]):
-        cells = ("" if values[step] is None else f"{values[step]:.4f}" for values in columns.values())
-        table.add_row(str(step + 1), Text(task), *cells)
-    console.print(table)
+    names = document["tasks"]
+    cells = {"step": [str(number) for number in range(1, len(names) + 1)], "task": list(names)}
+    cells |= {head: ["" if x is None else f"{x:.4f}" for x in values] for head, values in columns.items()}
+    show.show_table(console, cells, texts=("task",))
     if found := document["affinity"]:
         group = found["groups"][WHOLE_MODEL]
         means = np.array([group["own_mean"], group["cross_mean"]], float)

@@ -1,70 +1,124 @@
 """The commands and their options: what is parsed, and nothing of what it does."""
 
-import dataclasses
 import sys
 from pathlib import Path
 from typing import Annotated, Any, TextIO, cast
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Group, Parameter
 from rich.console import Console
 
 from nufilt_jax import __version__
-from nufilt_jax.commands.arguments import AnalyzeArguments, Arguments, EvaluateArguments, Flag, Whole, home_expanded
+from nufilt_jax.commands.arguments import (
+    AddArguments,
+    AnalyzeArguments,
+    Arguments,
+    EvaluateArguments,
+    Flag,
+    PlanArguments,
+    PushArguments,
+    Whole,
+    home_expanded,
+)
+from nufilt_jax.commands.config_file import options_from_file
 from nufilt_jax.commands.extract_arguments import ExtractArguments
 from nufilt_jax.commands.streams import Output
-from nufilt_jax.errors import Problem, UsageError
+from nufilt_jax.errors import NufiltError, Problem, UsageError
 
 NO_ARGUMENTS = Arguments()
+ADD_DEFAULTS = AddArguments()
+PLAN_DEFAULTS = PlanArguments()
 ANALYZE_DEFAULTS = AnalyzeArguments()
 EVALUATE_DEFAULTS = EvaluateArguments()
 EXTRACT_DEFAULTS = ExtractArguments()
+PUSH_DEFAULTS = PushArguments()
 WIDE = 1000  # columns of what is no terminal: nothing is wrapped or cut in a file or a pipe
 Folder = Annotated[Path, Parameter(converter=home_expanded)]
-_BARE: dict[str, Any] = {"result_action": "return_value", "suppress_keyboard_interrupt": False}  # `main` does the rest
+_BARE: dict[str, Any] = {
+    "result_action": "return_value",
+    "suppress_keyboard_interrupt": False,  # `main` does the rest
+    "help_format": "plaintext",
+    "config": [options_from_file],
+}
+_MERGE = Group.create_ordered("Merge")
+_LOOK = Group.create_ordered("Look at a merge")
+_SHARE = Group.create_ordered("Share")
+_PROGRAM = Group.create_ordered("This program")
+
+EXAMPLES = """\
+Three that run anywhere, without network:
+
+  nufilt merge --model tiny       # built-in models: merge, measure, compare
+  nufilt plan --model tiny        # what a merge would do, and write nothing
+  nufilt init                     # a commented merge.toml, to fill in and merge
+
+nufilt COMMAND --help tells a command's options."""
 
 app = App(
     name="nufilt",
     version=__version__,
-    help="Data-free continual model merging at compiled speed (NUFILT, arXiv:2509.21413v2).",
+    help="Data-free continual model merging at compiled speed (arXiv:2509.21413v2).",
+    help_epilogue=EXAMPLES,
     **_BARE,
 )
+app.register_install_completion_command(help="Completion of commands and options for your shell.", group=_PROGRAM)
+for _flag in ("--help", "--version"):
+    app[_flag].group = (_PROGRAM,)
+_QUIET_END: dict[str, Any] = {"help_epilogue": ""}  # the examples are the program's, not each command's
 
 
-@app.command
+@app.command(group=_MERGE, sort_key=1, **_QUIET_END)
 def merge(arguments: Arguments = NO_ARGUMENTS) -> int:
     """Merge fine-tuned models into one, one after another, without data.
 
     The same command again resumes an interrupted merge.
     """
+    if arguments.method is not None and arguments.method.partition("=")[0] == "help":
+        from nufilt_jax.commands.method_help import show_methods
+
+        return show_methods(arguments.method, _console(), as_json=arguments.json)
     from nufilt_jax.commands.merge import execute
 
-    if not arguments.plan and arguments.method != "help":  # which need no device
+    if not arguments.plan:  # which needs no device
         _require_backend()
     return execute(arguments, _console(), _console(stderr=True))
 
 
-@app.command
-def add(folder: Folder, /, arguments: Arguments = NO_ARGUMENTS) -> int:
-    """Merge one more task into a finished or interrupted merge: merge --add FOLDER.
+@app.command(group=_MERGE, sort_key=2, **_QUIET_END)
+def add(folder: Folder, /, arguments: AddArguments = ADD_DEFAULTS) -> int:
+    """Merge one more task into a finished or interrupted merge.
+
+    Base, earlier tasks and all settings are those of the merge.
 
     Args:
       folder: The output folder of the merge.
       arguments: The options of merge.
     """
-    if arguments.add is not None:
-        raise UsageError(Problem("--add", "the folder is given already", "leave it out"))
-    return merge(dataclasses.replace(arguments, add=folder))
+    return merge(Arguments(**vars(arguments), add=folder))
 
 
-@app.command
-def plan(arguments: Arguments = NO_ARGUMENTS) -> int:
-    """Say what a merge would do, from headers alone, and write nothing: merge --plan."""
-    return merge(dataclasses.replace(arguments, plan=True))
+@app.command(group=_MERGE, sort_key=3, **_QUIET_END)
+def plan(arguments: PlanArguments = PLAN_DEFAULTS) -> int:
+    """Say what a merge would do, from headers alone, and write nothing."""
+    return merge(Arguments(**vars(arguments), plan=True))
 
 
-@app.command
+@app.command(group=_MERGE, sort_key=4, **_QUIET_END)
+def init(path: Folder = Path("merge.toml"), /) -> int:
+    """Write a commented configuration file, for merge --config.
+
+    Args:
+      path: The file to write; none is overwritten.
+    """
+    from nufilt_jax.commands.init import write_template
+
+    return write_template(path, _console())
+
+
+@app.command(group=_LOOK, **_QUIET_END)
 def evaluate(folder: Folder, /, arguments: EvaluateArguments = EVALUATE_DEFAULTS) -> int:
-    """Measure a merged model, or any other, on its tasks, and write evaluation.json into its folder.
+    """Measure a merged model, or any other, on its tasks.
+
+    Writes evaluation.json into its folder.
 
     Args:
       folder: The output folder of the merge, or a model folder.
@@ -76,9 +130,11 @@ def evaluate(folder: Folder, /, arguments: EvaluateArguments = EVALUATE_DEFAULTS
     return evaluate(folder, arguments, _console(), _console(stderr=True))
 
 
-@app.command
+@app.command(group=_LOOK, **_QUIET_END)
 def analyze(folder: Folder, /, arguments: AnalyzeArguments = ANALYZE_DEFAULTS) -> int:
-    """Say what a finished merge did, in numbers, pictures and one HTML page, all written into its folder.
+    """Say what a merge did, in numbers, pictures and one HTML page.
+
+    All of it is written into its folder.
 
     Args:
       folder: The output folder of the merge.
@@ -90,7 +146,7 @@ def analyze(folder: Folder, /, arguments: AnalyzeArguments = ANALYZE_DEFAULTS) -
     return analyze(folder, arguments, _console(), _console(stderr=True))
 
 
-@app.command
+@app.command(group=_LOOK, **_QUIET_END)
 def verify(
     folder: Folder, /, *, quick: Flag = False, json: Flag = False, quiet: Flag = False, offline: Flag = False
 ) -> int:
@@ -109,7 +165,7 @@ def verify(
     return verify(folder, _console(), _console(stderr=True), quick=quick, json=json, quiet=quiet, offline=offline)
 
 
-@app.command
+@app.command(group=_SHARE, **_QUIET_END)
 def export(
     folder: Folder,
     /,
@@ -138,7 +194,7 @@ def export(
     return export(folder, what, out, step, _console(), json=json, quiet=quiet, offline=offline)
 
 
-@app.command
+@app.command(group=_MERGE, **_QUIET_END)
 def extract(model: str, /, arguments: ExtractArguments = EXTRACT_DEFAULTS) -> int:
     """Make a LoRA adapter of what a whole model changed in its base: a fine-tune, or a finished merge.
 
@@ -150,6 +206,22 @@ def extract(model: str, /, arguments: ExtractArguments = EXTRACT_DEFAULTS) -> in
 
     _require_backend()
     return extract(model, arguments, _console(), _console(stderr=True))
+
+
+@app.command(group=_SHARE, **_QUIET_END)
+def push(folder: Folder, repo: str, /, arguments: PushArguments = PUSH_DEFAULTS) -> int:
+    """Upload a merged model to the Hugging Face Hub.
+
+    Log in with: hf auth login. No token is read or kept here.
+
+    Args:
+      folder: The output folder of the merge.
+      repo: Where to, as USER/NAME; it is made if there is none.
+      arguments: The options.
+    """
+    from nufilt_jax.commands.push import push
+
+    return push(folder, repo, arguments, _console(), _console(stderr=True))
 
 
 def dispatch(argv: list[str], prog: str) -> int:
@@ -172,7 +244,7 @@ def dispatch(argv: list[str], prog: str) -> int:
         console = Console(file=cast(TextIO, Output(sys.stdout, is_result=True)))
         result = runner(argv, console=console, exit_on_error=False, print_error=False)
     except CycloptsError as error:
-        if isinstance(error.__cause__, UsageError):  # of a converter of ours
+        if isinstance(error.__cause__, NufiltError):  # of a converter of ours
             raise error.__cause__ from None
         raise UsageError(Problem("", f"{error} (see {prog} --help)")) from error
     return result if isinstance(result, int) else 0

@@ -1,10 +1,14 @@
-"""The options of `merge`, as parsed and not yet understood. Imports nothing heavy: `--help` is quick."""
+"""The options of the commands, as parsed and not yet understood. Imports nothing heavy: `--help` is quick.
+
+An option is two lines of its class: its field, and what it means in the docstring. `add`, `plan`, the configuration
+file, `nufilt init` and the reference of the command line take it from there.
+"""
 
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from cyclopts import Group, Parameter, Token
 
@@ -48,13 +52,20 @@ def home_expanded(_: Any, tokens: Sequence[Token]) -> Path:
     return Path(path)
 
 
-_METHOD = Parameter(group=Group("Method"))
-_EVALUATION = Parameter(group=Group("Evaluation"))
-_OUTPUT = Parameter(group=Group("Output and running"))
+_MODELS = Parameter(group=Group.create_ordered("Models"))
+_METHOD = Parameter(group=Group.create_ordered("Method"))
+_EVALUATION = Parameter(group=Group.create_ordered("Evaluation"))
+_OUTPUT = Parameter(group=Group.create_ordered("Output and running"))
 Whole = Annotated[int | None, Parameter(converter=_whole_number)]
 Number = Annotated[float | None, Parameter(converter=_number)]
 AnyPath = Annotated[Path | None, Parameter(converter=home_expanded)]
 Flag = Annotated[bool, Parameter(negative="", show_default=False), _OUTPUT]
+Verbose = Annotated[bool, Parameter(name=("--verbose", "-v"), negative="", show_default=False), _OUTPUT]
+
+
+def _default(text: str) -> Parameter:
+    """What takes the place of an option left out, for the help; the settings' own class holds the value."""
+    return Parameter(show_default=text)
 
 
 @Parameter(name="*")
@@ -63,16 +74,17 @@ class Arguments:
     """The command line; what an option leaves out is None.
 
     Attributes:
+      config: Take options from this file (toml, yaml, json, or a merge's nufilt.json); the command line wins.
       model: A preset: tiny (built in, needs no network), vit-b32, vit-b16, vit-l14, flan-t5-base; or llava-1.5-7b, with
         your own --task models (Table 3 of the paper: IconQA, ImageNet captions, ScienceQA, VizWiz captions).
-      group: Size of the preset's task group: 8, 14 or 20. Without it, 8.
-      order: The paper's k-th order of the tasks, or "given". CLIP presets: 1. All else: given.
+      group: Size of the preset's task group: 8, 14 or 20.
+      order: The paper's k-th order of the tasks, or "given".
       preset_table: With flan-t5-base: 2 takes the settings that reproduce Table 2 of the paper.
       base: The pre-trained model: a folder or Hub id, as PATH_OR_HUB[@REV].
       task: A fine-tuned model, as NAME=PATH_OR_HUB[@REV]; once per task, in order.
       out: The output folder.
       add: Continue the finished or interrupted merge in this folder, with one more --task.
-      method: nufilt, or another: help lists them all.
+      method: help lists them all, help=NAME tells of one; MODULE:RULE is one of your own.
       method_args: Settings of the method, as KEY=VALUE ...
       data: Folder with unlabelled examples of each task, for the methods that learn from them: NAME.safetensors.
       filter_rank: Directions of earlier tasks that a new task may not touch (r_p).
@@ -91,58 +103,88 @@ class Arguments:
       tasks_file: JSON file that describes tasks, beside those known by name.
       heads_from: CLIP model whose text tower makes the zero-shot heads; without it, the base's own.
       limit: At most so many examples of each task, for a quick look.
-      dtype: Type of the stored weights: float32, bfloat16 or float16. Without it, the base's own.
-      format: safetensors or flax. Without it, the base's own.
-      max_memory: Most memory that the run may take, as 8GB (10^9) or 8GiB (2^30). Without it, half of what is free.
-      devices: So many devices of this machine share the layers, or "all". Without it, 1.
+      dtype: Type of the stored weights: float32, bfloat16 or float16.
+      format: Of the weight files: safetensors or flax.
+      max_memory: Most memory that the run may take, as 8GB (10^9) or 8GiB (2^30).
+      devices: So many devices of this machine share the layers, or "all".
       offline: Never ask the Hub; use its local cache.
       plan: Say what would be done, from headers alone, and write nothing.
       json: One JSON document on stdout and nothing else there.
       quiet: Nothing but warnings and errors.
+      verbose: A line on stderr for everything that is done, programs compiled included.
     """
 
-    model: str | None = None
-    group: Whole = None
-    order: str | None = None
-    preset_table: Whole = None
-    base: str | None = None
-    task: Annotated[tuple[str, ...], Parameter(consume_multiple=False, negative="", show_default=False)] = ()
-    out: AnyPath = None
-    add: AnyPath = None
-    method: Annotated[str | None, _METHOD] = None
+    config: Annotated[AnyPath, _MODELS] = None
+    model: Annotated[str | None, _MODELS] = None
+    group: Annotated[Whole, _MODELS, _default("8")] = None
+    order: Annotated[str | None, _MODELS, _default("given; CLIP presets 1")] = None
+    preset_table: Annotated[Whole, _MODELS] = None
+    base: Annotated[str | None, _MODELS] = None
+    task: Annotated[tuple[str, ...], Parameter(consume_multiple=False, negative="", show_default=False), _MODELS] = ()
+    out: Annotated[AnyPath, _MODELS] = None
+    add: Annotated[AnyPath, _MODELS] = None
+    method: Annotated[str | None, _METHOD, _default("nufilt")] = None
     method_args: Annotated[
         tuple[str, ...], Parameter(consume_multiple=True, negative="", show_default=False), _METHOD
     ] = ()
     data: Annotated[AnyPath, _METHOD] = None
-    filter_rank: Annotated[Whole, _METHOD] = None
-    adapter_rank: Annotated[Whole, _METHOD] = None
-    task_rank: Annotated[Whole, _METHOD] = None
-    steps: Annotated[Whole, _METHOD] = None
-    learning_rate: Annotated[Number, _METHOD] = None
-    decomposition: Annotated[str | None, _METHOD] = None
-    solver: Annotated[str | None, _METHOD] = None
-    seed: Annotated[Whole, _METHOD] = None
+    filter_rank: Annotated[Whole, _METHOD, _default("128")] = None
+    adapter_rank: Annotated[Whole, _METHOD, _default("64")] = None
+    task_rank: Annotated[Whole, _METHOD, _default("8")] = None
+    steps: Annotated[Whole, _METHOD, _default("50")] = None
+    learning_rate: Annotated[Number, _METHOD, _default("1e-3")] = None
+    decomposition: Annotated[str | None, _METHOD, _default("auto")] = None
+    solver: Annotated[str | None, _METHOD, _default("adam")] = None
+    seed: Annotated[Whole, _METHOD, _default("0")] = None
     layers: Annotated[str | None, _METHOD] = None
     conv: Annotated[bool, Parameter(negative="", show_default=False), _METHOD] = False
     strict: Annotated[bool, Parameter(negative="", show_default=False), _METHOD] = False
-    other_params: Annotated[str | None, _METHOD] = None
+    other_params: Annotated[str | None, _METHOD, _default("pretrained")] = None
     evaluate: Annotated[bool, Parameter(negative="", show_default=False), _EVALUATION] = False
     tasks_file: Annotated[AnyPath, _EVALUATION] = None
     heads_from: Annotated[str | None, _EVALUATION] = None
     limit: Annotated[Whole, _EVALUATION] = None
-    dtype: Annotated[str | None, _OUTPUT] = None
-    format: Annotated[str | None, _OUTPUT] = None
-    max_memory: Annotated[str | None, _OUTPUT] = None
-    devices: Annotated[str | None, Parameter(converter=_whole_or_all), _OUTPUT] = None
+    dtype: Annotated[str | None, _OUTPUT, _default("the base's own")] = None
+    format: Annotated[str | None, _OUTPUT, _default("the base's own")] = None
+    max_memory: Annotated[str | None, _OUTPUT, _default("half of what is free")] = None
+    devices: Annotated[str | None, Parameter(converter=_whole_or_all), _OUTPUT, _default("1")] = None
     offline: Flag = False
     plan: Flag = False
     json: Flag = False
     quiet: Flag = False
+    verbose: Verbose = False
 
     def config_flags(self) -> dict[str, Any]:
         """The options given that are settings of some method, by field name."""
         names = ("filter_rank", "adapter_rank", "task_rank", "steps", "learning_rate", "decomposition", "solver")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+def _like_merge(name: str, *, left_out: tuple[str, ...], hidden: tuple[str, ...] = ()) -> Any:
+    """The options of a command that takes those of `merge` but for a few; what is hidden, help does not tell of."""
+    fields = []
+    for field in dataclasses.fields(Arguments):
+        hint: Any = field.type
+        if field.name in hidden:
+            hint = Annotated[hint, Parameter(show=False)]
+        if field.name not in left_out:
+            fields.append((field.name, hint, dataclasses.field(default=field.default)))
+    namespace = {"__doc__": Arguments.__doc__, "__module__": __name__}
+    made = dataclasses.make_dataclass(name, fields, frozen=True, kw_only=True, namespace=namespace)
+    return Parameter(name="*")(made)
+
+
+# A merge under way keeps its models and settings: any other is refused, with both values.
+_OF_A_NEW_MERGE = (
+    *("model", "group", "order", "preset_table", "base", "out", "method", "method_args"),
+    *("filter_rank", "adapter_rank", "task_rank", "steps", "learning_rate", "decomposition", "solver", "seed"),
+    *("layers", "conv", "other_params", "dtype", "format"),
+)
+if TYPE_CHECKING:
+    AddArguments = PlanArguments = Arguments
+else:
+    AddArguments = _like_merge("AddArguments", left_out=("config", "add"), hidden=_OF_A_NEW_MERGE)
+    PlanArguments = _like_merge("PlanArguments", left_out=("plan",))
 
 
 @Parameter(name="*")
@@ -151,21 +193,25 @@ class EvaluateArguments:
     """The options of `evaluate`.
 
     Attributes:
+      config: Take options from this file (toml, yaml, json), a merge's own too; the command line wins.
       task: Name of a task; once per task. Without it, all that were merged.
       tasks_file: JSON file that describes tasks, beside those known by name.
       heads_from: CLIP model whose text tower makes the zero-shot heads; without it, the model's own.
       limit: At most so many examples of each task, for a quick look.
-      dtype: In which the forward passes compute: float32 or bfloat16. Without it, float32.
+      dtype: In which the forward passes compute: float32 or bfloat16.
       offline: Never ask the Hub; use its local caches.
       json: One JSON document on stdout and nothing else there.
       quiet: Nothing but warnings and errors.
     """
 
-    task: Annotated[tuple[str, ...], Parameter(consume_multiple=False, negative="", show_default=False)] = ()
-    tasks_file: AnyPath = None
-    heads_from: str | None = None
-    limit: Whole = None
-    dtype: str | None = None
+    config: Annotated[AnyPath, _EVALUATION] = None
+    task: Annotated[
+        tuple[str, ...], Parameter(consume_multiple=False, negative="", show_default=False), _EVALUATION
+    ] = ()
+    tasks_file: Annotated[AnyPath, _EVALUATION] = None
+    heads_from: Annotated[str | None, _EVALUATION] = None
+    limit: Annotated[Whole, _EVALUATION] = None
+    dtype: Annotated[str | None, _EVALUATION, _default("float32")] = None
     offline: Flag = False
     json: Flag = False
     quiet: Flag = False
@@ -185,5 +231,27 @@ class AnalyzeArguments:
 
     images: Annotated[int, Parameter(converter=_whole_number)] = 256
     tasks_file: AnyPath = None
+    json: Flag = False
+    quiet: Flag = False
+
+
+@Parameter(name="*")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PushArguments:
+    """The options of `push`.
+
+    Attributes:
+      dry_run: Say what would be uploaded, and upload nothing; the Hub is not asked.
+      private: Make the repository a private one, if there is none yet.
+      with_state: Upload state/ too: others can then add tasks. It takes about as much as the model in float32.
+      message: Of the commit.
+      json: One JSON document on stdout and nothing else there.
+      quiet: Nothing but warnings and errors.
+    """
+
+    dry_run: Flag = False
+    private: Flag = False
+    with_state: Flag = False
+    message: Annotated[str | None, _OUTPUT, _default("what was merged")] = None
     json: Flag = False
     quiet: Flag = False

@@ -1,41 +1,47 @@
 """What a run shows: progress on stderr while it goes on, tables on stdout when it is done."""
 
-import json
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from nufilt_jax.anatomy import FLAT
+from nufilt_jax.commands.text import show_json as show_json
+from nufilt_jax.commands.text import show_line as show_line
 from nufilt_jax.engine.coverage import Rows, coverage, coverage_lines
 from nufilt_jax.engine.plan import Plan
 from nufilt_jax.errors import printable
 from nufilt_jax.methods.state import LayerReport
 from nufilt_jax.output.recipe import Recipe
 
+MOST_COLUMNS = 80  # of a table, however wide the terminal
+_LONG = 10  # characters of a column's head that stay on one line
 QUIET_SECONDS = 30.0  # for so long nothing is said on what is no terminal: scripts take a line there for a warning
 
 
 class ProgressWatcher:
     """A bar on stderr with the cell, the stack just solved and its loss; in a log, a line per cell of a long run."""
 
-    def __init__(self, console: Console, *, quiet: bool) -> None:
+    def __init__(self, console: Console, *, quiet: bool, verbose: bool = False) -> None:
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             TaskProgressColumn(),
             TimeElapsedColumn(),
         )
-        shown = console.is_terminal and not quiet
+        shown = console.is_terminal and not quiet and not verbose
         self.progress = Progress(*columns, console=console, transient=True, disable=not shown)
         self._console = console
         # In a log a line for each cell takes the place of the bar, if the run is long enough for somebody to look.
         self._tells_lines, self._begun = not console.is_terminal and not quiet, time.monotonic()
+        self._tells_all = verbose and not quiet
         self._bar = self.progress.add_task("reading", total=None)
         self._task = "reading"
 
@@ -49,8 +55,9 @@ class ProgressWatcher:
         """A cell begins, after `done` of `total`."""
         self._task = f"{task}, {window} ({done + 1} of {total})" if window else f"{task} ({done + 1} of {total})"
         self.progress.update(self._bar, description=self._task, completed=done, total=total)
-        if self._tells_lines and time.monotonic() - self._begun > QUIET_SECONDS:
+        if self._tells_lines and not self._tells_all and time.monotonic() - self._begun > QUIET_SECONDS:
             show_line(self._console, f"nufilt: {self._task}")
+        self._tell(self._task)
 
     def stack(self, description: str, report: LayerReport) -> None:
         """A group of layers is solved."""
@@ -59,31 +66,29 @@ class ProgressWatcher:
             first, last = np.asarray(report.losses).sum(axis=0)[[0, -1]]
             text += f", loss {first:.3g} → {last:.3g}"
         self.progress.update(self._bar, description=text)
+        self._tell(text)
 
     def compiling(self, program: str) -> None:
         """A program is about to be compiled, or looked for among those that were."""
         self.progress.update(self._bar, description=f"{self._task}: compiling {program}")
+        self._tell(f"{self._task}: compiling {program}")
 
     def phase(self, description: str) -> None:
         """Something else begins."""
         self._task = description
         self.progress.update(self._bar, description=description)
+        self._tell(description)
+
+    def _tell(self, text: str) -> None:
+        """With --verbose, a line for everything, with the seconds since the start."""
+        if self._tells_all:
+            show_line(self._console, f"nufilt: {time.monotonic() - self._begun:7.2f} s  {text}")
 
 
 def show_warnings(console: Console, warnings: tuple[str, ...]) -> None:
     """One line each on stderr."""
     for warning in warnings:
         show_line(console, f"nufilt: warning: {printable(warning)}")
-
-
-def show_line(console: Console, line: str) -> None:
-    """A line as it is: never wrapped, whatever the width, and free of markup."""
-    console.out(line, highlight=False)
-
-
-def show_json(console: Console, document: Mapping[str, Any]) -> None:
-    """One JSON document on stdout, in ASCII: a terminal or pipe may know nothing else."""
-    console.file.write(json.dumps(document, indent=1, allow_nan=False) + "\n")
 
 
 def plan_document(plan: Plan, estimate: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,25 +175,84 @@ def show_result(console: Console, recipe: Recipe, out: str) -> None:
     """What was merged and what was left, the steps as a table, and where the model is."""
     for line in map(printable, coverage_lines(recipe.selected, recipe.left)):
         show_line(console, line)
-    table = Table("step", "task", "seconds", "loss before", "loss after", "")
+    is_done = bool(recipe.steps) and all(step.resumed for step in recipe.steps)
+    columns: dict[str, list[str]] = {"step": [], "task": [], "seconds": [], "compiling": [], "solving": [], "loss": []}
     for number, step in enumerate(recipe.steps, 1):
-        losses = ["" if loss is None else f"{loss:.4g}" for loss in step.losses[:1] + step.losses[-1:]] or ["", ""]
-        table.add_row(str(number), Text(step.task), f"{step.seconds:.2f}", *losses, "resumed" if step.resumed else "")
-    console.print(table)
-    show_line(console, f"merged model: {out}")
+        compiling, solving = step.timings.get("compile", 0.0), step.timings.get("solve")
+        losses = [f"{loss:.4g}" for loss in step.losses[:1] + step.losses[-1:] if loss is not None]
+        cells = [str(number), step.task + (" (resumed)" if step.resumed and not is_done else ""), f"{step.seconds:.2f}"]
+        cells += ["", ""] if solving is None else [f"{compiling:.2f}", f"{max(0.0, solving - compiling):.2f}"]
+        for column, cell in zip(columns.values(), [*cells, " → ".join(losses)], strict=True):
+            column.append(cell)
+    show_table(console, columns, texts=("task",))
+    show_line(console, f"{'all is done: ' if is_done else ''}merged model: {out}")
 
 
 def show_scores(console: Console, evaluation: Mapping[str, Any]) -> None:
     """Accuracies of every model on every task, in percent, with ACC, BWT and seconds."""
     models, limit = evaluation["models"], evaluation.get("limit")
     some = "" if limit is None else f" of at most {limit} examples"
-    table = Table("", title=f"accuracy{some}, %")
+    ends = {"ACC": True, "BWT": False, "compiling, s": True, "solving, s": True}
+    rows = [*evaluation["tasks"], *ends]
+    columns = {"": rows}
     for row in models:
-        table.add_column(Text(row["name"].replace("_", " ")), justify="right")
-    for task in evaluation["tasks"]:
-        table.add_row(Text(task), *(f"{100 * row['accuracy'][task]:.1f}" for row in models))
-    table.add_section()
-    table.add_row("ACC", *(f"{100 * row['acc']:.1f}" for row in models))
-    table.add_row("BWT", *("" if row["bwt"] is None else f"{100 * row['bwt']:+.1f}" for row in models))
-    table.add_row("seconds", *("" if row["seconds"] is None else f"{row['seconds']:.2f}" for row in models))
-    console.print(table)
+        cells = [f"{100 * row['accuracy'][task]:.1f}" for task in evaluation["tasks"]]
+        compiling = None if row["seconds"] is None else row.get("compile") or 0.0
+        solving = None if compiling is None else row["seconds"] - compiling
+        cells += [f"{100 * row['acc']:.1f}", "" if row["bwt"] is None else f"{100 * row['bwt']:+.1f}"]
+        cells += ["" if x is None else f"{x:.2f}" for x in (compiling, solving)]
+        name = row["name"]
+        while name in columns:
+            name += " "
+        columns[name] = cells
+    known = [i for i in range(len(rows)) if any(column[i] for name, column in columns.items() if name)]
+    kept = {name: [column[i] for i in known] for name, column in columns.items()}
+    show_table(console, kept, title=f"accuracy{some}, %", texts=("",), section=len(evaluation["tasks"]))
+
+
+def show_table(
+    console: Console,
+    columns: Mapping[str, list[str]],
+    *,
+    title: str | None = None,
+    texts: tuple[str, ...] = (),
+    section: int | None = None,
+) -> None:
+    """A table without its empty columns; what does not fit beside each other stands below, under the first column.
+
+    Args:
+      console: where to.
+      columns: cells by head; no head twice.
+      title: above it.
+      texts: the heads of columns that are no numbers.
+      section: a line follows this many rows.
+    """
+    first, *others = [head for head, cells in columns.items() if any(cells)]
+    room = min(console.width, MOST_COLUMNS) - _cells(first, columns[first])
+    parts: list[list[str]] = [[]]
+    used = 0
+    for head in others:
+        width = _cells(head, columns[head])
+        if parts[-1] and used + width > room:
+            parts.append([])
+            used = 0
+        parts[-1].append(head)
+        used += width
+    for part in parts:
+        look: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "show_edge": False, "padding": (0, 1, 0, 0)}
+        table = Table(title=title, title_justify="left", **look)
+        for head in (first, *part):
+            table.add_column(Text(_head(head)), justify="left" if head in texts else "right", overflow="fold")
+        for index, cells in enumerate(zip(*(columns[head] for head in (first, *part)), strict=True), 1):
+            table.add_row(*map(Text, cells), end_section=index == section)
+        console.print(table)
+
+
+def _head(head: str) -> str:
+    """A long name over several lines."""
+    return head.strip() if len(head) <= _LONG else head.strip().replace("_", "\n")
+
+
+def _cells(head: str, cells: list[str]) -> int:
+    """Width of a column, with the space around it."""
+    return 2 + max(map(cell_len, [*_head(head).split("\n"), *cells]))

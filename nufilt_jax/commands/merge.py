@@ -9,7 +9,6 @@ from rich.console import Console
 from nufilt_jax.commands import console as show
 from nufilt_jax.commands.arguments import Arguments
 from nufilt_jax.commands.failures import traceback_beside, traceback_kept
-from nufilt_jax.commands.method_help import method_documents, method_lines
 from nufilt_jax.commands.request import check_usage, continued_job, new_job
 from nufilt_jax.engine.coverage import coverage, outside_warnings
 from nufilt_jax.engine.estimate import estimate
@@ -31,9 +30,6 @@ def execute(arguments: Arguments, stdout: Console, stderr: Console) -> int:
     Raises:
       NufiltError: with every problem found.
     """
-    if arguments.method == "help":
-        _help(arguments, stdout)
-        return 0
     check_usage(arguments)
     if arguments.plan:
         with tempfile.TemporaryDirectory(prefix="nufilt-") as scratch:
@@ -41,14 +37,6 @@ def execute(arguments: Arguments, stdout: Console, stderr: Console) -> int:
     else:
         _run(arguments, stdout, stderr)
     return 0
-
-
-def _help(arguments: Arguments, stdout: Console) -> None:
-    if arguments.json:
-        show.show_json(stdout, {"methods": method_documents()})
-    else:
-        for line in method_lines():
-            show.show_line(stdout, line)
 
 
 def _plan(arguments: Arguments, scratch: Path, stdout: Console, stderr: Console) -> None:
@@ -68,7 +56,7 @@ def _plan(arguments: Arguments, scratch: Path, stdout: Console, stderr: Console)
 def _run(arguments: Arguments, stdout: Console, stderr: Console) -> None:
     job = None if arguments.add is not None else new_job(arguments)
     place = OutputPlace(cast(Path, arguments.add or (job and job.out)))  # None is for plans, see check_usage
-    watcher = show.ProgressWatcher(stderr, quiet=arguments.quiet or arguments.json)
+    watcher = show.ProgressWatcher(stderr, quiet=arguments.quiet or arguments.json, verbose=arguments.verbose)
     with traceback_kept(traceback_beside(place.out)), place.locked(), watcher.progress:
         clock = Clock()
         with clock.spent_on("plan"):

@@ -1,11 +1,13 @@
 """From the command line to a job: which models, in which order, with which settings, to which folder."""
 
+import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
 
 from nufilt_jax.checkpoints import open_checkpoint, parse_source
 from nufilt_jax.commands.arguments import Arguments, EvaluateArguments
+from nufilt_jax.commands.recipe_file import promised
 from nufilt_jax.commands.settings import DEFAULT_METHOD, changed_settings, read_evaluation, read_settings
 from nufilt_jax.config import option, problem
 from nufilt_jax.engine.devices import count_devices
@@ -104,9 +106,16 @@ def new_job(arguments: Arguments, zoo: Path | None = None) -> Job:
     evaluation = _evaluation(arguments, problems)
     if preset is None:
         raise NufiltError(*problems)
+    recorded = promised(arguments.config)
+    base, *sources = (
+        dataclasses.replace(model, sha256=known.sha256)
+        if (known := recorded.get((model.source, model.revision)))
+        else model
+        for model in (Model("base", *parse_source(preset.base)), *_sources(preset.tasks))
+    )
     return Job(
-        base=Model("base", *parse_source(preset.base)),
-        sources=_sources(preset.tasks),
+        base=base,
+        sources=tuple(sources),
         settings=settings,
         out=arguments.out or _default_out(arguments, order),
         data=arguments.data or preset.data,

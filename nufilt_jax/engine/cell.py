@@ -17,7 +17,7 @@ from nufilt_jax.engine.devices import mesh_of
 from nufilt_jax.engine.factors import task_rank, window_ranks
 from nufilt_jax.engine.grid import Window
 from nufilt_jax.engine.plan import Plan
-from nufilt_jax.engine.timing import Clock
+from nufilt_jax.engine.timing import Clock, CompileLog
 from nufilt_jax.engine.watching import Watcher
 from nufilt_jax.errors import NufiltError, Problem
 from nufilt_jax.methods.adaptation import LearningConfig
@@ -94,8 +94,11 @@ def update(
       NufiltError: the rule refuses the task; the file is named.
     """
     how: dict[str, Any] = {"on_stack": watcher.stack, "donate": True, "data": data, "numbers": numbers}
-    with naming_files(task.checkpoint), task.clock.spent_on("solve"):
-        return jax.block_until_ready(rule.update(state, task.vector, **how))
+    compiled = CompileLog()
+    with naming_files(task.checkpoint), task.clock.spent_on("solve"), compiled.listening():
+        state = jax.block_until_ready(rule.update(state, task.vector, **how))
+    task.clock.add("compile", compiled.seconds)  # a part of "solve"
+    return state
 
 
 @contextlib.contextmanager

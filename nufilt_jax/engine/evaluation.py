@@ -133,7 +133,7 @@ class Evaluation:
         scores = [_comparable(step, self._options) for step in recipe.steps]
         with _evaluating():
             rows = self._compare(recipe.settings.method) if self._compare else []
-        rows.append(merged_row(recipe.settings.method, scores, self._names, _seconds(recipe.steps)))
+        rows.append(merged_row(recipe.settings.method, scores, self._names, *_seconds(recipe.steps)))
         write_json(folder / EVALUATION, _head(self._names, self._options) | {"models": rows})
         try:
             title = f"{recipe.settings.method}: accuracy after each step"
@@ -173,7 +173,7 @@ def evaluate_folder(folder: Path, names: Sequence[str], options: EvaluationOptio
         row = plain_row(recorded.settings.method, accuracy)
     else:
         earlier = [_comparable(step, options) for step in recorded.steps[:-1]]
-        row = merged_row(recorded.settings.method, [*earlier, accuracy], names, _seconds(recorded.steps))
+        row = merged_row(recorded.settings.method, [*earlier, accuracy], names, *_seconds(recorded.steps))
     document = _head(names, options) | {"models": [row]}
     with contextlib.suppress(OutputError):  # there is none, or it is broken
         document = _with_others(document, read_json(folder / EVALUATION))
@@ -210,8 +210,9 @@ def _comparable(step: Step, options: EvaluationOptions) -> Mapping[str, float]:
     return step.accuracy or {} if is_same else {}
 
 
-def _seconds(steps: Sequence[Step]) -> float:
-    return sum(step.seconds for step in steps)
+def _seconds(steps: Sequence[Step]) -> tuple[float, float]:
+    """What merging took, and how much of it was compiling."""
+    return sum(step.seconds for step in steps), sum(step.timings.get("compile", 0.0) for step in steps)
 
 
 def _telling(tell: Tell, what: str) -> OnBatch:

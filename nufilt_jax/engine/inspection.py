@@ -110,8 +110,13 @@ def _range_problems(plan: Plan, findings: Iterable[Findings]) -> Iterator[Proble
 
 
 def _replaced(plan: Plan, base_sha256: Mapping[str, str], hashes: Mapping[str, Mapping[str, str]]) -> Iterator[Problem]:
-    """The models that are not what they were when an earlier run began this merge."""
+    """The models that are not what they were when an earlier run began this merge, or another that it repeats."""
     if plan.recorded is None:
+        base, *tasks = plan.promised
+        known = [(plan.base, base, base_sha256), *((plan.tasks[t.name], t, hashes[t.name]) for t in tasks)]
+        for checkpoint, then, now in known:
+            if then.sha256 is not None:
+                yield from then.changes(now, checkpoint.source)
         return
     recipe, folder = plan.recorded.recipe, plan.recorded.folder
     pairs = [(plan.base, recipe.base, base_sha256)]

@@ -46,6 +46,7 @@ class Plan:
       devices: so many share the layers of a window.
       out: the output folder; None if only a plan is wanted.
       recorded: the same merge, as far as an earlier run came; None if there is none.
+      promised: the base and the tasks, with the hashes that they should have where those are known.
       warnings: what the user should know and may accept.
     """
 
@@ -61,6 +62,7 @@ class Plan:
     devices: int
     out: Path | None
     recorded: Recorded | None
+    promised: tuple[Model, ...]
     warnings: tuple[str, ...]
 
     @property
@@ -147,6 +149,7 @@ def make_plan(job: Job, *, offline: bool = False, headers_only: bool = False) ->
         devices=job.devices,
         out=None if place is None else place.out,
         recorded=recorded,
+        promised=(job.base, *job.sources),
         warnings=(
             *job.warnings,
             *idle_devices(job.devices, job.settings.method),

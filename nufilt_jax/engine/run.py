@@ -71,7 +71,8 @@ def run(
     memory = {**recipe.memory, "peak": peak_memory()}
     recipe = dataclasses.replace(recipe, timings=clock.as_dict(), compiled=compiled.as_dict(), memory=memory)
     rule = find(plan.settings.method)
-    card = model_card(recipe, rule.source, needs_data=rule.needs_data, adds_parameters=rule.adds_parameters)
+    told = recipe.as_seen_from(place.out)
+    card = model_card(told, rule.source, needs_data=rule.needs_data, adds_parameters=rule.adds_parameters)
     return place.publish(recipe, walk.forecast(), card, walk.windows)
 
 

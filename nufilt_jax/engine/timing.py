@@ -66,7 +66,7 @@ class CompileLog:
 
     def as_dict(self) -> dict[str, Any]:
         """For the recipe."""
-        return {"programs": self._programs, "from_cache": self._cached, "seconds": round(self._seconds(), 3)}
+        return {"programs": self._programs, "from_cache": self._cached, "seconds": round(self.seconds, 3)}
 
     def _on_duration(self, event: str, duration_secs: float, **facts: str | int) -> None:
         if event == _LOWERED_EVENT:
@@ -79,7 +79,8 @@ class CompileLog:
     def _on_event(self, event: str, **_: str | int) -> None:
         self._cached += event == _HIT_EVENT
 
-    def _seconds(self) -> float:
+    @property
+    def seconds(self) -> float:
         """Length of the union of all spans: the tracing of a function holds that of the functions it calls."""
         total, reached = 0.0, 0.0
         for start, end in sorted(self._spans):

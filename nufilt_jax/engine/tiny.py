@@ -14,6 +14,7 @@ from nufilt_jax.checkpoints import load
 from nufilt_jax.config import ComputeType
 from nufilt_jax.engine.examples import write_examples
 from nufilt_jax.engine.scores import Row, merged_row, plain_row
+from nufilt_jax.engine.timing import CompileLog
 from nufilt_jax.evaluation import Task, evaluate_tasks
 from nufilt_jax.evaluation.ready import OnBatch, ReadyTask, spread
 from nufilt_jax.evaluation.suite import Suite
@@ -115,14 +116,15 @@ class TinyStudy:
 
     def _alternative(self, method: str) -> Row:
         rule = methods.get(method)
-        state, scores, seconds = rule.init(self._base), list[dict[str, float]](), 0.0
+        state, scores, seconds, compiled = rule.init(self._base), list[dict[str, float]](), 0.0, CompileLog()
         for name in self._names:
             task = self._model(name)
             start = time.perf_counter()
-            state = rule.update(state, task)
-            merged = {key: np.asarray(value) for key, value in state.merged.items()}
+            with compiled.listening():
+                state = rule.update(state, task)
+                merged = {key: np.asarray(value) for key, value in state.merged.items()}
             seconds += time.perf_counter() - start
             # Of the steps before the last, backward transfer needs the score on their own task alone.
             asked = [task for task in self._suite.tasks if name in (task.name, self._names[-1])]
             scores.append(Suite(asked).score(merged))
-        return merged_row(method, scores, self._names, seconds)
+        return merged_row(method, scores, self._names, seconds, compiled.seconds)

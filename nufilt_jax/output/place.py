@@ -150,7 +150,7 @@ class OutputPlace:
         """
         try:
             make_folder(self.partial)
-            write_json(self.partial / RECIPE, recipe.to_json())
+            write_json(self.partial / RECIPE, recipe.as_seen_from(self.out).to_json())
         except OSError as error:
             raise output_error(self.partial, error) from error
 
@@ -191,7 +191,7 @@ class OutputPlace:
                 target = self.staging / STATE / window._replace(number=number).named()
                 shutil.copytree(window.folder, target, copy_function=_link)
             recipe = dataclasses.replace(recipe, files=folder_sha256(self.staging, without=REWRITTEN))
-            write_json(self.staging / RECIPE, recipe.to_json())
+            write_json(self.staging / RECIPE, recipe.as_seen_from(self.out).to_json())
             sync_tree(self.staging)
             if self.out.exists():
                 move(self.out, self._previous)

@@ -1,59 +1,20 @@
 """The recipe of a merge, `nufilt.json`: what went in, how, and what each step did. Nobody else knows its keys."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from nufilt_jax.config import MethodConfig, OtherParams, problem
 from nufilt_jax.errors import ConfigError, OutputError, Problem
+from nufilt_jax.output.model import Model as Model
+from nufilt_jax.output.model import found_from, seen_from
 
 VERSION = 2  # of the recipe and of the state beside it; the recipes of nufilt_jax 0.1 name none
 _OF_WRITING = ("format", "dtype")  # settings that no number depends on before the model is written
 
 Rows = list[dict[str, Any]]
 ConfigOf = Callable[[str], type[MethodConfig]]  # from a method's name to the class of its settings
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """A model as the user names it, or as a recipe does.
-
-    Attributes:
-      name: the task's name; `base` for the base.
-      source: folder or Hub id.
-      revision: of a Hub id.
-      sha256: of its weight files by name, as a recipe recorded them; None if it comes from the command line.
-    """
-
-    name: str
-    source: str
-    revision: str | None = None
-    sha256: Mapping[str, str] | None = None
-
-    @classmethod
-    def from_json(cls, entry: Mapping[str, Any], name: str | None = None) -> Self:
-        """A model from its entry; the base's has no name."""
-        return cls(name or entry["name"], str(entry["source"]), entry["revision"], dict(entry["sha256"]))
-
-    def to_json(self) -> dict[str, Any]:
-        """Its entry, without the name."""
-        return {"source": self.source, "revision": self.revision, "sha256": dict(self.sha256 or {})}
-
-    def changes(self, now: Mapping[str, str], where: str, folder: Path) -> Iterable[Problem]:
-        """Says that a model's files are not those that the merge in `folder` was begun with.
-
-        Args:
-          now: SHA-256 by file name, of the files as they are.
-          where: the model.
-          folder: where the recipe stands.
-        """
-        then = self.sha256 or {}
-        changed = sorted(name for name in {**then, **now} if then.get(name) != now.get(name))
-        if changed:
-            pairs = "; ".join(f"{name} had SHA-256 {then.get(name)} and has {now.get(name)}" for name in changed)
-            fix = "restore the files, or merge into another folder"
-            yield Problem(where, f"has changed since the merge in {folder} began: {pairs}", fix)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,7 +81,7 @@ class Step:
       losses: sums over layers, before each Adam step and after the last; None for what is not finite.
       resumed: whether an earlier run had done it.
       outside: the share of the task's squared change that lies in tensors that the merge leaves.
-      timings: seconds by what they were spent on.
+      timings: seconds by what they were spent on; `compile` is a part of `solve`.
       examples: the file with the examples that the method learned from, and its hash.
       accuracy: of the merged model on every task, by name; None if it was not evaluated.
       accuracy_limit: at most so many examples of each task were looked at.
@@ -153,6 +114,12 @@ class Step:
         if self.accuracy is not None:
             entry |= {"accuracy": dict(self.accuracy), "accuracy_limit": self.accuracy_limit}
         return entry
+
+    def moved(self, place: Callable[[str], str]) -> Self:
+        """The same step, the file of its examples spelt otherwise."""
+        if self.examples is None or "file" not in self.examples:
+            return self
+        return dataclasses.replace(self, examples={**self.examples, "file": place(self.examples["file"])})
 
     def as_resumed(self) -> "Step":
         """The same, done by an earlier run."""
@@ -253,6 +220,7 @@ class Recipe:
                 raise ValueError("its steps are not those of its tasks")
             if recipe.version not in (1, VERSION):
                 raise ValueError(f"it is of version {recipe.version!r}, and this program knows up to {VERSION}")
+            recipe = recipe._moved(lambda source: found_from(source, folder))
         except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
             reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
             what = f"the recipe nufilt.json is damaged or of another version: {reason}"
@@ -269,6 +237,14 @@ class Recipe:
             "steps": [step.to_json() for step in self.steps],
         }
         return document | {name: value for name in _AS_THEY_ARE if (value := getattr(self, name)) or name in _ALWAYS}
+
+    def as_seen_from(self, folder: Path) -> Self:
+        """The same recipe as it is written into `folder`: its paths begin there, and tell of nobody's home."""
+        return self._moved(lambda source: seen_from(source, folder))
+
+    def _moved(self, place: Callable[[str], str]) -> Self:
+        tasks, steps = (tuple(part.moved(place) for part in parts) for parts in (self.tasks, self.steps))
+        return dataclasses.replace(self, base=self.base.moved(place), tasks=tasks, steps=steps)
 
     @property
     def task_names(self) -> list[str]:

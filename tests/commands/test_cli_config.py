@@ -1,0 +1,274 @@
+"""The configuration file: what it may say, what wins over it, and the merges that it repeats."""
+
+import json
+import shutil
+
+import model_builders as build
+import pytest
+
+from nufilt_jax.commands.arguments import Arguments
+from nufilt_jax.commands.config_file import NOT_IN_FILES, read_options
+from nufilt_jax.commands.init import template
+from nufilt_jax.errors import ConfigError
+
+FILES = {
+    "merge.toml": """
+base = "base"
+out = "out"
+filter_rank = 4
+adapter_rank = 2
+method_args = {task_rank = 2, steps = 4, ridge = 2.0}
+[tasks]
+beta = "./beta"
+alpha = "alpha"
+""",
+    "merge.yaml": """
+base: base
+out: out
+filter_rank: 4
+adapter_rank: 2
+learning_rate: 1e-3
+tasks: {beta: ./beta, alpha: alpha}
+method_args:
+  task_rank: 2
+  steps: 4
+  ridge: 2.0
+""",
+    "merge.json": json.dumps(
+        {
+            "base": "base",
+            "out": "out",
+            "filter_rank": 4,
+            "adapter_rank": 2,
+            "limit": None,
+            "tasks": {"beta": "./beta", "alpha": "alpha"},
+            "method_args": ["task_rank=2", "steps=4", "ridge=2.0"],
+        }
+    ),
+}
+
+
+@pytest.fixture
+def written(models):
+    """Writes a file beside the models."""
+
+    def write(name, text):
+        (models / name).write_text(text)
+        return models / name
+
+    return write
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_is_the_command(name, written, models, tmp_path, nufilt, command, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = nufilt("merge", "--config", written(name, FILES[name]), "--json")
+    assert result.code == 0, result.err
+    assert [task["name"] for task in result.json["tasks"]] == ["beta", "alpha"]
+    assert result.json["config"]["ridge"] == 2.0
+    by_hand = command(models, tmp_path / "hand", "--method-args", "ridge=2.0", tasks=("beta", "alpha"))
+    assert nufilt(*by_hand).code == 0
+    assert build.weight_bytes(models / "out") == build.weight_bytes(tmp_path / "hand")
+
+
+def test_the_command_line_wins(written, models, tmp_path, nufilt):
+    path = written("merge.toml", FILES["merge.toml"])
+    argv = ("plan", "--config", path, "--out", tmp_path / "else", "--steps", "7", "--task", f"gamma={models / 'gamma'}")
+    plan = nufilt(*argv, "--json").json
+    assert (plan["config"]["steps"], plan["config"]["filter_rank"], plan["config"]["ridge"]) == (7, 4, 2.0)
+    assert (plan["out"], [task["name"] for task in plan["tasks"]]) == (str(tmp_path / "else"), ["gamma"])
+
+
+BAD = {
+    "unknown key": (
+        'filter_rnk = 3\nplan = true\n[tasks]\na = "b"',
+        ["filter_rnk: is no option (did you mean fil", "plan: is"],
+    ),
+    "wrong types": (
+        'filter_rank = 1.5\nconv = "yes"\nbase = 3\nlearning_rate = "fast"\nmethod_args = 3\ntasks = 4',
+        [
+            "filter_rank: must be a whole number, got 1.5",
+            "conv: must be true or false, got 'yes'",
+            "base: must be a text, got 3",
+            "learning_rate: must be a number, got 'fast'",
+            "method_args: must be a table of settings, got 3",
+            "tasks: must be a table NAME = MODEL, in order, got 4",
+        ],
+    ),
+    "twice": ('task = ["a=b"]\n[tasks]\na = "b"', ["task: says the same as the table tasks"]),
+    "no toml": ("base = ", ["is not TOML: "]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_a_file_may_not_say(case, written, refused):
+    text, expected = BAD[case]
+    path = written("merge.toml", text)
+    lines = refused("merge", "--config", path)
+    assert len(lines) == len(expected)
+    assert all(line.startswith(f"nufilt: {path}: {what}") for line, what in zip(lines, expected, strict=True)), lines
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("merge.yaml", "base: x\nbase: y", "has the key 'base' twice"),
+        ("merge.yaml", "!!python/object/apply:os.system [ls]", "is not YAML: could not determine a constructor"),
+        ("merge.yaml", "- a", "holds no table of options"),
+        ("merge.json", '{"base": "x", "base": "y"}', "has the key 'base' twice"),
+        ("merge.ini", "", "is no configuration file"),
+        ("missing.toml", None, "there is no such file"),
+    ],
+)
+def test_files_that_are_refused(name, text, expected, models, refused):
+    path = models / name
+    if text is not None:
+        path.write_text(text)
+    (line,) = refused("plan", "--config", path)
+    assert line.startswith(f"nufilt: {path}: {expected}")
+
+
+def test_a_recipe_repeats_its_merge(models, tmp_path, nufilt, command, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = (
+        "--seed",
+        "5",
+        "--other-params",
+        "first",
+        "--solver",
+        "closed_form",
+        "--method-args",
+        "first_task=authors",
+    )
+    assert nufilt(*command(models, tmp_path / "one", *options, n=2)).code == 0
+    recipe = (tmp_path / "one" / "nufilt.json").read_text()
+    assert str(tmp_path) not in recipe and json.loads(recipe)["base"]["source"] == "../models/base"
+    again = nufilt("merge", "--config", "one/nufilt.json")
+    assert (again.code, "no effect" in again.err) == (0, False), again.err
+    assert build.weight_bytes(tmp_path / "one-again") == build.weight_bytes(tmp_path / "one")
+    shutil.rmtree(models / "beta")
+    build.write(models / "beta", build.weights(models / "alpha"))
+    changed = nufilt("merge", "--config", "one/nufilt.json", "--out", "two")
+    assert changed.code == 1 and "beta: has changed since the merge that --config repeats" in changed.err
+
+
+def test_card_and_recipe_tell_of_no_home(models, tmp_path, nufilt, command, monkeypatch):
+    monkeypatch.setenv("HOME", str(models))
+    assert nufilt(*command(models, tmp_path / "out", "--method", "sum", n=2)).code == 0
+    for name in ("nufilt.json", "README.md"):
+        text = (tmp_path / "out" / name).read_text()
+        assert str(models) not in text and "~/alpha" in text
+    again = nufilt("add", tmp_path / "out", "--task", f"gamma={models / 'gamma'}", "--json")
+    assert again.code == 0 and again.json["tasks"][0]["source"] == str(models / "alpha")
+
+
+def test_evaluate_takes_what_is_its_own(tmp_path):
+    (tmp_path / "tasks.json").write_text("{}")
+    (tmp_path / "merge.toml").write_text(
+        'base = "b"\nlimit = 5\ndtype = "bfloat16"\ntasks_file = "t.json"\n[tasks]\na = "x"'
+    )
+    assert read_options(tmp_path / "merge.toml", "evaluate") == {
+        "task": ["a"],
+        "limit": 5,
+        "tasks_file": str(tmp_path / "t.json"),
+    }
+    (tmp_path / "own.toml").write_text('dtype = "bfloat16"\ntask = ["a"]')
+    assert read_options(tmp_path / "own.toml", "evaluate") == {"dtype": "bfloat16", "task": ["a"]}
+
+
+def test_init_writes_a_file_of_all_options(tmp_path, nufilt, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert nufilt("init").code == 0
+    options = read_options(tmp_path / "merge.toml")
+    assert options["base"] and len(options["task"]) == 2
+    again = nufilt("init")
+    assert again.code == 1 and "merge.toml: is there already: nothing is overwritten" in again.err
+    assert nufilt("init", "merge.yaml").code == 1
+    told = [
+        line.split()[1]
+        for line in template().splitlines()
+        if line.startswith("# ") and " = " in line and "NAME" not in line
+    ]
+    hidden = {"base", "out", "task", "method_args", *NOT_IN_FILES}
+    assert set(told) == {name for name in Arguments.__annotations__ if name not in hidden}
+    for line in template().splitlines():
+        if line.startswith("# ") and line.split()[1] in told and " = " in line:
+            (tmp_path / "one.toml").write_text(line[2:])
+            read_options(tmp_path / "one.toml")
+
+
+MERGEKIT = {
+    "linear": (
+        "merge_method: linear\nmodels:\n- model: alpha\n  parameters: {weight: 0.5}\n"
+        "- model: beta\n  parameters: {weight: 0.5}\ndtype: float32\n",
+        "weight_average",
+        {},
+        {"alpha": 0.5, "beta": 0.5},
+    ),
+    "task_arithmetic": (
+        "merge_method: task_arithmetic\nbase_model: base\nmodels:\n- model: base\n- model: alpha\n- model: beta\n"
+        "parameters: {weight: 0.5, lambda: 0.8, normalize: false, int8_mask: true}\ntokenizer_source: base\n",
+        "task_arithmetic",
+        {"scale": 0.4},
+        {"base": 0.2, "alpha": 0.4, "beta": 0.4},
+    ),
+    "normalised": (
+        "merge_method: task_arithmetic\nbase_model: base\nmodels:\n- model: alpha\n- model: beta\n"
+        "parameters: {weight: 3, normalize: true}\n",
+        "task_arithmetic",
+        {"scale": 0.5},
+        {"alpha": 0.5, "beta": 0.5},
+    ),
+    "ties": (
+        "merge_method: ties\nbase_model: base\nmodels:\n- model: alpha\nparameters: {density: 1, lambda: 0.5}\n",
+        "ties",
+        {"scale": 0.5},
+        {"base": 0.5, "alpha": 0.5},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MERGEKIT)
+def test_a_mergekit_file_that_means_the_same(case, written, models, tmp_path, nufilt):
+    text, method, settings, shares = MERGEKIT[case]
+    result = nufilt("merge", "--config", written("kit.yml", text), "--out", tmp_path / "out", "--json")
+    assert result.code == 0, result.err
+    assert result.json["method"] == method
+    assert {key: result.json["config"][key] for key in settings} == pytest.approx(settings)
+    merged, parts = build.weights(tmp_path / "out"), {name: build.weights(models / name) for name in shares}
+    expected = sum(share * parts[name][build.Q0].astype("f8") for name, share in shares.items())
+    assert abs(merged[build.Q0] - expected).max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("text", "keys"),
+    [
+        ("merge_method: slerp\nbase_model: base", ["merge_method"]),
+        ("merge_method: task_arithmetic\nmodels:\n- model: alpha", ["base_model"]),
+        ("merge_method: linear\nslices: []\nmodels: 3", ["slices", "models"]),
+        ("merge_method: linear\nmodels:\n- {model: a, parameters: {weight: 1}}\n- {model: b}\n", []),
+        ("merge_method: linear\nmodels:\n- {model: a, parameters: {weight: 2}}\n- {model: b}\n", ["models"]),
+        (
+            "merge_method: linear\nparameters: {normalize: false}\nmodels:\n- model: a\n- model: b\n",
+            ["parameters.normalize"],
+        ),
+        (
+            "merge_method: ties\nbase_model: base\nmodels:\n- {model: a, parameters: {density: 0.5}}\n- model: b\n"
+            "  parameters: {density: 0.5}\n",
+            ["density", "merge_method"],
+        ),
+        (
+            "merge_method: task_arithmetic\nbase_model: base\ntokenizer_source: union\nmodels:\n"
+            "- {model: a, parameters: {weight: [0, 1]}}\n",
+            ["tokenizer_source", "models[0].parameters.weight"],
+        ),
+    ],
+)
+def test_a_mergekit_file_that_means_something_else(text, keys, tmp_path):
+    (tmp_path / "kit.yaml").write_text(text)
+    if not keys:
+        assert read_options(tmp_path / "kit.yaml")["method"] == "weight_average"
+        return
+    with pytest.raises(ConfigError) as error:
+        read_options(tmp_path / "kit.yaml")
+    assert [found.tensor for found in error.value.problems] == keys

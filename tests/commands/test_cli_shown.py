@@ -1,0 +1,145 @@
+"""What is shown: help, tables, the table of methods, progress in words, and what `push` would upload."""
+
+import dataclasses
+import io
+import json
+import re
+import shlex
+
+import pytest
+from rich.console import Console
+
+from nufilt_jax import NufiltConfig
+from nufilt_jax.commands import app
+from nufilt_jax.commands.arguments import Arguments
+from nufilt_jax.commands.console import show_table
+from nufilt_jax.commands.init import shown_default
+from nufilt_jax.commands.method_help import stated_rules
+from nufilt_jax.methods import RULES
+
+COMMANDS = [(), *([name] for name in ("merge", "add", "plan", "init", "evaluate", "analyze", "push"))]
+
+
+@pytest.mark.parametrize("argv", COMMANDS, ids=str)
+def test_help_fits_a_terminal(argv, nufilt, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    told = nufilt(*argv, "--help").out
+    assert max(map(len, told.splitlines())) <= 80
+    words = set(re.findall(r"[\w/.]+", told))
+    assert "…" not in told and "\x1b" not in told
+    assert {"nufilt"} <= words
+
+
+def test_help_lists_what_a_command_takes(nufilt):
+    options = {
+        name: set(re.findall(r"--[a-z][a-z-]+", nufilt(name, "--help").out)) for name in ("merge", "add", "plan")
+    }
+    assert options["plan"] == options["merge"] - {"--plan"}
+    assert {"--task", "--evaluate", "--max-memory"} <= options["add"]
+    assert options["add"].isdisjoint({"--base", "--method", "--filter-rank", "--dtype", "--out", "--config"})
+
+
+def test_defaults_shown_are_those_taken():
+    hints = {field.name: field.type for field in dataclasses.fields(Arguments)}
+    for name, value in dataclasses.asdict(NufiltConfig()).items():
+        if name in hints:
+            told = shown_default(hints[name])
+            assert told == str(value) or float(told) == value
+    assert shown_default(hints["method"]) == "nufilt" and shown_default(hints["seed"]) == "0"
+
+
+def test_the_examples_of_the_help_run(nufilt, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = [line.split("#")[0] for line in app.EXAMPLES.splitlines() if line.startswith("  nufilt ")]
+    assert len(lines) == 3
+    for line in lines:
+        _, command, *argv = shlex.split(line)
+        result = nufilt("plan" if command == "merge" else command, *argv)  # other tests merge and measure these
+        assert result.code == 0, result.err
+
+
+def test_the_table_of_methods_is_one_screen(nufilt):
+    told = nufilt("merge", "--method", "help").out.splitlines()
+    assert len(told) <= 24 and max(map(len, told)) <= 80
+    assert [line.split()[0] for line in told if line.split() and line.split()[0] in RULES] == list(RULES)
+    for stated, rule in zip(stated_rules(), RULES.values(), strict=True):
+        assert {key: getattr(rule, key) for key in stated} == stated
+
+
+def test_one_method(nufilt):
+    told = nufilt("merge", "--method", "help=ties")
+    assert (told.code, told.err) == (0, "")
+    assert "density=0.2" in told.out and RULES["ties"].update in told.out and "magmax" not in told.out
+    assert nufilt("merge", "--method", "help=tie").code == 1
+
+
+def test_a_table_has_no_empty_column_and_no_more_than_80():
+    stream = io.StringIO()
+    columns = {"task": ["a long name of a task", "b"], "empty": ["", ""]} | {
+        f"model_number_{i}": ["1.0", ""] for i in range(12)
+    }
+    show_table(Console(file=stream, width=1000), columns, title="t", texts=("task",), section=1)
+    told = stream.getvalue()
+    assert max(map(len, told.splitlines())) <= 80
+    assert "empty" not in told and told.count("a long name of a task") == 2 and told.count("1.0") == 12
+
+
+def test_verbose_and_done(shared_models, tmp_path, nufilt, command):
+    argv = command(shared_models, tmp_path / "out", n=2)
+    first = nufilt(*argv, "-v")
+    assert re.search(r"nufilt: +\d+\.\d\d s  beta \(2 of 2\): \d+ layers of width 16, loss", first.err)
+    assert "all is done" not in first.out
+    for head in ("seconds", "compiling", "solving"):
+        assert head in first.out
+    again = nufilt(*argv)
+    assert f"all is done: merged model: {tmp_path / 'out'}" in again.out and "resumed" not in again.out
+    timings = json.loads((tmp_path / "out" / "nufilt.json").read_text())["steps"][1]["timings"]
+    assert 0 <= timings["compile"] <= timings["solve"]
+
+
+def test_push_says_what_it_would_upload(shared_models, tmp_path, nufilt, command, refused):
+    out = tmp_path / "out"
+    assert nufilt(*command(shared_models, out, "--method", "sum", n=2)).code == 0
+    told = nufilt("push", out, "me/merged", "--dry-run", "--json").json
+    assert told["url"] is None and told["repo"] == "me/merged" and told["message"] == "sum: alpha, beta"
+    assert {"model.safetensors", "config.json", "nufilt.json", "README.md"} <= told["files"].keys()
+    assert not any(name.startswith("state/") for name in told["files"])
+    whole = nufilt("push", out, "me/merged", "--dry-run", "--json", "--with-state").json
+    assert any(name.startswith("state/") for name in whole["files"]) and whole["bytes"] > told["bytes"]
+    assert "would be uploaded to me/merged" in nufilt("push", out, "me/merged", "--dry-run").out
+    (line,) = refused("push", out, "../x", "--dry-run", code=2)
+    assert "is no name of a Hub repository" in line
+    (line,) = refused("push", shared_models / "base", "me/x", "--dry-run")
+    assert "holds no finished merge" in line
+
+
+def test_push_uploads_by_the_hubs_library(shared_models, tmp_path, nufilt, command, monkeypatch):
+    import huggingface_hub
+
+    asked = {}
+
+    class Api:
+        def create_repo(self, repo, **how):
+            asked["made"] = repo, how
+            return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo}")
+
+        def upload_folder(self, **how):
+            asked["sent"] = how
+            return type("Commit", (), {"commit_url": "https://huggingface.co/me/merged/commit/1"})()
+
+    out = tmp_path / "out"
+    assert nufilt(*command(shared_models, out, "--method", "sum", n=2)).code == 0
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    result = nufilt("push", out, "me/merged", "--private", "--message", "first")
+    assert result.code == 0 and "uploaded: https://huggingface.co/me/merged/commit/1" in result.out
+    assert asked["made"] == ("me/merged", {"private": True, "exist_ok": True})
+    assert asked["sent"]["folder_path"] == out and asked["sent"]["commit_message"] == "first"
+    assert "model.safetensors" in asked["sent"]["allow_patterns"]
+
+
+def test_push_that_the_hub_does_not_answer(shared_models, tmp_path, nufilt, command, monkeypatch):
+    out = tmp_path / "out"
+    assert nufilt(*command(shared_models, out, "--method", "sum", n=2)).code == 0
+    result = nufilt("push", out, "me/merged")  # the tests' Hub is nobody
+    assert (result.code, len(result.lines)) == (1, 1)
+    assert result.err.startswith("nufilt: me/merged: cannot be uploaded to: ")
