@@ -11,6 +11,7 @@ from nufilt_jax.errors import ConfigError, Problem, raise_all
 Decomposition = Literal["auto", "eigh", "svd", "subspace"]
 ComputeType = Literal["float32", "bfloat16"]  # of a forward pass
 OtherParams = Literal["pretrained", "first", "average"]
+OutputKind = Literal["model", "adapter"]
 Variant = Literal["code", "text"]
 
 

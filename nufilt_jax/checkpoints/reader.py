@@ -23,7 +23,7 @@ from nufilt_jax.checkpoints.hub import Place, locate
 from nufilt_jax.checkpoints.index import Index, disagreements, missing_shards, parse_index
 from nufilt_jax.checkpoints.names import canonical_names, flax_axes, from_flax_name
 from nufilt_jax.checkpoints.orientation import stored_axes
-from nufilt_jax.checkpoints.safetensors_files import Entry, Header
+from nufilt_jax.checkpoints.safetensors_files import HEADER_MARK, Entry, Header
 from nufilt_jax.checkpoints.tensors import TensorInfo, UnreadTensors, map_tensors, stream_spans
 from nufilt_jax.checkpoints.ties import tie
 from nufilt_jax.errors import CheckpointError, Problem, raise_all
@@ -122,6 +122,18 @@ class Checkpoint:
                 digest.update(piece)
             digests[path.relative_to(self.path).as_posix()] = digest.hexdigest()
         return digests
+
+    def sha256_as(self, recorded: Iterable[str]) -> dict[str, str]:
+        """The digests that a recipe holds, by the names in it: of whole files, or of safetensors headers alone."""
+        names = tuple(recorded)
+        if not names or not all(name.endswith(HEADER_MARK) for name in names):
+            return self.sha256()
+        return self.header_sha256()
+
+    def header_sha256(self) -> dict[str, str]:
+        """Hex digest of the header of every safetensors file: of names, shapes and types, and of no number."""
+        files = {path.relative_to(self.path).as_posix(): path for path in self.weight_files}
+        return {name + HEADER_MARK: safetensors_files.header_sha256(path) for name, path in files.items()}
 
 
 def open_checkpoint(

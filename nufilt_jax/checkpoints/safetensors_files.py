@@ -3,6 +3,7 @@
 Format: 8 bytes (little-endian length n), n bytes of JSON, then the tensors' bytes without holes.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,6 +28,9 @@ _RELOAD = "download or save it again"
 _POINTER = 100  # bytes that tell a Git LFS pointer
 _MAX_AXES = 32  # numpy had no more until 2.0
 _TOO_LARGE = 1 << 56  # bytes of a file, or elements of an array: bytes and bits of it fit 64 bits
+
+
+HEADER_MARK = "#header"  # behind a file's name: of its header alone is the hash
 
 
 class Entry(NamedTuple):
@@ -72,6 +76,13 @@ def read_header(file: BufferedReader, where: str) -> Header:
     entries.sort(key=lambda entry: entry.spans)
     problems += _layout_problems(entries, start, size, where) if not problems else []
     return Header(tuple(entries), metadata, tuple(problems))
+
+
+def header_sha256(path: Path) -> str:
+    """Hex digest of a file's header: of names, shapes and types, and of no number."""
+    with path.open("rb") as file:
+        start = file.read(8)
+        return hashlib.sha256(start + file.read(int.from_bytes(start, "little"))).hexdigest()
 
 
 def pointer_problem(file: BufferedReader, where: str) -> Problem | None:

@@ -105,6 +105,8 @@ class Arguments:
       limit: At most so many examples of each task, for a quick look.
       dtype: Type of the stored weights: float32, bfloat16 or float16.
       format: Of the weight files: safetensors or flax.
+      output: model, or adapter: of tasks that are all adapters, a LoRA folder for peft.
+      adapter_out_rank: Most rank of that adapter.
       max_memory: Most memory that the run may take, as 8GB (10^9) or 8GiB (2^30).
       devices: So many devices of this machine share the layers, or "all".
       offline: Never ask the Hub; use its local cache.
@@ -146,6 +148,8 @@ class Arguments:
     limit: Annotated[Whole, _EVALUATION] = None
     dtype: Annotated[str | None, _OUTPUT, _default("the base's own")] = None
     format: Annotated[str | None, _OUTPUT, _default("the base's own")] = None
+    output: Annotated[str | None, _OUTPUT, _default("model")] = None
+    adapter_out_rank: Annotated[Whole, _OUTPUT, _default("the ranks of the tasks added up")] = None
     max_memory: Annotated[str | None, _OUTPUT, _default("half of what is free")] = None
     devices: Annotated[str | None, Parameter(converter=_whole_or_all), _OUTPUT, _default("1")] = None
     offline: Flag = False

@@ -185,6 +185,8 @@ def show_result(console: Console, recipe: Recipe, out: str) -> None:
         for column, cell in zip(columns.values(), [*cells, " → ".join(losses)], strict=True):
             column.append(cell)
     show_table(console, columns, texts=("task",))
+    if held := recipe.adapter:
+        show_line(console, f"adapter of rank {held['rank']}: {held['energy_lost']:.2%} of the merge's energy is lost")
     show_line(console, f"{'all is done: ' if is_done else ''}merged model: {out}")
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar, get_args
 
 from nufilt_jax.commands.arguments import Arguments, EvaluateArguments
-from nufilt_jax.config import ComputeType, MethodConfig, OtherParams, option, problem
+from nufilt_jax.config import ComputeType, MethodConfig, OtherParams, OutputKind, option, problem
 from nufilt_jax.engine.job import EvaluationOptions
 from nufilt_jax.errors import ConfigError, Problem, gathering
 from nufilt_jax.methods import RULES, find
@@ -19,6 +19,7 @@ _FORMATS = {"safetensors": "safetensors", "flax": "flax", "msgpack": "flax"}
 _DTYPES = {name: name for name in ("float32", "bfloat16", "float16")}
 _COMPUTE_DTYPES: Mapping[str, ComputeType] = {name: name for name in get_args(ComputeType)}
 _OTHER_PARAMS: Mapping[str, OtherParams] = {name: name for name in get_args(OtherParams)}
+_OUTPUTS: Mapping[str, OutputKind] = {name: name for name in get_args(OutputKind)}
 _KINDS: Mapping[Any, str] = {bool: "true or false", int: "a whole number", float: "a number"}
 _FLAGS = {option(field.name) for field in dataclasses.fields(Arguments)}
 
@@ -56,8 +57,17 @@ def read_settings(
         format=_choice("format", arguments.format, _FORMATS, problems),
         dtype=_choice("dtype", arguments.dtype, _DTYPES, problems),
         conv=arguments.conv,
+        output=_choice("output", arguments.output, _OUTPUTS, problems) or "model",
+        adapter_out_rank=_out_rank(arguments.adapter_out_rank, problems),
     )
     return settings, warnings, problems
+
+
+def _out_rank(rank: int | None, problems: list[Problem]) -> int | None:
+    if rank is not None and rank < 1:
+        problems.append(problem("adapter_out_rank", f"must be at least 1, got {rank}"))
+        return None
+    return rank
 
 
 def read_evaluation(arguments: EvaluateArguments, problems: list[Problem]) -> EvaluationOptions:
@@ -84,6 +94,8 @@ def changed_settings(arguments: Arguments, settings: Settings) -> list[Problem]:
         "other_params": (arguments.other_params, settings.other_params),
         "format": (arguments.format and _FORMATS.get(arguments.format, arguments.format), settings.format),
         "dtype": (arguments.dtype, settings.dtype),
+        "output": (arguments.output, settings.output),
+        "adapter_out_rank": (arguments.adapter_out_rank, settings.adapter_out_rank),
         "conv": (arguments.conv or None, settings.conv),
     }
     problems: list[Problem] = []

@@ -13,14 +13,14 @@ import numpy as np
 
 from nufilt_jax import __version__
 from nufilt_jax.anatomy import FLAT, shape_in, tensor_of
-from nufilt_jax.checkpoints import fit, open_checkpoint, safetensors_files
+from nufilt_jax.checkpoints import Checkpoint, fit, open_checkpoint, open_task, safetensors_files
 from nufilt_jax.checkpoints.safetensors_files import Piece
 from nufilt_jax.checkpoints.writer import output_error
 from nufilt_jax.core.settings import SolveConfig
 from nufilt_jax.core.solve import solve_group
 from nufilt_jax.durable import make_folder, move, replacing, sync_tree
 from nufilt_jax.errors import CheckpointError, ConfigError, OutputError, Problem, gathering, raise_all
-from nufilt_jax.methods.stacked import stack_names, task_vector
+from nufilt_jax.methods.stacked import stack_names, task_vector, whole
 from nufilt_jax.output.documents import read_json, write_json
 from nufilt_jax.output.place import FORECAST, STATE
 from nufilt_jax.output.recipe import Model, Recipe
@@ -50,9 +50,9 @@ def export_delta(recipe: Recipe, folder: Path, out: Path) -> int:
       OutputError: the file cannot be written.
     """
     with Stored(stored_windows(folder / STATE)) as stored:
-        shapes = _shapes(folder, stored.layers)
+        shapes = _shapes(recipe, folder, stored.layers)
         told = {"what": "delta", "step": str(len(recipe.steps)), "task": recipe.task_names[-1]}
-        _write(out, shapes, lambda layer: np.asarray(stored.deltas([layer])[layer]), told)
+        _write(out, shapes, lambda layer: whole(stored.deltas([layer])[layer]), told)
     return len(shapes)
 
 
@@ -75,17 +75,15 @@ def export_tau(recipe: Recipe, folder: Path, step: int, out: Path, *, offline: b
     """
     source = recipe.tasks[step - 1]
     problems: list[Problem] = []
-    opened = {}
+    opened = dict[str, Checkpoint]()
     for model, role in ((recipe.base, "base"), (source, "task")):
+        how: dict[str, Any] = {"revision": model.revision, "offline": offline}
         with gathering(problems):
-            opened[role] = open_checkpoint(
-                model.source,
-                revision=model.revision,
-                offline=offline,
-                role="base" if role == "base" else "task",
-                model_config=opened["base"].config if "base" in opened else None,
-            )
-            problems += _changes(model, opened[role].sha256(), folder)
+            if role == "base":
+                opened[role] = open_checkpoint(model.source, role="base", **how)
+            else:
+                opened[role] = open_task(model.source, opened.get("base"), **how)
+            problems += _changes(model, opened[role].sha256_as(model.sha256 or {}), folder)
     raise_all(CheckpointError, problems)
     base = opened["base"]
     layers = Stored(stored_windows(folder / STATE)).layers
@@ -106,9 +104,11 @@ def _changes(model: Model, now: Mapping[str, str], folder: Path) -> list[Problem
     return list(model.changes(now, model.source, folder))
 
 
-def _shapes(folder: Path, layers: list[str]) -> dict[str, Shape]:
-    """Of layers, from the headers of the merged model."""
-    tensors = open_checkpoint(str(folder), role="base").tensors
+def _shapes(recipe: Recipe, folder: Path, layers: list[str]) -> dict[str, Shape]:
+    """Of layers, from the headers of the merged model, or of its base if it is an adapter."""
+    is_adapter, base = recipe.settings.output == "adapter", recipe.base
+    place = (base.source, base.revision) if is_adapter else (str(folder), None)
+    tensors = open_checkpoint(place[0], revision=place[1], role="base").tensors
     return {layer: shape_in(tensors, layer) for layer in layers}
 
 
@@ -177,9 +177,8 @@ def export_solve(recipe: Recipe, folder: Path, out: Path) -> int:
     if not isinstance(config, SolveConfig):
         what = f"{recipe.settings.method} has no solve that is compiled by layers"
         raise ConfigError(Problem("--what", what, "export stablehlo of a merge by nufilt or adapter_only"))
-    tensors = open_checkpoint(str(folder), role="base").tensors
     layers = Stored(stored_windows(folder / STATE)).layers
-    shapes = {name: shape for name in layers if len(shape := shape_in(tensors, name)) == 2}
+    shapes = {name: shape for name, shape in _shapes(recipe, folder, layers).items() if len(shape) == 2}
     modules = []
     with _writing(out), _new_folder(out) as draft:
         for members in stack_names(shapes, shapes):

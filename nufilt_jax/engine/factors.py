@@ -1,6 +1,6 @@
 """Which layers a merge keeps in factors, in which ranks, and how they come from the disk and go there."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -8,12 +8,15 @@ import numpy as np
 
 from nufilt_jax.anatomy import shape_in, tensor_of
 from nufilt_jax.checkpoints import AdaptedCheckpoint, Checkpoint
+from nufilt_jax.config import problem
 from nufilt_jax.engine.grid import Stack
 from nufilt_jax.engine.job import Job
+from nufilt_jax.errors import Problem
 from nufilt_jax.linalg.factored import Factored
 from nufilt_jax.methods import find
 from nufilt_jax.methods.selection import Selection
 from nufilt_jax.methods.stacked import Ranks, Stacked, stacked, total_rank
+from nufilt_jax.output.recipe import Settings
 from nufilt_jax.output.stored import Stored
 
 _STEP = 4  # ranks above it are filled up to multiples of it, so that few programs serve patterns of many ranks
@@ -117,3 +120,20 @@ def kept(delta: Stacked, stacks: tuple[Stack, ...], done: int) -> tuple[dict[str
         else:
             groups["delta"][name] = x
     return groups, ranks
+
+
+def output_problems(tasks: Mapping[str, Checkpoint], settings: Settings) -> Iterator[Problem]:
+    """What keeps a merge from being written as an adapter."""
+    if settings.output != "adapter":
+        if settings.adapter_out_rank is not None:
+            yield problem("adapter_out_rank", "belongs to --output adapter", "add that, or leave it out")
+        return
+    if not find(settings.method).in_factors:
+        what = f"adapter: {settings.method} is not linear in the factors of its tasks, so that its result has full rank"
+        yield problem("output", what, "leave it out to get a whole model, and use nufilt extract on that")
+    whole = [name for name, task in tasks.items() if not isinstance(task, AdaptedCheckpoint)]
+    if whole:
+        what = f"adapter: {', '.join(whole)}: a whole model changes its matrices in full rank, which no adapter holds"
+        yield problem("output", what, "leave it out to get a whole model, and use nufilt extract on that")
+    if settings.format is not None:
+        yield problem("format", "does not go with --output adapter, which peft reads as safetensors", "leave it out")

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from nufilt_jax.checkpoints import AdaptedCheckpoint, Checkpoint, Findings, TensorInfo, survey_file
 from nufilt_jax.checkpoints.dtypes import OUTPUT_DTYPES
+from nufilt_jax.checkpoints.folders import SAFETENSORS
 from nufilt_jax.checkpoints.outputs import new_types, range_problem
 from nufilt_jax.checkpoints.peft.adapted import weight_of
 from nufilt_jax.engine.memory import READERS
@@ -46,7 +47,8 @@ def inspect(plan: Plan) -> Inspection:
     """
     base, *tasks = _read_all(plan)
     hashes = {name: _sha256(findings, plan.tasks[name]) for name, findings in zip(plan.tasks, tasks, strict=True)}
-    problems = [*_replaced(plan, _sha256(base, plan.base), hashes), *_range_problems(plan, base)]
+    base_sha256 = plan.base.header_sha256() if _is_unread(plan) else _sha256(base, plan.base)
+    problems = [*_replaced(plan, base_sha256, hashes), *_range_problems(plan, base)]
     warnings: list[str] = []
     for checkpoint, findings in zip((plan.base, *plan.tasks.values()), (base, *tasks), strict=True):
         nonfinite = frozenset[str]().union(*(found.nonfinite for found in findings))
@@ -59,7 +61,12 @@ def inspect(plan: Plan) -> Inspection:
         {} if plan.recorded is None else {task.name: dict(task.sha256 or {}) for task in plan.recorded.recipe.tasks}
     )
     changes = {name: _changes(plan.tasks[name], findings) for name, findings in zip(plan.tasks, tasks, strict=True)}
-    return Inspection(_sha256(base, plan.base), merged | hashes, tuple(warnings), changes)
+    return Inspection(base_sha256, merged | hashes, tuple(warnings), changes)
+
+
+def _is_unread(plan: Plan) -> bool:
+    """Whether the base's weights need not be read: its header tells all that an adapter depends on."""
+    return plan.settings.output == "adapter" and plan.base.format == SAFETENSORS
 
 
 def _read_all(plan: Plan) -> list[list[Findings]]:
@@ -70,6 +77,8 @@ def _read_all(plan: Plan) -> list[list[Findings]]:
 
     def survey(checkpoint: Checkpoint, index: int) -> Findings:
         path = checkpoint.weight_files[index]
+        if checkpoint is plan.base and _is_unread(plan):
+            return Findings("", frozenset(), frozenset(), {})
         if plan.is_finished:
             return survey_file(path, (), stop=stop)
         tensors = [info for info in checkpoint.stored if info.file == path]

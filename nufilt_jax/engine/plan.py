@@ -17,6 +17,7 @@ from nufilt_jax.checkpoints.names import has_flax_form
 from nufilt_jax.checkpoints.outputs import plan_shards
 from nufilt_jax.config import MethodConfig, option, problem
 from nufilt_jax.engine.devices import idle_devices
+from nufilt_jax.engine.factors import output_problems
 from nufilt_jax.engine.grid import Stack, Walk, Window
 from nufilt_jax.engine.job import EvaluationOptions, Job, Recorded, recorded_in
 from nufilt_jax.engine.layout import lay_out
@@ -130,6 +131,7 @@ def make_plan(job: Job, *, offline: bool = False, headers_only: bool = False) ->
         with gathering(problems):
             problems += _evaluation_problems(job, base)
         with gathering(problems):
+            problems += output_problems(tasks, job.settings)
             problems += _output_problems(base, job.settings, place)
         problems += _state_problems(recorded, selection, len(job.sources))
         with gathering(problems):

@@ -14,6 +14,7 @@ import numpy as np
 from nufilt_jax import __version__
 from nufilt_jax.checkpoints import Checkpoint
 from nufilt_jax.core.forecast import Forecast
+from nufilt_jax.engine.adapter_output import told_of
 from nufilt_jax.engine.coverage import coverage
 from nufilt_jax.engine.inspection import Inspection
 from nufilt_jax.engine.plan import Plan
@@ -49,6 +50,7 @@ def new_recipe(plan: Plan, inspection: Inspection) -> Recipe:
         host=_host(recorded) if not plan.is_finished or recorded is None else recorded.host,
         files=recorded.files if plan.is_finished and recorded is not None else {},
         memory=plan.memory.to_json(),
+        adapter=told_of(plan).to_json() if plan.settings.output == "adapter" else {},
     )
 
 

@@ -2,8 +2,10 @@
 
 import dataclasses
 import shutil
+from typing import Any
 
 from nufilt_jax.checkpoints import write_added, write_checkpoint
+from nufilt_jax.engine.adapter_output import told_of, write_merged_adapter
 from nufilt_jax.engine.coverage import outside_share
 from nufilt_jax.engine.inspection import Inspection
 from nufilt_jax.engine.memory import peak_memory
@@ -58,7 +60,8 @@ def run(
             recipe = walk.recipe()
             watcher.phase("writing the model")
             with clock.spent_on("write_model"):
-                _write_model(plan, walk, place)
+                held = _write_model(plan, walk, place)
+            recipe = dataclasses.replace(recipe, adapter={**recipe.adapter, **held})
             if evaluation is not None:
                 evaluation.finish(place.staging, recipe)
     except (OutputError, EvaluationError):  # what is done can be gone on with, elsewhere or without an evaluation
@@ -76,18 +79,24 @@ def run(
     return place.publish(recipe, walk.forecast(), card, walk.windows)
 
 
-def _write_model(plan: Plan, walk: Walk, place: OutputPlace) -> None:
+def _write_model(plan: Plan, walk: Walk, place: OutputPlace) -> dict[str, Any]:
     """The merged model in the place's staging folder; what cannot be written leaves all steps as they are.
+
+    Returns:
+      What an adapter holds; nothing of a whole model.
 
     Raises:
       OutputError: the disk is full, or numbers are out of the range of the type asked for.
     """
     like, settings = plan.base, plan.settings
     try:
+        if settings.output == "adapter":
+            return write_merged_adapter(plan, walk.delta, told_of(plan), place.staging)
         tensors = merged_tensors(like.read(plan.selection.touched), walk.delta)
         write_checkpoint(tensors, place.staging, like=like, format=settings.format, dtype=settings.dtype)
         if added := walk.added:
             write_added(place.staging, added)
+        return {}
     except NufiltError as error:
         shutil.rmtree(place.staging, ignore_errors=True)
         if isinstance(error, OutputError):

@@ -13,6 +13,7 @@ from nufilt_jax.checkpoints import Checkpoint, open_checkpoint, read_added
 from nufilt_jax.checkpoints.dtypes import FLOATS
 from nufilt_jax.checkpoints.tensors import TensorInfo, stream_bytes
 from nufilt_jax.errors import Problem
+from nufilt_jax.methods.stacked import whole
 from nufilt_jax.output.documents import read_json
 from nufilt_jax.output.place import FORECAST, STATE
 from nufilt_jax.output.state import stored_windows
@@ -87,7 +88,8 @@ def compare(
             found.problems.append(Problem(str(folder / STATE), what, _AGAIN))
             return found
         for layer in old.layers:
-            _compare_arrays(found, where, "state", old.deltas([layer]), new.deltas([layer]), tolerance)
+            ours, theirs = ({layer: whole(stored.deltas([layer])[layer])} for stored in (old, new))
+            _compare_arrays(found, where, "state", ours, theirs, tolerance)
         ours, theirs = old.others(old.layers), new.others(new.layers)
         for group in sorted({*ours, *theirs} - {"numbers"}):  # which merges in one window have no need of
             _compare_arrays(found, where, f"state: {group}", ours.get(group, {}), theirs.get(group, {}), tolerance)
@@ -104,7 +106,7 @@ def _near_equal(folder: Path) -> set[str]:
 def _compare_models(
     found: Comparison, folder: Path, again: Path, base: Checkpoint, tolerance: Callable[[str], float]
 ) -> None:
-    old, new = (open_checkpoint(str(path), role="base") for path in (folder, again))
+    old, new = (open_checkpoint(str(path), adapters=True) for path in (folder, again))
     for name in sorted(old.tensors.keys() ^ new.tensors.keys()):
         only = "is there" if name in old.tensors else "is missing"
         found.problems.append(Problem(str(folder), f"{only}, and is not what the recipe gives", _AGAIN, name))
@@ -118,7 +120,7 @@ def _compare_models(
         elif all(_same_bytes(a, b) for a, b in zip(info.copies, other.copies, strict=False)):
             found.identical += 1
         elif info.dtype in FLOATS:
-            start = base.read([name])[name]
+            start = base.read([name])[name] if name in base.tensors else None  # a factor is an update itself
             pair = old.read([name])[name], new.read([name])[name]
             _judge(found, str(info.file), info.stored_name, *pair, start, tolerance(name))
         else:

@@ -79,8 +79,8 @@ def _inputs(recipe: Recipe, folder: Path, *, offline: bool) -> Iterator[tuple[st
     for model in (recipe.base, *recipe.tasks):
         problems: list[Problem] = []
         with gathering(problems):
-            opened = open_checkpoint(model.source, revision=model.revision, offline=offline)
-            problems += model.changes(opened.sha256(), model.source, folder)
+            opened = open_checkpoint(model.source, revision=model.revision, offline=offline, adapters=True)
+            problems += model.changes(opened.sha256_as(model.sha256 or {}), model.source, folder)
         yield model.name, [problem._replace(fix=problem.fix or _RESTORE) for problem in problems]
     for step in recipe.steps:
         if step.examples is not None:

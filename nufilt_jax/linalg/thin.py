@@ -67,7 +67,8 @@ def _whole_span(x: Float[Array, "layers r n"]) -> Directions:
     turned = matmul(transpose(w), unit * x)
     lengths = jnp.linalg.norm(turned, axis=2, keepdims=True)
     turned = turned / jnp.where(lengths > 0, lengths, 1)
-    overlap = gram(transpose(turned)) + jnp.where(lengths > 0, 0, 1) * jnp.eye(x.shape[1], dtype=x.dtype)
+    identity = jnp.eye(x.shape[1], dtype=x.dtype)[None]
+    overlap = gram(transpose(turned)) + jnp.where(lengths > 0, jnp.zeros_like(lengths), 1) * identity
     lower = jnp.linalg.cholesky(overlap)
     vectors = transpose(jax.scipy.linalg.solve_triangular(lower, turned, lower=True))
     vectors = orthonormalize(jnp.where(jnp.isfinite(vectors), vectors, 0))
@@ -87,7 +88,7 @@ def _spans(
     eps = float(jnp.finfo(x.dtype).eps) * x.shape[2] ** 0.5
     missing = jnp.linalg.norm(x - matmul(response, transpose(vectors)), axis=(1, 2))
     overlap = gram(vectors)
-    skew = jnp.linalg.norm(overlap - overlap * jnp.eye(overlap.shape[1], dtype=x.dtype), axis=(1, 2))
+    skew = jnp.linalg.norm(overlap * (1 - jnp.eye(overlap.shape[1], dtype=x.dtype)[None]), axis=(1, 2))
     lengths = jnp.diagonal(overlap, axis1=1, axis2=2)
     is_unit = jnp.all((jnp.abs(lengths - 1) < _MOST_MISSING * eps) | (lengths == 0), axis=1)
     return (missing <= _MOST_MISSING * eps * jnp.linalg.norm(x, axis=(1, 2))) & (skew < _MOST_MISSING * eps) & is_unit

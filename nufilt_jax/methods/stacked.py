@@ -271,8 +271,12 @@ def _wide(x: Array) -> jax.Array:
 
 
 def _float32(array: Any) -> np.ndarray:
-    whole = array.outputs(slice(None)) if isinstance(array, Factored) else array
-    return np.asarray(whole).astype(np.float32, copy=False)
+    return whole(array).astype(np.float32, copy=False)
+
+
+def whole(array: Any) -> np.ndarray:
+    """A tensor on the host, multiplied out if it is in factors."""
+    return np.asarray(array.outputs(slice(None)) if isinstance(array, Factored) else array)
 
 
 def _stack(tensors: Iterable[np.ndarray], n_tensors: int) -> np.ndarray:

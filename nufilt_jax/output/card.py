@@ -8,6 +8,9 @@ _OTHERS = {
     "average": "are the running average of the tasks' models",
 }
 
+_ADAPTER = """
+This folder is a LoRA adapter: `peft.PeftModel.from_pretrained(base, THIS_FOLDER)` puts it onto the base.
+"""
 _LEARNED = """
 The method learned from unlabelled examples of every task; `nufilt.json` names their files, with SHA-256.
 """
@@ -29,14 +32,15 @@ def model_card(recipe: Recipe, published: str, *, needs_data: bool, adds_paramet
     base, settings = recipe.base, recipe.settings.to_json()
     on_hub = [model for model in (base, *recipe.tasks) if model.revision is not None]
     models = "".join(f"- {model.source}\n" for model in on_hub)
-    header = "---\nlibrary_name: transformers\ntags:\n- merge\n- nufilt_jax\n"
+    is_adapter = recipe.settings.output == "adapter"
+    header = f"---\nlibrary_name: {'peft' if is_adapter else 'transformers'}\ntags:\n- merge\n- nufilt_jax\n"
     header += f"base_model:\n{models}" if models else ""
     config = "\n".join(
         f"| {key} | {value} |" for key, value in {**settings["config"], "seed": settings["seed"]}.items()
     )
     tasks = "\n".join(f"| {number} | {task.name} | {_place(task)} |" for number, task in enumerate(recipe.tasks, 1))
     patterns = ", ".join(f"`{row['pattern']}`" for row in recipe.selected)
-    remarks = (_LEARNED if needs_data else "") + (_ADDED if adds_parameters else "")
+    remarks = (_ADAPTER if is_adapter else "") + (_LEARNED if needs_data else "") + (_ADDED if adds_parameters else "")
     card = f"""{header}---
 
 # {_title(recipe)}

@@ -5,13 +5,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from nufilt_jax.config import MethodConfig, OtherParams, problem
+from nufilt_jax.config import MethodConfig, OtherParams, OutputKind, problem
 from nufilt_jax.errors import ConfigError, OutputError, Problem
 from nufilt_jax.output.model import Model as Model
 from nufilt_jax.output.model import found_from, seen_from
 
 VERSION = 2  # of the recipe and of the state beside it; the recipes of nufilt_jax 0.1 name none
-_OF_WRITING = ("format", "dtype")  # settings that no number depends on before the model is written
+_NEWER = ("conv", "output", "adapter_out_rank")  # settings that earlier versions' recipes lack
+_OF_WRITING = ("format", "dtype", "adapter_out_rank")  # settings that no number depends on before the model is written
 
 Rows = list[dict[str, Any]]
 ConfigOf = Callable[[str], type[MethodConfig]]  # from a method's name to the class of its settings
@@ -30,6 +31,8 @@ class Settings:
       format: of the weight files; None for the base's.
       dtype: of the stored weights; None for the base's.
       conv: whether convolutions of blocks are matrices too.
+      output: the whole `model`, or an `adapter` of the base.
+      adapter_out_rank: most rank of the adapter; None for that of the merge.
     """
 
     method: str
@@ -40,6 +43,8 @@ class Settings:
     format: str | None = None
     dtype: str | None = None
     conv: bool = False
+    output: OutputKind = "model"
+    adapter_out_rank: int | None = None
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any], config_of: ConfigOf) -> Self:
@@ -48,12 +53,12 @@ class Settings:
         Raises:
           ConfigError: a value that no settings may have.
         """
-        values = {field.name: document[field.name] for field in dataclasses.fields(cls) if field.name != "conv"}
-        config = config_of(values["method"])(**values.pop("config"))
-        return cls(config=config, conv=document.get("conv", False), **values)  # which recipes of 0.1 lack
+        names = (field.name for field in dataclasses.fields(cls))
+        values = {name: document[name] for name in names if name in document or name not in _NEWER}
+        return cls(config=config_of(values["method"])(**values.pop("config")), **values)
 
     def to_json(self) -> dict[str, Any]:
-        """As they stand in a recipe, at its top."""
+        """As they stand at a recipe's top."""
         return dataclasses.asdict(self)
 
     def differences(self, other: "Settings", *, is_written: bool = True) -> list[tuple[str, Any, Any]]:
@@ -175,6 +180,7 @@ class Recipe:
       timings: seconds by what they were spent on, besides the steps.
       compiled: the programs compiled, and the seconds that took.
       memory: bytes allowed, planned and measured.
+      adapter: if that is the output, how its modules are called, its ranks, and the energy that they lose.
       version: of the recipe.
     """
 
@@ -192,6 +198,7 @@ class Recipe:
     timings: Mapping[str, float] = dataclasses.field(default_factory=dict)
     compiled: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     memory: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    adapter: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     version: int = VERSION
 
     @classmethod
@@ -258,7 +265,7 @@ class Recipe:
         return found if here == there else [*found, ("task", here, there)]
 
 
-_TOLD = ("versions", "device", "host", "files", "timings", "compiled", "memory")
+_TOLD = ("versions", "device", "host", "files", "timings", "compiled", "memory", "adapter")
 _AS_THEY_ARE = ("selected", "left", "windows", *_TOLD)
 _ALWAYS = ("selected", "left", "windows")
 

@@ -6,6 +6,9 @@ import adapter_builders as adapters
 import model_builders as build
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
+
+from nufilt_jax.checkpoints import open_checkpoint, open_task
 
 RANKS = ("--filter-rank", "3", "--adapter-rank", "2", "--task-rank", "2", "--steps", "4")
 
@@ -106,3 +109,100 @@ def test_another_base_is_warned_of(nufilt, stream, tmp_path):
     )
     assert result.code == 0
     assert "warning: " in result.err and "was trained on 'org/other'" in result.err
+
+
+def adapter_updates(out, stream):
+    """θ^m − θ0 as the adapter holds it."""
+    base = open_checkpoint(str(stream / "base"), role="base")
+    found = open_task(str(out), base).unread(build.SELECTED)
+    return {name: np.matmul(*found.change(name)).astype(np.float64) for name in build.SELECTED}
+
+
+@pytest.mark.parametrize("options", [(), ("--method", "nufilt", "--solver", "closed_form"), ("--method", "null_space")])
+def test_an_adapter_comes_out(nufilt, stream, tmp_path, options):
+    """It is the merged model's change, of the tasks' ranks together, in the names that their adapters use."""
+    ranks = RANKS if not options else ("--filter-rank", "3")
+    options = (*options, *ranks)
+    merge(nufilt, stream, tmp_path / "model", ["one", "two"], *options)
+    result = merge(nufilt, stream, tmp_path / "adapter", ["one", "two"], *options, "--output", "adapter")
+    theirs = updates(tmp_path / "model", stream)
+    assert_alike(adapter_updates(tmp_path / "adapter", stream), {name: theirs[name] for name in build.SELECTED}, 2e-5)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["task_type"]) == (5, 5, "FEATURE_EXTRACTION")
+    assert config["target_modules"] == sorted(adapters.MODULES)
+    assert result.json["adapter"]["energy_lost"] == 0
+
+
+def test_a_lower_rank_loses_what_it_says(nufilt, stream, tmp_path):
+    how = ("--method", "sum", "--output", "adapter", "--adapter-out-rank", 2)
+    result = merge(nufilt, stream, tmp_path / "out", ["one", "two"], *how)
+    merge(nufilt, stream, tmp_path / "model", ["one", "two"], "--method", "sum")
+    ours, theirs = adapter_updates(tmp_path / "out", stream), updates(tmp_path / "model", stream)
+    total = sum(np.sum(theirs[name] ** 2) for name in build.SELECTED)
+    lost = sum(np.sum((theirs[name] - ours[name]) ** 2) for name in build.SELECTED)
+    told = json.loads((tmp_path / "out" / "nufilt.json").read_text())["adapter"]
+    assert told == result.json["adapter"] and told["rank"] == 2
+    assert told["energy_lost"] == pytest.approx(lost / total, rel=1e-4) and lost / total > 0.01
+
+
+def test_the_base_is_not_read_for_an_adapter(nufilt, stream, tmp_path):
+    """Weights that are all NaN would be refused, had anybody looked; and the state is gone on with."""
+    base = build.tower(0)
+    adapters_of = {name: adapters.factors(base, seed) for seed, name in enumerate(("one", "two"), 1)}
+    build.write(tmp_path / "base", {name: np.full_like(x, np.nan) for name, x in base.items()})
+    for name, pairs in adapters_of.items():
+        adapters.write(tmp_path / name, pairs)
+    given = ("--base", tmp_path / "base", "--task", f"one={tmp_path / 'one'}", "--out", tmp_path / "out")
+    result = nufilt("merge", *given, "--output", "adapter", *RANKS, "--json")
+    assert result.code == 0, result.err
+    assert build.weights(tmp_path / "out").keys() == build.weights(tmp_path / "one").keys()
+    assert result.json["base"]["sha256"].keys() == {"model.safetensors#header"}
+    added = nufilt("add", tmp_path / "out", "--task", f"two={tmp_path / 'two'}")
+    assert added.code == 0, added.err
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 4
+
+
+def test_biases_go_out_whole(nufilt, stream, tmp_path):
+    """Of methods that touch every tensor."""
+    base, name = build.tower(0), f"{adapters.MODULES[3]}.bias"
+    extra = {f"base_model.model.{name}": base[name] + 1}
+    adapters.write(tmp_path / "biased", adapters.factors(base, 1), extra=extra, bias="all")
+    given = ("--base", stream / "base", "--task", f"a={tmp_path / 'biased'}", "--out", tmp_path / "out")
+    assert nufilt("merge", *given, "--output", "adapter", "--method", "weight_average").code == 0
+    opened = open_task(str(tmp_path / "out"), open_checkpoint(str(stream / "base"), role="base"))
+    np.testing.assert_allclose(opened.read([name])[name], base[name] + 1, atol=1e-6)
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["bias"] == "all"
+
+
+NO_ADAPTER = {
+    "full": (("full",), ("--output", "adapter"), "--output: adapter: full: a whole model changes its matrices"),
+    "method": (("one",), ("--output", "adapter", "--method", "ties"), "--output: adapter: ties is not linear"),
+    "rank": (("one",), ("--adapter-out-rank", 2), "--adapter-out-rank: belongs to --output adapter"),
+    "kind": (("one",), ("--output", "lora"), "--output: must be one of model, adapter"),
+    "zero": (("one",), ("--output", "adapter", "--adapter-out-rank", 0), "--adapter-out-rank: must be at least 1"),
+    "flax": (("one",), ("--output", "adapter", "--format", "flax"), "--format: does not go with --output adapter"),
+}
+
+
+@pytest.mark.parametrize("case", NO_ADAPTER)
+def test_what_no_adapter_can_hold(refused, stream, tmp_path, case):
+    tasks, options, message = NO_ADAPTER[case]
+    given = [part for task in tasks for part in ("--task", f"{task}={stream / task}")]
+    lines = refused("merge", "--base", stream / "base", *given, "--out", tmp_path / "out", *options)
+    assert any(message in line for line in lines), lines
+
+
+def test_an_adapter_is_verified_and_exported(nufilt, stream, tmp_path):
+    """By the hashes that it has, of the base's header alone; D and τ come out whole."""
+    merge(nufilt, stream, tmp_path / "out", ["one", "two"], "--method", "sum", "--output", "adapter")
+    verified = nufilt("verify", tmp_path / "out")
+    assert verified.code == 0, verified.err
+    whole = nufilt("export", tmp_path / "out", "--what", "delta", "--out", tmp_path / "delta.safetensors")
+    last = nufilt("export", tmp_path / "out", "--what", "tau", "--step", 2, "--out", tmp_path / "tau.safetensors")
+    assert (whole.code, last.code) == (0, 0), whole.err + last.err
+    ours = adapter_updates(tmp_path / "out", stream)
+    assert_alike(load_file(tmp_path / "delta.safetensors"), ours, 1e-6)
+    one = adapters.factors(build.tower(0), 1, 2)
+    tau = load_file(tmp_path / "tau.safetensors")
+    first = {name: 2 * np.matmul(*one[name.removesuffix(".weight")][::-1]) for name in ours}
+    assert_alike({name: tau[name] + first[name] for name in ours}, ours, 1e-5)

@@ -1,6 +1,6 @@
 """`adapter_config.json`: what an adapter's factors mean, or why they cannot be merged.
 
-Matching of names follows peft 0.18, `check_target_module_exists` and `get_pattern_key`.
+Matching of names follows peft 0.21, `check_target_module_exists` and `get_pattern_key`.
 """
 
 import dataclasses
