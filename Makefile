@@ -1,7 +1,7 @@
 # Needs make and python3 (3.11 or newer) alone; everything else goes into .venv*.
 #   make demo      merge and evaluate the built-in checkpoints
 #   make test      the tests
-#   make interop   the tests against transformers' own classes, Flax ones (4.57) and torch ones (5), and TPUs' compiler
+#   make interop   the tests against transformers' own classes, Flax ones (4.57) and torch ones (5), peft's, and TPUs' compiler
 #   make check     formatter, linter, type checker
 #   make clean     remove the environments and caches
 

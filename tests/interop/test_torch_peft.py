@@ -1,0 +1,138 @@
+"""Adapters that peft saved are merged, and peft loads ours: the weights of both ways are the same."""
+
+import json
+
+import numpy as np
+import peft
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from nufilt_jax.cli import main
+
+# What peft and transformers say of each other's next versions is theirs.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
+RANKS = ("--filter-rank", "3", "--adapter-rank", "2", "--task-rank", "2", "--steps", "4")
+
+
+def llama():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=30, num_key_value_heads=3, **sizes))
+
+
+def gpt2():
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=30, n_positions=9, n_embd=24, n_layer=2, n_head=3))
+
+
+ATTENTION = {"target_modules": ["q_proj", "v_proj"], "r": 2, "lora_alpha": 6}
+ADAPTERS = {
+    "plain": ATTENTION,
+    "stabilised": ATTENTION | {"r": 3, "use_rslora": True, "target_modules": r".*\.(q_proj|up_proj)"},
+    "patterns": ATTENTION | {"rank_pattern": {"v_proj": 3}, "alpha_pattern": {r"layers\.1\.self_attn\.q_proj": 5}},
+    "some layers": ATTENTION | {"layers_to_transform": [1]},
+}
+CONV1D = {"target_modules": ["c_attn", "c_proj"], "r": 2, "lora_alpha": 4, "fan_in_fan_out": True}
+
+
+def trained(model, folder, seed, **settings):
+    """An adapter as a training leaves it, with every number drawn, saved by peft; and the merged weights."""
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.2 * torch.randn_like(parameter))
+    adapted.save_pretrained(folder)
+    return weights(adapted.merge_and_unload())
+
+
+def weights(model):
+    return {name: x.detach().numpy().copy() for name, x in model.state_dict().items()}
+
+
+def nufilt(*argv):
+    assert main([str(part) for part in argv]) == 0
+
+
+def assert_same(ours, theirs, base):
+    """To 1e-5 of what moved."""
+    moved = sum(float(np.sum((theirs[name] - base[name]) ** 2)) for name in theirs) ** 0.5
+    gap = sum(float(np.sum((theirs[name] - ours[name]) ** 2)) for name in theirs) ** 0.5
+    assert moved > 0.1 and gap <= 1e-5 * moved
+
+
+@pytest.mark.parametrize("case", ADAPTERS)
+def test_peft_s_adapters_are_read(tmp_path, case):
+    """`sum` of one task is the model that peft makes of it."""
+    llama().save_pretrained(tmp_path / "base")
+    theirs = trained(llama(), tmp_path / "a", 1, **ADAPTERS[case])
+    given = ("--base", tmp_path / "base", "--task", f"a={tmp_path / 'a'}", "--out", tmp_path / "out")
+    nufilt("merge", *given, "--method", "sum")
+    ours = weights(LlamaForCausalLM.from_pretrained(tmp_path / "out"))
+    assert_same(ours, theirs, weights(llama()))
+
+
+@pytest.mark.parametrize("options", [RANKS, ("--solver", "closed_form", "--filter-rank", "3", "--task-rank", "2")])
+def test_peft_loads_what_was_merged(tmp_path, options):
+    """Our adapter put onto the base by peft is the model that we write whole."""
+    llama().save_pretrained(tmp_path / "base")
+    for seed, case in enumerate(("plain", "stabilised")):
+        trained(llama(), tmp_path / case, seed, **ADAPTERS[case])
+    tasks = [part for case in ("plain", "stabilised") for part in ("--task", f"{case}={tmp_path / case}")]
+    given = ("--base", tmp_path / "base", *tasks, *options)
+    nufilt("merge", *given, "--out", tmp_path / "model")
+    nufilt("merge", *given, "--out", tmp_path / "adapter", "--output", "adapter")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    with_ours = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    ours = weights(with_ours.merge_and_unload())
+    assert_same(ours, weights(LlamaForCausalLM.from_pretrained(tmp_path / "model")), weights(llama()))
+
+
+def test_conv1d_both_ways(tmp_path):
+    """GPT-2 keeps its weights turned: what peft saved comes in, and goes out again."""
+    gpt2().save_pretrained(tmp_path / "base")
+    theirs = trained(gpt2(), tmp_path / "a", 1, **CONV1D)
+    given = ("--base", tmp_path / "base", "--task", f"a={tmp_path / 'a'}", "--method", "sum")
+    nufilt("merge", *given, "--out", tmp_path / "model")
+    nufilt("merge", *given, "--out", tmp_path / "adapter", "--output", "adapter")
+    assert_same(weights(GPT2LMHeadModel.from_pretrained(tmp_path / "model")), theirs, weights(gpt2()))
+    with_ours = peft.PeftModel.from_pretrained(gpt2(), tmp_path / "adapter")
+    assert_same(weights(with_ours.merge_and_unload()), theirs, weights(gpt2()))
+
+
+def test_biases_and_whole_modules(tmp_path):
+    """What an adapter holds whole is merged by the methods that touch all tensors, and goes out whole."""
+    gpt2().save_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(gpt2(), peft.LoraConfig(bias="lora_only", modules_to_save=["ln_f"], **CONV1D))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    adapted.save_pretrained(tmp_path / "a")
+    theirs = weights(adapted.merge_and_unload())
+    given = ("--base", tmp_path / "base", "--task", f"a={tmp_path / 'a'}", "--method", "weight_average")
+    nufilt("merge", *given, "--out", tmp_path / "model")
+    nufilt("merge", *given, "--out", tmp_path / "adapter", "--output", "adapter")
+    assert_same(weights(GPT2LMHeadModel.from_pretrained(tmp_path / "model")), theirs, weights(gpt2()))
+    with_ours = peft.PeftModel.from_pretrained(gpt2(), tmp_path / "adapter")
+    assert_same(weights(with_ours.merge_and_unload()), theirs, weights(gpt2()))
+
+
+def test_peft_loads_what_was_extracted(tmp_path):
+    """Of a fine-tune whose changes have the rank that is asked for: all of it comes back."""
+    llama().save_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(llama(), peft.LoraConfig(task_type="CAUSAL_LM", **ATTENTION))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.2 * torch.randn_like(parameter))
+    whole = adapted.merge_and_unload()
+    whole.save_pretrained(tmp_path / "full")
+    out = tmp_path / "adapter"
+    nufilt("extract", tmp_path / "full", "--base", tmp_path / "base", "--rank", "4", "--out", out)
+    assert json.loads((out / "extract.json").read_text())["kept"] > 0.999999
+    with_ours = peft.PeftModel.from_pretrained(llama(), out)
+    assert_same(weights(with_ours.merge_and_unload()), weights(whole), weights(llama()))
