@@ -110,7 +110,7 @@ class Merge:
         """D before the first task, to be used up."""
         return jax.block_until_ready(jax.tree.map(jnp.copy, self._first))
 
-    def _run(self, merged: list[tuple[jax.Array, ...]]) -> list[solve.GroupSolution]:
+    def _run(self, merged: list[Any]) -> list[solve.GroupSolution]:
         """All solves one after another; the last one's solutions."""
         found = []
         for tasks in self._tasks:

@@ -16,6 +16,7 @@ from nufilt_jax.core.settings import SolveConfig
 from nufilt_jax.core.stages import fuse_updates, prior_directions, reduce, task_directions, train
 from nufilt_jax.linalg.chunks import LAPACK_BATCH, after, in_chunks, layers_at_once
 from nufilt_jax.linalg.dispatch import run_alone
+from nufilt_jax.linalg.factored import rows_of
 from nufilt_jax.linalg.grams import Gram, gram_of
 from nufilt_jax.linalg.subspace import Directions
 
@@ -72,7 +73,7 @@ def _solve(merged: Array, task: Array, start: Array, ranks: Array, *, config: So
         v2, v1 = _cut(v2, ranks[:, 0]), _cut(v1, ranks[:, 2])
         parts, problems = reduce(d, t, gram, v2, v1, right_factor=config.right_factor)
         adapters, _ = train(problems, a * _first(a.shape[1], ranks[:, 1])[:, :, None], config=config)
-        return fuse_updates(t, parts, adapters, right_factor=config.right_factor)[0][0]
+        return rows_of(fuse_updates(t, parts, adapters, right_factor=config.right_factor)[0][0])
 
     which = jnp.broadcast_to(own, (n_settings, n_layers)).ravel(), jnp.tile(jnp.arange(n_layers), n_settings)
     updates = in_chunks(rows, (*which, jnp.repeat(ranks, n_layers, axis=0)), size)

@@ -12,6 +12,7 @@ from benchmarks.speed import (
     cold_start,
     decompositions,
     end_to_end,
+    lora,
     memory,
     methods,
     products,
@@ -20,7 +21,7 @@ from benchmarks.speed import (
     tpu_compile,
 )
 
-SCRIPTS = {"solve": solve, "decompositions": decompositions, "steps": steps, "methods": methods}
+SCRIPTS = {"solve": solve, "decompositions": decompositions, "steps": steps, "methods": methods, "lora": lora}
 SCRIPTS |= {"tpu_compile": tpu_compile, "cold_start": cold_start, "end_to_end": end_to_end, "memory": memory}
 SCRIPTS |= {"accelerator": accelerator, "products": products}
 TINY = (shapes.Tower("vision_model.encoder.layers.{}.", 2, {"a.weight": (40, 32), "b.weight": (32, 32)}),)
@@ -190,6 +191,21 @@ def test_stages_of_an_accelerator(monkeypatch, capsys, tmp_path):
 
 def stopped(command, timeout):
     raise accelerator.subprocess.TimeoutExpired(command, timeout)
+
+
+def test_lora(monkeypatch, capsys, tmp_path):
+    """The command in factors and the dense solve see the same adapters, and both are timed."""
+    monkeypatch.setattr(measure, "machine_rates", lambda: measure.Machine(100.0, 10.0))
+    monkeypatch.setattr(lora, "SOLVERS", ("closed_form",))
+    out = tmp_path / "lora.json"
+    sizes = ("--blocks", 1, "--few", 1, "--width", 32, "--hidden", 48, "--rank", 2, "--tasks", 3)
+    call("lora", monkeypatch, *sizes, "--json", out)
+    stored = json.loads(out.read_text())
+    assert capsys.readouterr().out.strip() == records.markdown(stored)
+    rows = records.rows(stored, "3 adapters of rank 2, layers 32 and 48 wide")
+    assert [(row["how"], row["blocks"]) for row in rows] == [("in factors, the command", 1), ("materialised", 1)]
+    assert all(row["min s / task"] > 0 and row["peak GiB"] > 0.05 for row in rows)
+    assert stored["ratios"][0]["times faster"] > 0
 
 
 def test_methods(monkeypatch, capsys, tmp_path):
