@@ -4,8 +4,6 @@ from pathlib import Path
 from typing import cast
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from nufilt_jax.checkpoints.dtypes import OUTPUT_DTYPES
 from nufilt_jax.commands import console as show
@@ -38,11 +36,13 @@ def extract(source: str, arguments: ExtractArguments, stdout: Console, stderr: C
     if arguments.json:
         show.show_json(stdout, {"out": str(out), **found.to_json()})
     elif not arguments.quiet:
-        table = Table("layer", "shape", "rank", "energy kept")
-        for layer in found.layers:
-            m, n = layer.shape
-            table.add_row(Text(layer.module), f"{m} x {n}", str(layer.rank), f"{layer.kept:.2%}")
-        stdout.print(table)
+        columns = {
+            "layer": [layer.module for layer in found.layers],
+            "shape": ["{} x {}".format(*layer.shape) for layer in found.layers],
+            "rank": [str(layer.rank) for layer in found.layers],
+            "energy kept": [f"{layer.kept:.2%}" for layer in found.layers],
+        }
+        show.show_table(stdout, columns, texts=("layer",))
         show.show_line(stdout, f"energy kept: {found.kept:.2%} of the change of these layers")
         show.show_line(stdout, f"adapter: {out}")
     return 0

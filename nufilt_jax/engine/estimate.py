@@ -12,10 +12,12 @@ import numpy as np
 from nufilt_jax.checkpoints import Checkpoint
 from nufilt_jax.core.settings import SolveConfig
 from nufilt_jax.engine.counts import adam_count, fuse_count, reduce_count
+from nufilt_jax.engine.grid import Stack
 from nufilt_jax.engine.plan import Plan
 from nufilt_jax.linalg.chebyshev import block_width
 from nufilt_jax.linalg.subspace import FULL_WIDTH
 from nufilt_jax.methods import find
+from nufilt_jax.methods.stacked import total_rank
 
 # Fitted to a ViT-B/32 on 2 cores; benchmarks/results/end_to_end.json and memory*.json hold estimates beside runs.
 _SHARE_OF_PRODUCTS = 0.42  # of the rate of large products, that a whole solve reaches
@@ -35,6 +37,9 @@ def plan_bytes(plan: Plan) -> dict[str, int]:
     fetched = sum(map(_stored, (model for model in models if not model.is_local)))
     # What a rule has to know of the whole model is looked for in passes of their own, see `engine.survey`.
     passes = 1 + plan.n_looks(1)
+    if plan.settings.output == "adapter":  # of the base its headers are read, and what is written is D
+        read = sum(map(_stored, plan.tasks.values()))
+        return {"read": passes * read, "fetch": fetched, "model": state, "state": state}
     return {"read": passes * sum(map(_stored, models)), "fetch": fetched, "model": _stored(plan.base), "state": state}
 
 
@@ -65,7 +70,7 @@ def plan_seconds(plan: Plan, n_bytes: Mapping[str, int], rate: float) -> dict[st
     config, state = plan.settings.config, n_bytes["state"]
     solved = n_left - (plan.done == 0)
     if isinstance(config, SolveConfig):
-        shapes = ((stack.shape, len(stack.layers)) for stack in plan.stacks)
+        shapes = ((_solved_shape(stack), len(stack.layers)) for stack in plan.stacks)
         merging = solved * _flops(shapes, config) / (_SHARE_OF_PRODUCTS * rate) + n_left * state / _CHECKED
         widths = {stack.shape[-1] for stack in plan.stacks}
         compiling = _COMPILED * len(widths) if solved > 0 else 0.0
@@ -74,6 +79,11 @@ def plan_seconds(plan: Plan, n_bytes: Mapping[str, int], rate: float) -> dict[st
     else:
         merging, compiling = None, None
     return {"files": files, "merging": merging, "compiling": compiling}
+
+
+def _solved_shape(stack: Stack) -> tuple[int, ...]:
+    """Of a layer, or of the rows that a factored one has."""
+    return stack.shape if stack.ranks is None else (total_rank(stack.ranks), stack.shape[-1])
 
 
 def _flops(shapes: Iterable[tuple[tuple[int, ...], int]], config: SolveConfig) -> float:
