@@ -33,7 +33,7 @@ gtsrb = "tanganke/clip-vit-base-patch32_gtsrb"
 [method_args]
 """
 _WIDTH = 118
-_EXAMPLES = {"preset_table": "2", "limit": "100"}  # of numbers that have no default
+_EXAMPLES = {"preset_table": "2", "limit": "100", "adapter_out_rank": "16"}  # of numbers whose default is none
 _TOLD = ("base", "out", "task", "method_args")
 
 
@@ -72,7 +72,7 @@ def _example(field: dataclasses.Field[Any]) -> str:
     """The option's default as TOML spells it, or an empty text where there is none."""
     if field.type is bool or (get_origin(field.type) is Annotated and get_args(field.type)[0] is bool):
         return "false"
-    shown = shown_default(field.type) or _EXAMPLES.get(field.name, "")
+    shown = _EXAMPLES.get(field.name) or shown_default(field.type)
     try:
         float(shown)
     except ValueError:

@@ -29,7 +29,7 @@ def options_of_recipe(document: Mapping[str, Any], path: Path) -> dict[str, Any]
         "data": str(Path(files[0]).parent) if files else None,
         "out": f"{folder.name}-again",
     }
-    named = ("seed", "layers", "other_params", "format", "dtype")
+    named = ("seed", "layers", "other_params", "format", "dtype", "output", "adapter_out_rank")
     options |= {name: getattr(settings, name) for name in named}
     options["out"] = str(Path.cwd() / options["out"])
     return options | ({"conv": True} if settings.conv else {})

@@ -206,3 +206,12 @@ def test_an_adapter_is_verified_and_exported(nufilt, stream, tmp_path):
     tau = load_file(tmp_path / "tau.safetensors")
     first = {name: 2 * np.matmul(*one[name.removesuffix(".weight")][::-1]) for name in ours}
     assert_alike({name: tau[name] + first[name] for name in ours}, ours, 1e-5)
+
+
+def test_a_recipe_of_an_adapter_is_merged_again(nufilt, stream, tmp_path):
+    """With what it says of its output, and the same bits."""
+    how = ("--method", "sum", "--output", "adapter", "--adapter-out-rank", 2)
+    merge(nufilt, stream, tmp_path / "out", ["one", "two"], *how)
+    again = nufilt("merge", "--config", tmp_path / "out" / "nufilt.json", "--out", tmp_path / "again")
+    assert again.code == 0, again.err
+    assert build.weight_bytes(tmp_path / "again") == build.weight_bytes(tmp_path / "out")
