@@ -9,8 +9,12 @@ import sys
 import threading
 import urllib.parse
 
+import adapter_builders as adapters
+import numpy as np
 import pytest
 from checkpoint_builders import (
+    HIDDEN,
+    WIDTH,
     bits_equal,
     flax_vision_tree,
     folder_bytes,
@@ -19,7 +23,7 @@ from checkpoint_builders import (
     write_safetensors,
 )
 
-from nufilt_jax.checkpoints import open_checkpoint, parse_source
+from nufilt_jax.checkpoints import open_checkpoint, open_task, parse_source
 from nufilt_jax.errors import CheckpointError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -240,6 +244,21 @@ def test_headers_only_prefers_the_cache(tmp_path, hub, cache):
     fill(cache, "org/tiny", write_safetensors(tmp_path / "m", vision_tower()))
     assert open_checkpoint("org/tiny", headers_only=True).read().keys() == vision_tower().keys()
     assert hub.requests == []
+
+
+def test_an_adapter_is_downloaded_with_its_config(tmp_path, hub, cache):
+    """And planned from its header alone, without a download."""
+    base = open_checkpoint(str(write_safetensors(tmp_path / "base", vision_tower())), role="base")
+    rng = np.random.default_rng(0)
+    a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, WIDTH), (HIDDEN, 2)))
+    how = {"target_modules": ["fc1"], "lora_alpha": 2}
+    hub.repos["org/lora"] = adapters.write(tmp_path / "lora", {FC1.removesuffix(".weight"): (a, b)}, **how)
+    planned = open_task("org/lora", base, headers_only=True)
+    assert planned.factors[FC1].rank == 2 and not cache.exists()
+    found = open_task("org/lora", base)
+    assert found.revision == COMMIT
+    assert set(folder_bytes(found.path)) == {"adapter_model.safetensors", "adapter_config.json"}
+    np.testing.assert_allclose(np.matmul(*found.unread([FC1]).change(FC1)), b @ a, rtol=1e-6)
 
 
 def test_a_pickle_is_refused_before_any_download(tmp_path, hub, cache):
