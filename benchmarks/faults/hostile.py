@@ -46,7 +46,7 @@ class Target(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What one command did: status, lines, processor seconds, bytes it took, and what is wrong; empty if nothing is."""
+    """What one command did: status, lines, processor seconds, bytes taken, and what is wrong; empty if nothing is."""
 
     status: int
     lines: list[str]
@@ -194,7 +194,8 @@ def study(root: Path, n_cases: int, seed: int = 0) -> Iterator[tuple[Target, Out
 def _shapes() -> dict[str, tuple[int, ...]]:
     stems = [f"model.layers.{i}.self_attn.{part}_proj" for i in range(_LAYERS) for part in "qkvo"]
     square: tuple[int, ...] = (_SIZE, _SIZE)
-    return {f"{stem}.weight": square for stem in stems} | {"model.norm.weight": (_SIZE,), "lm_head.weight": (12, _SIZE)}
+    shapes = {f"{stem}.weight": square for stem in stems}
+    return {**shapes, "model.norm.weight": (_SIZE,), "lm_head.weight": (12, _SIZE)}
 
 
 def _beside(folder: Path) -> None:

@@ -21,10 +21,10 @@ from nufilt_jax.core.solve import solve_group
 from nufilt_jax.durable import make_folder, move, replacing, sync_tree
 from nufilt_jax.errors import CheckpointError, ConfigError, OutputError, Problem, gathering, raise_all
 from nufilt_jax.methods.stacked import stack_names, task_vector
-from nufilt_jax.output.documents import read_json, write_json
+from nufilt_jax.output.documents import read_forecast, write_json
 from nufilt_jax.output.place import FORECAST, STATE
 from nufilt_jax.output.recipe import Model, Recipe
-from nufilt_jax.output.state import stored_windows
+from nufilt_jax.output.state import AGAIN, stored_windows
 from nufilt_jax.output.stored import Stored
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -109,6 +109,9 @@ def _changes(model: Model, now: Mapping[str, str], folder: Path) -> list[Problem
 def _shapes(folder: Path, layers: list[str]) -> dict[str, Shape]:
     """Of layers, from the headers of the merged model."""
     tensors = open_checkpoint(str(folder), role="base").tensors
+    what = "is in the state of the merge, and not in its model"
+    unknown = [layer for layer in layers if tensor_of(layer) not in tensors]
+    raise_all(CheckpointError, (Problem(str(folder), what, AGAIN, layer) for layer in unknown))
     return {layer: shape_in(tensors, layer) for layer in layers}
 
 
@@ -119,7 +122,7 @@ def _write(out: Path, shapes: Mapping[str, Shape], array_of: ArrayOf, told: Mapp
         array = np.ascontiguousarray(array_of(layer), np.dtype("<f4"))
         if array.shape != shapes[layer]:
             what = f"has shape {list(array.shape)} in the state, and {list(shapes[layer])} in the model"
-            raise CheckpointError(Problem(str(out), what, "merge again from the start", layer))
+            raise CheckpointError(Problem(str(out), what, AGAIN, layer))
         yield array.reshape(-1).view(np.uint8).data
 
     pieces = [Piece(layer.removesuffix(FLAT), "F32", shape, content(layer)) for layer, shape in shapes.items()]
@@ -142,7 +145,7 @@ def export_forecast(folder: Path, step: int | None, out: Path) -> int:
       OutputError: the forecast is damaged, or the file cannot be written.
     """
     rows = []
-    for number, told in enumerate(read_json(folder / FORECAST)["steps"], 1):
+    for number, told in enumerate(read_forecast(folder / FORECAST), 1):
         if step in (None, number):
             near = set(told["near_equal_cuts"])
             rows += [
@@ -177,9 +180,8 @@ def export_solve(recipe: Recipe, folder: Path, out: Path) -> int:
     if not isinstance(config, SolveConfig):
         what = f"{recipe.settings.method} has no solve that is compiled by layers"
         raise ConfigError(Problem("--what", what, "export stablehlo of a merge by nufilt or adapter_only"))
-    tensors = open_checkpoint(str(folder), role="base").tensors
-    layers = Stored(stored_windows(folder / STATE)).layers
-    shapes = {name: shape for name in layers if len(shape := shape_in(tensors, name)) == 2}
+    shapes = _shapes(folder, Stored(stored_windows(folder / STATE)).layers)
+    shapes = {name: shape for name, shape in shapes.items() if len(shape) == 2}
     modules = []
     with _writing(out), _new_folder(out) as draft:
         for members in stack_names(shapes, shapes):
