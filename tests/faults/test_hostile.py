@@ -67,4 +67,4 @@ def test_damage_is_drawn_by_seed_and_does_something():
     drawn = [mutations.damaged_object({"a": {"b": [1, 2]}, "c": "d"}, rng(seed)) for seed in range(50)]
     assert drawn == [mutations.damaged_object({"a": {"b": [1, 2]}, "c": "d"}, rng(seed)) for seed in range(50)]
     assert len(set(drawn)) > 40
-    assert sum(mutations.damaged_bytes(b"x" * 99, rng(seed)) != b"x" * 99 for seed in range(50)) > 45
+    assert sum(mutations.damaged_bytes(b"x" * 99, rng(seed)) != b"x" * 99 for seed in range(50)) > 35
