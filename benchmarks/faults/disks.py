@@ -235,20 +235,20 @@ def content(out: Path) -> dict[str, bytes]:
     }
 
 
-def study(root: Path) -> Iterator[tuple[str, Outcome]]:
-    """Every fault, by kind."""
+def study(root: Path, every: int = 1) -> Iterator[tuple[str, Outcome]]:
+    """Every fault, or every so manieth of a kind, by kind."""
     small = Merges(root / "small")
     n_calls = small.n_calls()
     for kind, error in ERRORS.items():
-        for first in range(1, n_calls + 1, 1 if error == FULL else 5):
-            yield f"{kind} at a call", small.failing_at(first, error)
+        for first in range(1, n_calls + 1, every * (1 if error == FULL else 5)):
+            yield f"{kind}, from a call on", small.failing_at(first, error)
     yield "no links", small.without(os, "link", errno.EPERM)
     yield "no locks", small.without(fcntl, "flock", errno.EOPNOTSUPP)
-    yield "clock set back", small.with_clock_back()
+    yield "a clock set back", small.with_clock_back()
     if not can_mount(root):
         return
     large = Merges(root / "large", is_large=True)
-    for size in SIZES:
+    for size in SIZES[::every]:
         yield f"a disk of {size:g} models", large.on_tmpfs(f"size={int(size * large.model_bytes)}")
-    for inodes in INODES:
+    for inodes in INODES[::every]:
         yield f"a disk of {inodes} inodes", small.on_tmpfs(f"size={_MORE},nr_inodes={inodes}")

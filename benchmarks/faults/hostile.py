@@ -112,7 +112,7 @@ class Sandbox:
             models.write(self._sound / f"shards{name}", tensors, shards=2)
             models.write_flax(self._sound / f"flax{name}", tensors)
         models.write_lora(self._sound / "lora")
-        with contextlib.chdir(self._sound):
+        with contextlib.chdir(self._sound), contextlib.redirect_stderr(io.StringIO()):
             done = ("merge", "--base", "one", "--task", "t=one-task", "--out", "done", *_SUM)
             if main(list(done)):
                 raise SystemExit("the sound models cannot be merged")
