@@ -1,4 +1,4 @@
-"""The script that counts what a merge survives, at its smallest; the harnesses themselves are tested in tests/faults."""
+"""The script that counts what a merge survives, at its smallest; tests/faults has the harnesses themselves."""
 
 import json
 
