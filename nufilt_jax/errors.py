@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -57,37 +58,41 @@ def summarised(problems: Sequence[Problem]) -> list[Problem]:
     ...     print(problem)
     m.safetensors: w0 and 12 more: is cut off
     """
-    alike: dict[tuple[str, ...], list[Problem]] = {}
-    for problem in problems:
-        alike.setdefault(_cause(problem), []).append(problem)
-    told = []
-    for problem in problems:
-        group = alike[_cause(problem)]
-        if len(group) <= _MOST_ALIKE:
+    whats: dict[str, str] = {}  # a damaged file may have a fault per tensor, of which a few differ
+    causes = [_cause(problem, whats) for problem in problems]
+    sizes = Counter(causes)
+    told, seen = [], set[tuple[str, ...]]()
+    for problem, cause in zip(problems, causes, strict=True):
+        if sizes[cause] <= _MOST_ALIKE:
             told.append(problem)
-        elif problem is group[0]:
-            more = f" and {len(group) - 1} more"
-            if problem.tensor:
-                told.append(problem._replace(tensor=_cut(problem.tensor) + more))
-            else:
-                told.append(problem._replace(where=_cut(problem.where) + more))
+        elif cause not in seen:
+            seen.add(cause)
+            name = "tensor" if problem.tensor else "where"
+            more = f"{_cut(getattr(problem, name))} and {sizes[cause] - 1} more"
+            told.append(problem._replace(**{name: more}))
     return told
 
 
-def _cause(problem: Problem) -> tuple[str, ...]:
+def _cause(problem: Problem, whats: dict[str, str]) -> tuple[str, ...]:
     """What problems of one cause share: they may differ in numbers, as of bytes."""
-    folder = os.path.dirname(problem.where)
-    if problem.tensor or not folder:  # an option, of which each is told
-        return problem.where, "" if problem.tensor else problem.what, _NUMBERS.sub("#", problem.what), problem.fix
-    return folder, "files", _NUMBERS.sub("#", problem.what), problem.fix
+    what = whats.get(problem.what)
+    if what is None:
+        what = whats[problem.what] = _NUMBERS.sub("#", problem.what)
+    if problem.tensor:
+        return problem.where, "", what, problem.fix
+    folder = os.path.dirname(problem.where)  # an option is in none, and each is told
+    return (folder, "files", what, problem.fix) if folder else (problem.where, problem.what, what, problem.fix)
 
 
 class NufiltError(Exception):
     """Base of all errors of this package; `problems` lists everything found, not only the first."""
 
     def __init__(self, *problems: Problem) -> None:
-        super().__init__("\n".join(str(problem) for problem in summarised(problems)))
+        super().__init__(*problems)
         self.problems = problems
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, summarised(self.problems)))
 
 
 class ConfigError(NufiltError, ValueError):

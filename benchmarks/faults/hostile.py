@@ -10,20 +10,15 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
-from flax.serialization import msgpack_serialize
-from safetensors.numpy import save_file
-
-from benchmarks.faults import mutations
+from benchmarks.faults import models, mutations
 from benchmarks.faults.mutations import Damage, Rng
 from nufilt_jax.cli import main
 
 MOST_SECONDS, MOST_BYTES = 2.0, 500_000_000  # of a refusal, beside what the process holds before
 MOST_LINES, MOST_CHARACTERS = 12, 4000  # of one: a folder may have several faults, each in a line
 _UNPRINTABLE = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-_SIZE, _LAYERS = 8, 2
 _SUM = ("--method", "sum", "--quiet")
 
 Command = tuple[str, ...]
@@ -46,7 +41,7 @@ class Target(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What one command did: status, lines, processor seconds, bytes it took, and what is wrong; empty if nothing is."""
+    """What one command did: status, lines, processor seconds, bytes taken, and what is wrong; empty if nothing is."""
 
     status: int
     lines: list[str]
@@ -111,17 +106,13 @@ class Sandbox:
         self._sound.mkdir(parents=True)
         (root / "outside").mkdir()
         (root / "outside" / "canary").write_text("nobody may touch this")
-        rng = np.random.default_rng(0)
-        base = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in _shapes().items()}
-        task = {
-            name: x + np.float32(0.01) * rng.standard_normal(x.shape).astype(np.float32) for name, x in base.items()
-        }
+        base, task = models.base_and_task()
         for name, tensors in (("", base), ("-task", task)):
-            _write(self._sound / f"one{name}", tensors)
-            _write(self._sound / f"shards{name}", tensors, shards=2)
-            _write_flax(self._sound / f"flax{name}", tensors)
-        _write_lora(self._sound / "lora", rng)
-        with contextlib.chdir(self._sound):
+            models.write(self._sound / f"one{name}", tensors)
+            models.write(self._sound / f"shards{name}", tensors, shards=2)
+            models.write_flax(self._sound / f"flax{name}", tensors)
+        models.write_lora(self._sound / "lora")
+        with contextlib.chdir(self._sound), contextlib.redirect_stderr(io.StringIO()):
             done = ("merge", "--base", "one", "--task", "t=one-task", "--out", "done", *_SUM)
             if main(list(done)):
                 raise SystemExit("the sound models cannot be merged")
@@ -189,54 +180,6 @@ def study(root: Path, n_cases: int, seed: int = 0) -> Iterator[tuple[Target, Out
     for number in range(n_cases):
         target = TARGETS[number % len(TARGETS)]
         yield target, sandbox.run(target, seed + number // len(TARGETS))
-
-
-def _shapes() -> dict[str, tuple[int, ...]]:
-    stems = [f"model.layers.{i}.self_attn.{part}_proj" for i in range(_LAYERS) for part in "qkvo"]
-    square: tuple[int, ...] = (_SIZE, _SIZE)
-    return {f"{stem}.weight": square for stem in stems} | {"model.norm.weight": (_SIZE,), "lm_head.weight": (12, _SIZE)}
-
-
-def _beside(folder: Path) -> None:
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": _SIZE, "dtype": "float32"}))
-    (folder / "tokenizer.json").write_text('{"version": "1.0"}')
-
-
-def _write(folder: Path, tensors: dict[str, Any], shards: int = 1) -> None:
-    _beside(folder)
-    if shards == 1:
-        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-        return
-    weight_map = {}
-    for index in range(shards):
-        file = f"model-{index + 1:05d}-of-{shards:05d}.safetensors"
-        part = {name: tensors[name] for name in sorted(tensors)[index::shards]}
-        save_file(part, folder / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-
-
-def _write_flax(folder: Path, tensors: dict[str, Any]) -> None:
-    _beside(folder)
-    tree: dict[str, Any] = {}
-    for name, x in tensors.items():
-        *modules, leaf = name.split(".")
-        node = tree
-        for module in modules:
-            node = node.setdefault(module, {})
-        node["kernel" if x.ndim == 2 else leaf] = np.ascontiguousarray(x.T)
-    (folder / "flax_model.msgpack").write_bytes(msgpack_serialize(tree))
-
-
-def _write_lora(folder: Path, rng: np.random.Generator) -> None:
-    folder.mkdir()
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "bias": "none"}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    stem = "base_model.model.model.layers.0.self_attn.q_proj.lora"
-    factors = {f"{stem}_A.weight": (2, _SIZE), f"{stem}_B.weight": (_SIZE, 2)}
-    arrays = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in factors.items()}
-    save_file(arrays, folder / "adapter_model.safetensors", {"format": "pt"})
 
 
 def _snapshot(root: Path, *, but: str) -> dict[str, tuple[int, int]]:

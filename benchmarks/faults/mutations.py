@@ -1,5 +1,6 @@
 """Damage to files, drawn by seed: to their bytes, to the JSON in them, and to what their names lead to."""
 
+import copy
 import json
 import random
 from collections.abc import Callable
@@ -100,7 +101,7 @@ def _damage(content: Any, rng: Rng) -> None:
             continue
         kind = rng.random()
         if kind < 0.6:
-            here[key] = rng.choice(VALUES)
+            here[key] = copy.deepcopy(rng.choice(VALUES))  # which is damaged next, perhaps
         elif kind < 0.75 or not isinstance(here, dict):
             del here[key]
         else:

@@ -58,7 +58,8 @@ class LocalFolder:
 
     def files(self) -> list[str]:
         """Names of the files directly in the folder; broken links are none."""
-        return sorted(entry.name for entry in os.scandir(self.path) if entry.is_file())
+        with os.scandir(self.path) as entries:
+            return sorted(entry.name for entry in entries if entry.is_file())
 
     def has(self, name: str) -> bool:
         """Whether there is such a file, in a subfolder perhaps."""

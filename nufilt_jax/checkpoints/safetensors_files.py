@@ -25,6 +25,7 @@ from nufilt_jax.strict_json import (
 )
 
 _RELOAD = "download or save it again"
+_MOST_TOLD = 1000  # faults of one header
 _POINTER = 100  # bytes that tell a Git LFS pointer
 _MAX_AXES = 32  # numpy had no more until 2.0
 _TOO_LARGE = 1 << 56  # bytes of a file, or elements of an array: bytes and bits of it fit 64 bits
@@ -67,12 +68,16 @@ def read_header(file: BufferedReader, where: str) -> Header:
     metadata = _texts(table.pop("__metadata__", None))
     entries: list[Entry] = []
     problems: list[Problem] = []
-    for name, row in table.items():
+    for number, (name, row) in enumerate(table.items()):
         entry = _entry(name, row, start)
-        if isinstance(entry, str):
+        if not isinstance(entry, str):
+            entries.append(entry)
+        elif len(problems) < _MOST_TOLD:
             problems.append(Problem(where, entry, _RELOAD, name))
         else:
-            entries.append(entry)
+            more = f"has damage in more than {_MOST_TOLD} tensors; {len(table) - number} were not looked into"
+            problems.append(Problem(where, more, _RELOAD))
+            break
     entries.sort(key=lambda entry: entry.spans)
     problems += _layout_problems(entries, start, size, where) if not problems else []
     return Header(tuple(entries), metadata, tuple(problems))

@@ -35,7 +35,7 @@ from nufilt_jax.evaluation import accuracy_matrix
 from nufilt_jax.evaluation.clip.images import TaskImages, read_task_images
 from nufilt_jax.evaluation.specs import Spec, load_specs
 from nufilt_jax.models import parse_vision_config
-from nufilt_jax.output.documents import read_json, write_json
+from nufilt_jax.output.documents import read_forecast, read_json, write_json
 from nufilt_jax.output.place import FORECAST, RECIPE, OutputPlace
 from nufilt_jax.output.recipe import Model, Recipe
 from nufilt_jax.zoo import draw
@@ -74,7 +74,7 @@ def analyze(folder: Path, arguments: AnalyzeArguments, stdout: Console, stderr: 
 def _document(recipe: Recipe, folder: Path, specs: Mapping[str, Spec], n_images: int) -> dict[str, Any]:
     tasks, limit = recipe.task_names, recipe.steps[-1].accuracy_limit  # scores of other examples cannot be compared
     scores = [step.accuracy or {} if step.accuracy_limit == limit else {} for step in recipe.steps]
-    forecast = read_json(folder / FORECAST)["steps"] if (folder / FORECAST).is_file() else []
+    forecast = read_forecast(folder / FORECAST) if (folder / FORECAST).is_file() else []
     measured, missing = _measured(recipe, folder, specs, n_images)
     return make_document(
         tasks=tasks,

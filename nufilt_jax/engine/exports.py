@@ -21,10 +21,10 @@ from nufilt_jax.core.solve import solve_group
 from nufilt_jax.durable import make_folder, move, replacing, sync_tree
 from nufilt_jax.errors import CheckpointError, ConfigError, OutputError, Problem, gathering, raise_all
 from nufilt_jax.methods.stacked import stack_names, task_vector, whole
-from nufilt_jax.output.documents import read_json, write_json
+from nufilt_jax.output.documents import read_forecast, write_json
 from nufilt_jax.output.place import FORECAST, STATE
 from nufilt_jax.output.recipe import Model, Recipe
-from nufilt_jax.output.state import stored_windows
+from nufilt_jax.output.state import AGAIN, stored_windows
 from nufilt_jax.output.stored import Stored
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -109,6 +109,9 @@ def _shapes(recipe: Recipe, folder: Path, layers: list[str]) -> dict[str, Shape]
     is_adapter, base = recipe.settings.output == "adapter", recipe.base
     place = (base.source, base.revision) if is_adapter else (str(folder), None)
     tensors = open_checkpoint(place[0], revision=place[1], role="base").tensors
+    what = "is in the state of the merge, and not in its model"
+    unknown = [layer for layer in layers if tensor_of(layer) not in tensors]
+    raise_all(CheckpointError, (Problem(str(folder), what, AGAIN, layer) for layer in unknown))
     return {layer: shape_in(tensors, layer) for layer in layers}
 
 
@@ -119,7 +122,7 @@ def _write(out: Path, shapes: Mapping[str, Shape], array_of: ArrayOf, told: Mapp
         array = np.ascontiguousarray(array_of(layer), np.dtype("<f4"))
         if array.shape != shapes[layer]:
             what = f"has shape {list(array.shape)} in the state, and {list(shapes[layer])} in the model"
-            raise CheckpointError(Problem(str(out), what, "merge again from the start", layer))
+            raise CheckpointError(Problem(str(out), what, AGAIN, layer))
         yield array.reshape(-1).view(np.uint8).data
 
     pieces = [Piece(layer.removesuffix(FLAT), "F32", shape, content(layer)) for layer, shape in shapes.items()]
@@ -142,7 +145,7 @@ def export_forecast(folder: Path, step: int | None, out: Path) -> int:
       OutputError: the forecast is damaged, or the file cannot be written.
     """
     rows = []
-    for number, told in enumerate(read_json(folder / FORECAST)["steps"], 1):
+    for number, told in enumerate(read_forecast(folder / FORECAST), 1):
         if step in (None, number):
             near = set(told["near_equal_cuts"])
             rows += [

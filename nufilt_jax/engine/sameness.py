@@ -14,7 +14,7 @@ from nufilt_jax.checkpoints.dtypes import FLOATS
 from nufilt_jax.checkpoints.tensors import TensorInfo, stream_bytes
 from nufilt_jax.errors import Problem
 from nufilt_jax.methods.stacked import whole
-from nufilt_jax.output.documents import read_json
+from nufilt_jax.output.documents import read_forecast
 from nufilt_jax.output.place import FORECAST, STATE
 from nufilt_jax.output.state import stored_windows
 from nufilt_jax.output.stored import Stored
@@ -99,8 +99,8 @@ def compare(
 def _near_equal(folder: Path) -> set[str]:
     """The tensors of which the forecast says that a cut lies among nearly equal singular values, at any step."""
     path = folder / FORECAST
-    steps = read_json(path).get("steps", []) if path.is_file() else []
-    return {tensor_of(layer) for step in steps for layer in step.get("near_equal_cuts", [])}
+    steps = read_forecast(path) if path.is_file() else []
+    return {tensor_of(layer) for step in steps for layer in step["near_equal_cuts"]}
 
 
 def _compare_models(

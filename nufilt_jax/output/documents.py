@@ -6,6 +6,7 @@ from typing import Any
 
 from nufilt_jax.durable import atomic_write
 from nufilt_jax.errors import OutputError, Problem
+from nufilt_jax.output.kinds import FORECAST_DOCUMENT, require
 from nufilt_jax.strict_json import JsonError, read_object
 
 
@@ -30,3 +31,17 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     # As JSON itself spells what is no text: the bytes of a path may be any.
     atomic_write(path, text.encode(errors="backslashreplace"))
+
+
+def read_forecast(path: Path) -> list[dict[str, Any]]:
+    """The steps of a `forecast.json`.
+
+    Raises:
+      OutputError: it cannot be read, or is damaged.
+    """
+    document = read_json(path)
+    try:
+        require(document, FORECAST_DOCUMENT)
+    except ValueError as error:
+        raise OutputError(Problem(str(path), f"is damaged: {error}", "merge again")) from error
+    return document["steps"]

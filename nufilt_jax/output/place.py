@@ -22,6 +22,7 @@ RECIPE = "nufilt.json"
 FORECAST = "forecast.json"
 STATE = "state"
 REWRITTEN = (RECIPE, "evaluation.json", "accuracy_matrix.png")  # which other commands write anew: no digest is kept
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class OutputPlace:
@@ -90,6 +91,12 @@ class OutputPlace:
                 raise OutputError(Problem(str(self.out), what, "wait for it, or choose another --out")) from error
             except FileNotFoundError:
                 pass
+            except OSError as error:
+                lock.close()
+                if error.errno not in _NO_LOCKS:
+                    raise
+                what = "its file system knows no locks, which keep two runs apart"
+                raise OutputError(Problem(str(self.out), what, "choose an --out on another one")) from error
             lock.close()
 
     def _recover(self) -> None:
@@ -189,7 +196,7 @@ class OutputPlace:
             for number, window in enumerate(windows):
                 # Linked, not moved: should the swap be cut short, the state still stands where it did.
                 target = self.staging / STATE / window._replace(number=number).named()
-                shutil.copytree(window.folder, target, copy_function=_link)
+                _link_tree(window.folder, target)
             recipe = dataclasses.replace(recipe, files=folder_sha256(self.staging, without=REWRITTEN))
             write_json(self.staging / RECIPE, recipe.as_seen_from(self.out).to_json())
             sync_tree(self.staging)
@@ -202,7 +209,16 @@ class OutputPlace:
         return recipe
 
 
-def _link(source: str, target: str) -> None:
+def _link_tree(source: Path, target: Path) -> None:
+    """Gives a folder's files a second place; `shutil.copytree` would tell of a full disk once for each."""
+    for here, _, names in os.walk(source):
+        there = target / Path(here).relative_to(source)
+        there.mkdir(parents=True)
+        for name in names:
+            _link(Path(here, name), there / name)
+
+
+def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:  # a file system without links

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from nufilt_jax.config import MethodConfig, OtherParams, OutputKind, problem
 from nufilt_jax.errors import ConfigError, OutputError, Problem
+from nufilt_jax.output.kinds import RECIPE, RECIPE_MAY_HAVE, STEP, STEP_MAY_HAVE, require
 from nufilt_jax.output.model import Model as Model
 from nufilt_jax.output.model import found_from, seen_from
 
@@ -105,6 +106,7 @@ class Step:
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> Self:
         """A step from its entry; what is not known here is not kept."""
+        require(entry, STEP, STEP_MAY_HAVE)
         known = {field.name for field in dataclasses.fields(cls)}
         values = {key: value for key, value in entry.items() if key in known}
         return cls(**{**values, "losses": tuple(values["losses"]), "seconds": float(values["seconds"])})
@@ -214,6 +216,7 @@ class Recipe:
           OutputError: it is damaged, or from a version with other settings.
         """
         try:
+            require(document, RECIPE, RECIPE_MAY_HAVE)
             recipe = cls(
                 base=Model.from_json(document["base"], "base"),
                 tasks=tuple(map(Model.from_json, document["tasks"])),
@@ -222,8 +225,7 @@ class Recipe:
                 version=document.get("recipe_version", 1),
                 **{name: document[name] for name in _AS_THEY_ARE if name in document},
             )
-            names = [task.name for task in recipe.tasks]
-            if [step.task for step in recipe.steps] != names[: len(recipe.steps)]:
+            if [step.task for step in recipe.steps] != recipe.task_names[: len(recipe.steps)]:
                 raise ValueError("its steps are not those of its tasks")
             if recipe.version not in (1, VERSION):
                 raise ValueError(f"it is of version {recipe.version!r}, and this program knows up to {VERSION}")

@@ -17,6 +17,7 @@ from nufilt_jax.durable import make_folder, move, sync_tree
 from nufilt_jax.errors import OutputError, Problem
 from nufilt_jax.output.arrays import Groups, write_arrays
 from nufilt_jax.output.documents import read_json, write_json
+from nufilt_jax.output.kinds import WINDOW, require
 from nufilt_jax.output.recipe import Step
 from nufilt_jax.output.spread import is_spread, save_spread
 
@@ -80,6 +81,7 @@ def stored_windows(root: Path) -> list[StoredWindow]:
             continue
         told = read_json(folder / _TOLD)
         try:
+            require(told, WINDOW)
             cells = tuple(CellRecord(Step.from_json(cell), dict(cell["forecast"])) for cell in told["cells"])
             ranks = {str(layer): int(rank) for layer, rank in told.get("ranks", {}).items()}
             window = StoredWindow(folder, int(name["number"]), tuple(map(str, told["layers"])), cells, ranks)

@@ -2,13 +2,14 @@
 
 import json
 
+import msgpack
 import numpy as np
 import pytest
 from checkpoint_builders import flax_vision_tree, vision_tower, write_flax, write_safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nufilt_jax.checkpoints import open_checkpoint, save
+from nufilt_jax.checkpoints import flax_files, open_checkpoint, save
 from nufilt_jax.errors import CheckpointError, OutputError
 from nufilt_jax.output.place import read_json, write_json
 
@@ -150,7 +151,7 @@ def test_a_recipe_tells_of_paths_that_are_no_text(tmp_path):
     [
         ('{"seconds": NaN}', "has the number NaN"),
         ('{"a":' * 200_000, "is nested too deeply"),
-        ("", "is not JSON"),
+        ("", "is not JSON: Expecting value"),
         ("3", "is not a JSON object"),
         ('{"seed": ' + "1" * 5000 + "}", "has a number of 5000 digits"),
     ],
@@ -214,3 +215,66 @@ def test_a_config_without_end_is_not_read_to_it(tmp_path):
         file.truncate(1 << 40)  # a sparse file
     with pytest.raises(CheckpointError, match=r"config\.json: is JSON of more than 48 MB"):
         open_checkpoint(str(folder), role="base")
+
+
+def array(shape=(2,), dtype="float32", n_bytes=8):
+    return msgpack.ExtType(1, msgpack.packb((shape, dtype, b"\0" * n_bytes)))
+
+
+CUT_SHAPE = msgpack.ExtType(1, b"\x93\xdd" + (2**31).to_bytes(4, "big"))
+CHUNKED = "__msgpack_chunked_array__"
+NOT_FLAX = {
+    "twice": ({"a": {"b": array()}, "a/b": array()}, "holds two tensors of one name"),
+    "pair": ({"w": msgpack.ExtType(1, msgpack.packb((1, 2)))}, "w: is not described as an array"),
+    "endless shape": ({"w": CUT_SHAPE}, f"is cut off: a shape has {2**31} numbers"),
+    "bytes": ({"w": array(n_bytes=9)}, r"w: takes \d+ bytes, which float32 of shape \[2\] does not"),
+    "no mark": ({"w": {CHUNKED: None, "shape": {}, "chunks": {}}}, "has a chunked array without its mark"),
+    "few chunks": (
+        {"w": {CHUNKED: True, "shape": {"0": 5}, "chunks": {"0": array()}}},
+        r"w: has chunks that do not add up to its shape \[5\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOT_FLAX)
+def test_what_flax_does_not_write(tmp_path, name):
+    tree, what = NOT_FLAX[name]
+    folder = write_flax(tmp_path / "m", {"w": np.ones(1, np.float32)})
+    (folder / "flax_model.msgpack").write_bytes(msgpack.packb(tree))
+    with pytest.raises(CheckpointError, match=what):
+        open_checkpoint(str(folder))
+
+
+def test_more_tensors_than_any_model_has(tmp_path, monkeypatch):
+    folder = write_flax(tmp_path / "m", {"v": np.ones(1, np.float32), "w": np.ones(1, np.float32)})
+    monkeypatch.setattr(flax_files, "_MOST_TENSORS", 1)
+    with pytest.raises(CheckpointError, match="holds more than 1 tensors"):
+        open_checkpoint(str(folder))
+
+
+def test_a_header_of_damage_is_not_told_to_its_end(tmp_path):
+    folder = write_safetensors(tmp_path / "m", vision_tower())
+    header = json.dumps({f"w{n}": {} for n in range(5000)}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(CheckpointError) as error:
+        open_checkpoint(str(folder))
+    told, rest = str(error.value).splitlines()
+    assert "w0 and 999 more: has the unknown element type None" in told
+    assert "has damage in more than 1000 tensors; 4000 were not looked into" in rest
+
+
+def test_an_overlap_tells_both_places(tmp_path):
+    folder = write_safetensors(tmp_path / "m", vision_tower())
+    rows = {name: {"dtype": "F32", "shape": [1], "data_offsets": [at, at + 4]} for name, at in (("v", 0), ("w", 2))}
+    header = json.dumps(rows).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"123456")
+    start = 8 + len(header)
+    with pytest.raises(CheckpointError, match=f"w: overlaps the tensor before it: it starts at byte {start + 2}, not"):
+        open_checkpoint(str(folder))
+
+
+def test_an_index_without_a_map(tmp_path):
+    folder = write_safetensors(tmp_path / "m", vision_tower(), shards=2)
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="is no index: expected JSON with a weight_map"):
+        open_checkpoint(str(folder))

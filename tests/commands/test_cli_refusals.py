@@ -73,6 +73,7 @@ def test_not_finite_where_nothing_is_merged(models, tmp_path, nufilt, command):
     result = nufilt(*command(models, tmp_path / "out"))
     assert (result.code, len(result.lines)) == (0, 1)
     assert result.err.startswith(f"nufilt: warning: {models / 'beta' / 'model.safetensors'}: {build.FC2}: ")
+    assert result.err.endswith("has NaN or infinite numbers; the merge does not touch it\n")
     assert nufilt(*command(models, tmp_path / "other", "--other-params", "average")).code == 1
 
 
@@ -214,6 +215,19 @@ def test_a_first_solution_that_is_not_finite_leaves_nothing(models, tmp_path, re
     monkeypatch.setattr(walk, "update", fails)
     (line,) = refused(*command(models, tmp_path / "out"))
     assert line.endswith("(lower --learning-rate)")
+
+
+@pytest.mark.parametrize(
+    ("argv", "what"),
+    [
+        (("merge", "--add", "x", "--base", "y"), "--base: does not go with --add (--add takes all but new tasks"),
+        (("merge", "--model", "tiny", "--base", "x"), "--base: does not go with --model (a preset brings its own"),
+        (("add", "x", "--add", "y"), "--add: the folder is given already (leave it out)"),
+    ],
+)
+def test_options_that_exclude_each_other(refused, argv, what):
+    (line,) = refused(*argv, code=2)
+    assert line.startswith(f"nufilt: {what}")
 
 
 @pytest.mark.parametrize("out", ["/", "inside the base"])

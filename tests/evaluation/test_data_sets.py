@@ -70,6 +70,17 @@ def test_what_is_not_there_is_named_with_the_command_that_fetches_it(offline):
     assert time.monotonic() - start < 20  # the library itself tries for half a minute
 
 
+def test_a_revision_that_the_hub_does_not_know(monkeypatch):
+    from huggingface_hub import HfApi, errors
+
+    def unknown(*_, **__):
+        raise errors.RevisionNotFoundError.__new__(errors.RevisionNotFoundError)  # made, it wants an answer over HTTP
+
+    monkeypatch.setattr(HfApi, "dataset_info", unknown)
+    with pytest.raises(ConfigError, match="me/no: there is no revision 'v1'"):
+        open_data_set("me/no", split="test", config="small", revision="v1", where="task a", offline=False)
+
+
 def test_the_hub_librarys_own_switch_is_obeyed(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match=r"me/no: is not on this machine, and .* asked: .*offline"):

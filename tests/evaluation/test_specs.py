@@ -6,6 +6,7 @@ import pytest
 
 from nufilt_jax.errors import ConfigError
 from nufilt_jax.evaluation.specs import ImageSpec, load_specs
+from nufilt_jax.evaluation.suite import spec_problems
 from nufilt_jax.presets import TASKS
 
 # Table 6 of the paper lists the tasks; these are the class counts of the data sets' own papers.
@@ -100,3 +101,8 @@ def test_files_that_are_no_tasks(tmp_path, text, message):
         load_specs(written(tmp_path, text))
     with pytest.raises(ConfigError, match="cannot be read"):
         load_specs(tmp_path / "none.json")
+
+
+def test_a_model_that_nothing_here_evaluates():
+    [problem] = spec_problems(["cars"], {}, {"model_type": "llama"})
+    assert problem.what == "a model of type 'llama' cannot be evaluated"
