@@ -5,6 +5,7 @@ import shutil
 
 from nufilt_jax.checkpoints import write_added, write_checkpoint
 from nufilt_jax.engine.coverage import outside_share
+from nufilt_jax.engine.hosts import Hosts, StoppedError
 from nufilt_jax.engine.inspection import Inspection
 from nufilt_jax.engine.memory import peak_memory
 from nufilt_jax.engine.merged import merged_tensors
@@ -29,8 +30,9 @@ def run(
     clock: Clock,
     *,
     evaluation: Evaluation | None = None,
+    hosts: Hosts | None = None,
 ) -> Recipe:
-    """Merges what is not merged yet. The caller holds the place's lock.
+    """Merges what is not merged yet. The caller holds the place's lock, or the first of several processes does.
 
     Args:
       plan: what to do.
@@ -39,6 +41,7 @@ def run(
       watcher: is told of every cell and stack.
       clock: gets the time of what does not belong to one step.
       evaluation: scores the merged model after every step, for the recipe; None leaves it out.
+      hosts: the processes that share the work; None for this one alone.
 
     Returns:
       The recipe. Steps that an earlier run had done are marked as resumed.
@@ -46,6 +49,7 @@ def run(
     Raises:
       NufiltError: a solution is not finite, the state is damaged, or the disk is full.
     """
+    hosts = hosts or Hosts()
     recipe = new_recipe(plan, inspection)
     if plan.is_finished:
         return dataclasses.replace(recipe, memory=plan.recorded.recipe.memory if plan.recorded else {})
@@ -53,12 +57,12 @@ def run(
     outside = {name: outside_share(plan.base, plan.selection, moved) for name, moved in inspection.changes.items()}
     try:
         with compiled.listening(), plan.recorded.stored if plan.recorded else Stored() as stored:
-            walk = Walk(plan, recipe, place, stored, watcher, clock, evaluation, outside)
+            walk = Walk(plan, recipe, place, stored, watcher, clock, evaluation, outside, hosts)
             walk.go()
             recipe = walk.recipe()
             watcher.phase("writing the model")
             with clock.spent_on("write_model"):
-                _write_model(plan, walk, place)
+                _write_model(plan, walk, place, hosts)
             if evaluation is not None:
                 evaluation.finish(place.staging, recipe)
     except (OutputError, EvaluationError):  # what is done can be gone on with, elsewhere or without an evaluation
@@ -66,18 +70,24 @@ def run(
     except SolveError as error:
         raise _kept(error, place) from error
     except NufiltError:  # the same command would fail again, and another could not use what is done
-        place.discard()
+        if hosts.is_alone:
+            place.discard()
         raise
     memory = {**recipe.memory, "peak": peak_memory()}
     recipe = dataclasses.replace(recipe, timings=clock.as_dict(), compiled=compiled.as_dict(), memory=memory)
     rule = find(plan.settings.method)
     told = recipe.as_seen_from(place.out)
     card = model_card(told, rule.source, needs_data=rule.needs_data, adds_parameters=rule.adds_parameters)
-    return place.publish(recipe, walk.forecast(), card, walk.windows)
+    if hosts.is_first:
+        recipe = place.publish(recipe, walk.forecast(), card, walk.windows)
+    hosts.meet("published")
+    return recipe
 
 
-def _write_model(plan: Plan, walk: Walk, place: OutputPlace) -> None:
+def _write_model(plan: Plan, walk: Walk, place: OutputPlace, hosts: Hosts) -> None:
     """The merged model in the place's staging folder; what cannot be written leaves all steps as they are.
+
+    Of several processes each writes some of the weight files.
 
     Raises:
       OutputError: the disk is full, or numbers are out of the range of the type asked for.
@@ -85,9 +95,19 @@ def _write_model(plan: Plan, walk: Walk, place: OutputPlace) -> None:
     like, settings = plan.base, plan.settings
     try:
         tensors = merged_tensors(like.read(plan.selection.touched), walk.delta)
-        write_checkpoint(tensors, place.staging, like=like, format=settings.format, dtype=settings.dtype)
-        if added := walk.added:
+        write_checkpoint(
+            tensors,
+            place.staging,
+            like=like,
+            format=settings.format,
+            dtype=settings.dtype,
+            part=(hosts.index, hosts.count),
+        )
+        if hosts.is_first and (added := walk.added):
             write_added(place.staging, added)
+        hosts.meet("written")
+    except StoppedError:
+        raise
     except NufiltError as error:
         shutil.rmtree(place.staging, ignore_errors=True)
         if isinstance(error, OutputError):
