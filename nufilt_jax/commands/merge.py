@@ -63,6 +63,7 @@ def _run(arguments: Arguments, stdout: Console, stderr: Console) -> None:
     with joined(cluster_of(arguments)) as hosts:
         if not hosts.is_alone:
             require_backend()
+            hosts.start_devices()
         # Of several processes the first one speaks, but for the one that has something to refuse.
         nowhere = Console(file=io.StringIO())
         _merge(arguments, hosts, *((stdout, stderr) if hosts.is_first else (nowhere, nowhere)))

@@ -65,6 +65,10 @@ class Hosts:
         """Whether there are no others."""
         return self._client is None
 
+    def start_devices(self) -> None:
+        """Lets JAX find all devices, for which it waits for all processes: before one of them can have to stop."""
+        jax.local_devices()
+
     def meet(self, point: str, told: Any = None) -> list[Any]:
         """Waits until all processes have come to a point, and gives what each has to tell there.
 

@@ -77,12 +77,14 @@ def test_one_says_what_is_wrong_and_all_stop(shared_models, tmp_path, together, 
         "task beta: SHA-256 of model.safetensors is ": command(other, tmp_path / "out", *FAST),
         "--other-params is average here, and pretrained": [*argv, "--other-params", "average"],
         f"{tmp_path / 'elsewhere.partial'}: is not there: ": command(shared_models, tmp_path / "elsewhere", *FAST),
-        "--method: unknown method 'summ'": [*argv, "--method", "summ"],
+        "--method: unknown method 'summ'": command(shared_models, tmp_path / "out", "--method", "summ"),
     }
     for said, theirs in wrong.items():
         ends = together(argv, theirs)
         assert [(code, out) for code, out, _ in ends] == [(1, ""), (1, "")], ends
-        (line,) = (line for _, _, err in ends for line in err.splitlines())
+        lines = [line for _, _, err in ends for line in err.splitlines()]
+        assert len(lines) == 1, lines
+        line = lines[0]
         assert line.startswith("nufilt: ") and said in line
         assert not (tmp_path / "out").exists()
 
