@@ -68,7 +68,7 @@ def run(
     except (OutputError, EvaluationError):  # what is done can be gone on with, elsewhere or without an evaluation
         raise
     except SolveError as error:
-        raise _kept(error, place) from error
+        raise (_kept(error, place) if hosts.is_alone else error) from error
     except NufiltError:  # the same command would fail again, and another could not use what is done
         if hosts.is_alone:
             place.discard()
