@@ -1,9 +1,9 @@
 """Measures merges of models with a 7 B Llama's matrices, at as many blocks as the disk holds, and what 32 would take.
 
 The models are synthetic: random weights in bfloat16, task vectors with a power-law spectrum. The whole command runs in
-a fresh process, its compile cache filled by a short run before. Stages and the eager published procedure, which needs
-torch, are timed on the matrices of one block, in this process. Simulated devices share the cores: what they take longer
-than one is what dividing the layers costs.
+a fresh process and says itself what it spent on compiling, which is left out where sizes are compared. Stages and the
+eager published procedure, which needs torch, are timed on the matrices of one block, in this process. Simulated devices
+share the cores: what they take longer than one is what dividing the layers costs.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from nufilt_jax.methods.nufilt import NufiltConfig
 
 BLOCKS, CAPS, DEVICES, WHOLE = (2, 4, 8), ("4GB", "8GB", "16GB"), (1, 2, 4), 32
 SECONDS, MEMORY, PER_BLOCK = "seconds of the whole command", "memory", "seconds per block and task"
-LINEAR, EAGER, SPREAD = "growth with blocks", "one task of one block", "simulated devices"
+LINEAR, EAGER, SPREAD = "growth with blocks and tasks, without compiling", "one task of one block", "simulated devices"
 ESTIMATE = "estimate beside the run"
 READING, WRITING = ("check files", "wait for a task"), ("write state", "write model")
 _SIMULATE = "--xla_force_host_platform_device_count={}"
@@ -59,19 +59,16 @@ def cases(blocks: Sequence[int], n_tasks: int, caps: Sequence[str]) -> list[Case
 
 
 def measured(case: Case, folder: Path, version: Version) -> Found:
-    """Runs one case, after a short run that fills its compile cache."""
+    """Runs one case."""
     options = [*commands.sources(folder, case.tasks), "--max-memory", case.cap]
     plan = commands.plan(folder, options, version)
-    commands.merge(folder, [*commands.sources(folder, 2), "--max-memory", case.cap, "--steps", "1"], version)
     return Found(plan, commands.merge(folder, options, version))
 
 
 def spread_over(n_devices: int, folder: Path, version: Version) -> Run:
-    """Merges two tasks on so many simulated devices, their program compiled before."""
+    """Merges two tasks on so many simulated devices."""
     options = [*commands.sources(folder, 2), "--devices", str(n_devices)]
-    variables = {"XLA_FLAGS": _SIMULATE.format(n_devices)}
-    commands.merge(folder, options, version, variables)
-    return commands.merge(folder, options, version, variables)
+    return commands.merge(folder, options, version, {"XLA_FLAGS": _SIMULATE.format(n_devices)})
 
 
 def block_inputs(model: models.Llama, config: NufiltConfig) -> Inputs:
@@ -120,7 +117,7 @@ def line(points: Mapping[int, float], at: int) -> tuple[float, float]:
 def tables(found: Mapping[Case, Found], stages: Mapping[str, float], main_cap: str, whole: int) -> list[records.Json]:
     """What the commands took, and what a whole model would take."""
     seconds, memory, per_block, estimated = [], [], [], []
-    walls, tasks = dict[int, float](), dict[int, float]()
+    points = dict[str, dict[int, float]]()
     for case, (plan, run) in found.items():
         parts = split(run)
         moving = 100 * sum(parts[name] for name in READING + WRITING) / run.wall
@@ -135,12 +132,15 @@ def tables(found: Mapping[Case, Found], stages: Mapping[str, float], main_cap: s
         shares = [solve * part / sum(stages.values()) for part in stages.values()]
         read, write = (sum(parts[name] for name in names) / case.blocks for names in (READING, WRITING))
         per_block.append([*case.cells(), read / case.tasks, *shares, write / case.tasks])
-        walls[case.blocks] = run.wall
-        tasks[case.blocks] = run.document["steps"][-1]["seconds"]
+        points.setdefault("the whole command", {})[case.blocks] = run.wall - parts["compile"]
+        for number, step in enumerate(run.document["steps"][1:], 2):
+            spent = step["timings"]["solve"] - step["timings"].get("compile", 0.0)
+            points.setdefault(f"task {number}", {})[case.blocks] = spent
     rows = []
-    for what, points in (("the whole command", walls), ("its last task", tasks)):
-        at, off = line(points, whole)
-        rows.append([what, *points.values(), at, at / 60, off])
+    for what, values in points.items():
+        at, off = line(values, whole)
+        rows.append([what, *values.values(), at, at / 60, off])
+    sizes = [f"{n} blocks" for n in next(iter(points.values()))]
     how = ("decompose", "adam", "fuse")
     return [
         records.table(
@@ -150,13 +150,7 @@ def tables(found: Mapping[Case, Found], stages: Mapping[str, float], main_cap: s
         records.table(PER_BLOCK, (*CASE, "read", *how, "write"), per_block),
         records.table(
             LINEAR,
-            (
-                "seconds of",
-                *(f"{n} blocks" for n in walls),
-                f"{whole} blocks, by the line",
-                "minutes",
-                "worst off it, %",
-            ),
+            ("seconds of", *sizes, f"{whole} blocks, by the line", "minutes", "worst off it, %"),
             rows,
         ),
         records.table(ESTIMATE, (*CASE, *commands.ESTIMATED), estimated),
