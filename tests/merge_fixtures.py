@@ -90,8 +90,8 @@ def in_windows(monkeypatch):
     plan_windows = layout.plan_windows
 
     def cut(most):
-        def planned(stacks, sizes, reach, cap, done, first):
-            rows, memory = plan_windows(stacks, sizes, reach, cap, done, first)
+        def planned(stacks, sizes, reach, cap, done, first, **agreed):
+            rows, memory = plan_windows(stacks, sizes, reach, cap, done, first, **agreed)
             return (rows if reach.whole_model else grid.restarted(stacks, done, most, first)), memory
 
         monkeypatch.setattr(layout, "plan_windows", planned)

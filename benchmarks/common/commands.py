@@ -8,8 +8,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from benchmarks.common import launch, models
@@ -103,7 +104,14 @@ def working_folder(kept: Path | None) -> Iterator[Path]:
         yield Path(passing) if kept is None else kept.absolute()
 
 
-def run(arguments: Sequence[str | Path], version: Version, cache: Path, *, status: int = 0) -> Run:
+def run(
+    arguments: Sequence[str | Path],
+    version: Version,
+    cache: Path,
+    *,
+    status: int = 0,
+    variables: Mapping[str, str] = MappingProxyType({}),
+) -> Run:
     """Runs Python with these arguments and measures it.
 
     Args:
@@ -111,6 +119,7 @@ def run(arguments: Sequence[str | Path], version: Version, cache: Path, *, statu
       version: of the package that is imported.
       cache: folder of what the package keeps between runs.
       status: with which it should end.
+      variables: of its environment, beside those of this process.
 
     Raises:
       FailedError: it ends with another.
@@ -118,7 +127,7 @@ def run(arguments: Sequence[str | Path], version: Version, cache: Path, *, statu
     command = [sys.executable, *map(str, arguments)]
     environment = {key: value for key, value in os.environ.items() if key not in _UNSET}
     path = os.pathsep.join(filter(None, (str(version.root), os.environ.get("PYTHONPATH"))))
-    environment |= {"NUFILT_CACHE": str(cache), "PYTHONPATH": path}
+    environment |= {"NUFILT_CACHE": str(cache), "PYTHONPATH": path, **variables}
     with tempfile.NamedTemporaryFile("r") as report:
         # The working folder comes before PYTHONPATH.
         launched = [sys.executable, "-I", "-S", launch.__file__, report.name, *command]
@@ -146,11 +155,17 @@ def sources(folder: Path, n_tasks: int) -> list[str | Path]:
     return ["--base", folder / base, *(part for name in tasks for part in ("--task", f"{name}={folder / name}"))]
 
 
-def merge(folder: Path, options: Sequence[str | Path], version: Version) -> Run:
+def merge(
+    folder: Path,
+    options: Sequence[str | Path],
+    version: Version,
+    variables: Mapping[str, str] = MappingProxyType({}),
+) -> Run:
     """Merges, and removes the merged model again; caches and output are in the folder."""
     out = folder / "out"
     shutil.rmtree(out, ignore_errors=True)
-    found = run([*MERGE, *options, "--out", out, "--json"], version, cache_of(folder, version))
+    command = [*MERGE, *options, "--out", out, "--json"]
+    found = run(command, version, cache_of(folder, version), variables=variables)
     shutil.rmtree(out)
     return found
 

@@ -27,6 +27,7 @@ def write_checkpoint(
     like: Checkpoint,
     format: str | None = None,
     dtype: str | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> tuple[Path, ...]:
     """Writes a model into the folder `out`, which the caller renames when all is well.
 
@@ -36,6 +37,7 @@ def write_checkpoint(
       like: gives names, key set, sharding, types, and the files beside the weights.
       format: `safetensors` or `flax` (`msgpack` is the same); None for that of `like`.
       dtype: `float32`, `bfloat16` or `float16` for every floating tensor; None for their own types.
+      part: (i, n) writes every n-th weight file from number i on; all that is no weights belongs to part 0.
 
     Returns:
       The weight files written, without the index.
@@ -49,12 +51,18 @@ def write_checkpoint(
     code = _checked_dtype(dtype)
     raise_all(CheckpointError, value_problems(params, like))
     new = {_main_name(name, like): value for name, value in params.items()}
-    shards = plan_shards(like, kind, code)
+    index, step = part
+    whole = plan_shards(like, kind, code)
+    shards = {file: whole[file] for file in list(whole)[index::step]}
     try:
         make_folder(out)
         raise_all(CheckpointError, _write_shards(new, out, like, shards, kind))
-        _copy_files(like, out, dtype)
-        sync_tree(out)
+        if index == 0:
+            if like.index_file and kind == like.format:
+                _write_index(out / like.index_file, like.index_metadata, whole)
+            _copy_files(like, out, dtype)
+        if step == 1:  # else others are writing here; what this process wrote has reached the disk
+            sync_tree(out)
     except OSError as error:
         raise output_error(out, error) from error
     return tuple(out / file for file in shards)
@@ -116,7 +124,7 @@ def _main_name(name: str, like: Checkpoint) -> str:
 def _write_shards(
     new: Mapping[str, AnyArray], out: Path, like: Checkpoint, shards: Mapping[str, list[Target]], kind: str
 ) -> list[Problem]:
-    """Writes all weight files and the index; returns the tensors that are out of the range of their type."""
+    """Writes weight files; returns the tensors that are out of the range of their type."""
     lost: list[Problem] = []
     for file, targets in shards.items():
         pieces = [Piece(t.name, t.dtype, t.shape, stored_bytes(t, new.get(t.main), lost)) for t in targets]
@@ -126,8 +134,6 @@ def _write_shards(
         else:
             metadata = like.metadata[file] if like.format == kind else {"format": "pt"}
             safetensors_files.write_file(out / file, pieces, metadata)
-    if like.index_file and kind == like.format:
-        _write_index(out / like.index_file, like.index_metadata, shards)
     return lost
 
 

@@ -78,7 +78,8 @@ def merge(arguments: Arguments = NO_ARGUMENTS) -> int:
         return show_methods(arguments.method, _console(), as_json=arguments.json)
     from nufilt_jax.commands.merge import execute
 
-    if not arguments.plan:  # which needs no device
+    # A plan needs no device, and processes must find each other before any is used.
+    if not arguments.plan and not arguments.distributed:
         _require_backend()
     return execute(arguments, _console(), _console(stderr=True))
 

@@ -109,6 +109,11 @@ class Arguments:
       adapter_out_rank: Most rank of that adapter.
       max_memory: Most memory that the run may take, as 8GB (10^9) or 8GiB (2^30).
       devices: So many devices of this machine share the layers, or "all".
+      distributed: One of several processes that share a file system and the work: under SLURM, Open MPI or on a TPU
+        pod slice as it stands, elsewhere with the three options that follow.
+      coordinator: HOST:PORT where the first process listens.
+      processes: Number of processes.
+      process: Number of this one, from 0.
       offline: Never ask the Hub; use its local cache.
       plan: Say what would be done, from headers alone, and write nothing.
       json: One JSON document on stdout and nothing else there.
@@ -152,6 +157,10 @@ class Arguments:
     adapter_out_rank: Annotated[Whole, _OUTPUT, _default("the ranks of the tasks added up")] = None
     max_memory: Annotated[str | None, _OUTPUT, _default("half of what is free")] = None
     devices: Annotated[str | None, Parameter(converter=_whole_or_all), _OUTPUT, _default("1")] = None
+    distributed: Flag = False
+    coordinator: Annotated[str | None, _OUTPUT] = None
+    processes: Annotated[Whole, _OUTPUT] = None
+    process: Annotated[Whole, _OUTPUT] = None
     offline: Flag = False
     plan: Flag = False
     json: Flag = False

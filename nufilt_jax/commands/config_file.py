@@ -23,7 +23,9 @@ Values = dict[str, Any]
 
 TASKS = "tasks"  # the table; the option is --task
 _KINDS: Mapping[Any, str] = {bool: "true or false", int: "a whole number", float: "a number"}
-NOT_IN_FILES = ("config", "json", "quiet", "verbose", "plan", "add")  # of one run, not of a merge
+# Of one run or one process, not of a merge.
+NOT_IN_FILES = ("config", "json", "quiet", "verbose", "plan", "add")
+NOT_IN_FILES += ("distributed", "coordinator", "processes", "process")
 _NUMBERS_OR_WORDS = ("order", "devices")
 _PLACES = ("out", "data", "tasks_file")
 _MODELS = ("base", "heads_from")

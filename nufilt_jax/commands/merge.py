@@ -1,5 +1,8 @@
 """One `merge` command: from parsed arguments to an exit status."""
 
+import contextlib
+import dataclasses
+import io
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -8,12 +11,15 @@ from rich.console import Console
 
 from nufilt_jax.commands import console as show
 from nufilt_jax.commands.arguments import Arguments
+from nufilt_jax.commands.backend import require_backend
 from nufilt_jax.commands.failures import traceback_beside, traceback_kept
-from nufilt_jax.commands.request import check_usage, continued_job, new_job
+from nufilt_jax.commands.request import check_usage, cluster_of, continued_job, new_job
 from nufilt_jax.engine.coverage import coverage, outside_warnings
 from nufilt_jax.engine.estimate import estimate
+from nufilt_jax.engine.hosts import Hosts, joined
 from nufilt_jax.engine.inspection import inspect
 from nufilt_jax.engine.plan import Plan, make_plan
+from nufilt_jax.engine.records import facts
 from nufilt_jax.engine.run import run
 from nufilt_jax.engine.timing import Clock
 from nufilt_jax.output.documents import read_json
@@ -54,21 +60,35 @@ def _plan(arguments: Arguments, scratch: Path, stdout: Console, stderr: Console)
 
 
 def _run(arguments: Arguments, stdout: Console, stderr: Console) -> None:
+    with joined(cluster_of(arguments)) as hosts:
+        if not hosts.is_alone:
+            require_backend()
+            hosts.start_devices()
+        # Of several processes the first one speaks, but for the one that has something to refuse.
+        nowhere = Console(file=io.StringIO())
+        _merge(arguments, hosts, *((stdout, stderr) if hosts.is_first else (nowhere, nowhere)))
+
+
+def _merge(arguments: Arguments, hosts: Hosts, stdout: Console, stderr: Console) -> None:
     job = None if arguments.add is not None else new_job(arguments)
     place = OutputPlace(cast(Path, arguments.add or (job and job.out)))  # None is for plans, see check_usage
     watcher = show.ProgressWatcher(stderr, quiet=arguments.quiet or arguments.json, verbose=arguments.verbose)
-    with traceback_kept(traceback_beside(place.out)), place.locked(), watcher.progress:
-        clock = Clock()
+    locked = place.locked() if hosts.is_first else contextlib.nullcontext()
+    with traceback_kept(traceback_beside(place.out)), locked, watcher.progress:
+        clock, agreed = Clock(), hosts.agreed()
         with clock.spent_on("plan"):
-            plan = make_plan(job or continued_job(arguments, place), offline=arguments.offline)
+            asked_for = job or continued_job(arguments, place)
+            plan = make_plan(dataclasses.replace(asked_for, agreed=agreed), offline=arguments.offline)
         show.show_warnings(stderr, plan.warnings)
         evaluation = _evaluation(plan, watcher, is_study=arguments.model == TINY)
         with clock.spent_on("inspect"):
             inspection = inspect(plan)
+        if not hosts.is_alone:
+            hosts.compare("planned", facts(plan, inspection))
         show.show_warnings(stderr, inspection.warnings)
         show.show_warnings(stderr, outside_warnings(plan.base, plan.selection, plan.settings, inspection.changes))
         watcher.head(plan, *coverage(plan, inspection.changes))
-        recipe = run(plan, inspection, place, watcher, clock, evaluation=evaluation)
+        recipe = run(plan, inspection, place, watcher, clock, evaluation=evaluation, hosts=hosts)
         scores = _scores(plan, place, watcher)
     show.show_warnings(stderr, tuple(evaluation.warnings) if evaluation else ())
     if arguments.json:

@@ -11,6 +11,7 @@ from nufilt_jax.commands.recipe_file import promised
 from nufilt_jax.commands.settings import DEFAULT_METHOD, changed_settings, read_evaluation, read_settings
 from nufilt_jax.config import option, problem
 from nufilt_jax.engine.devices import count_devices
+from nufilt_jax.engine.hosts import Cluster
 from nufilt_jax.engine.job import EvaluationOptions, Job, recorded_in
 from nufilt_jax.engine.memory import parse_size
 from nufilt_jax.errors import ConfigError, NufiltError, OutputError, Problem, UsageError, gathering, raise_all
@@ -62,10 +63,34 @@ def check_usage(arguments: Arguments) -> None:
     if not _is_evaluated(arguments):
         given = _given(arguments, ("tasks_file", "heads_from", "limit"))
         problems += [problem(name, "belongs to --evaluate", "add that, or leave it out") for name in given]
+    problems += _cluster_problems(arguments)
     pairs = [(text, *text.partition("=")) for text in arguments.task]
     bad = [text for text, name, _, source in pairs if not (name.strip() and source)]
     problems += [problem("task", f"{text!r} is not of the form NAME=PATH_OR_HUB[@REV]") for text in bad]
     raise_all(UsageError, problems)
+
+
+def _cluster_problems(arguments: Arguments) -> list[Problem]:
+    names = ("coordinator", "processes", "process")
+    if not arguments.distributed:
+        return [
+            problem(name, "belongs to --distributed", "add that, or leave it out") for name in _given(arguments, names)
+        ]
+    problems = []
+    if _is_evaluated(arguments):
+        what = "does not go with an evaluation after every step, for which one process must have the whole model"
+        problems.append(problem("distributed", what, "leave it out, or evaluate the merged model: nufilt evaluate"))
+    if arguments.processes is not None and arguments.processes < 1:
+        problems.append(problem("processes", f"must be at least 1, got {arguments.processes}"))
+    elif arguments.process is not None and not 0 <= arguments.process < (arguments.processes or arguments.process + 1):
+        problems.append(problem("process", f"must be at least 0 and below --processes, got {arguments.process}"))
+    return problems
+
+
+def cluster_of(arguments: Arguments) -> Cluster | None:
+    """How the processes of a run find each other; None for one process alone."""
+    given = Cluster(arguments.coordinator, arguments.processes, arguments.process)
+    return given if arguments.distributed else None
 
 
 def _is_evaluated(arguments: Arguments) -> bool:

@@ -155,6 +155,26 @@ def _is_alike(part: Stack) -> bool:
     return chunk_size(n_layers, part.at_once) == part.chunk and -(-n_layers // part.chunk) >= part.fewest
 
 
+def dealt(rows: Sequence[Window], n_tasks: int, n_hands: int) -> list[list[Window]]:
+    """Windows that are not done, dealt so that all hands have about as much to do; the larger first.
+
+    >>> rows = [Window(i, (Stack(("a",), (m, 1)),)) for i, m in enumerate((5, 9, 4, 1))]
+    >>> [[row.number for row in hand] for hand in dealt(rows, 1, 2)]
+    [[1], [0, 2, 3]]
+    """
+    hands: list[list[Window]] = [[] for _ in range(n_hands)]
+    work = [0] * n_hands
+
+    def left(row: Window) -> int:
+        return (n_tasks - row.done) * row.n_bytes
+
+    for row in sorted((row for row in rows if row.done < n_tasks), key=left, reverse=True):
+        hand = work.index(min(work))
+        hands[hand].append(row)
+        work[hand] += left(row)
+    return [sorted(hand, key=lambda row: row.number) for hand in hands]
+
+
 def smallest(stacks: Sequence[Stack]) -> int:
     """Bytes of the largest window if all are as small as they can be."""
     return max((part.total for stack in stacks for part in pieces(stack, 0)), default=0)

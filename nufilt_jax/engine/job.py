@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nufilt_jax.config import ComputeType
 from nufilt_jax.errors import Problem
@@ -85,6 +85,18 @@ def read_recipe(document: Mapping[str, Any], folder: Path) -> Recipe:
     return Recipe.from_json(document, folder, lambda method: find(method).config)
 
 
+class Agreed(NamedTuple):
+    """What the processes of a run plan with alike, so that all have the same windows.
+
+    Attributes:
+      processes: their number.
+      free: bytes that each may take if no cap is given; None for half of what is free.
+    """
+
+    processes: int = 1
+    free: int | None = None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
     """A command, understood.
@@ -98,6 +110,7 @@ class Job:
       evaluation: how the merged model is evaluated after every step; None if it is not.
       max_memory: bytes that the run may take; None for half of what is free.
       devices: so many of this process share the layers of a window.
+      agreed: what all processes of the run plan with.
       strict: refuse tasks of which a head or a table would stay the base's.
       continues: the merge that --add continues: of the tasks that it has merged, no file is needed.
       warnings: what the user should know and may accept.
@@ -112,6 +125,7 @@ class Job:
     evaluation: EvaluationOptions | None = None
     max_memory: int | None = None
     devices: int = 1
+    agreed: Agreed = dataclasses.field(default_factory=Agreed)
     strict: bool = False
     continues: Recorded | None = None
     warnings: tuple[str, ...] = ()

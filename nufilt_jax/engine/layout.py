@@ -55,4 +55,14 @@ def lay_out(
         sharing = job.devices if rule.spreads else 1
         there = sharing * min(there, job.max_memory or there)
         reach = reach._replace(on_device=largest_on_device(there, stacks, config, reach))
-    return plan_windows(stacks, sizes, reach, job.max_memory, stored.done, stored.next_number)
+    agreed = job.agreed
+    return plan_windows(
+        stacks,
+        sizes,
+        reach,
+        job.max_memory,
+        stored.done,
+        stored.next_number,
+        free=agreed.free,
+        at_least=agreed.processes,
+    )

@@ -188,6 +188,9 @@ def plan_windows(
     cap: int | None,
     done: Callable[[str], int],
     first: int,
+    *,
+    free: int | None = None,
+    at_least: int = 1,
 ) -> tuple[list[Window], Memory]:
     """The windows of a merge, as large as its memory allows.
 
@@ -198,11 +201,14 @@ def plan_windows(
       cap: bytes allowed; None for half of what is free.
       done: gives the number of tasks that are merged into a layer.
       first: number of the first window.
+      free: bytes allowed where no cap is given; None for half of what is free.
+      at_least: so many windows, if the method works in windows and there can be so many.
 
     Raises:
       ConfigError: not even the smallest windows fit, in memory or on the device; says how much would do.
     """
-    allowed = free_memory() // 2 if cap is None else cap
+    given = free_memory() // 2 if free is None else free
+    allowed = given if cap is None else cap
     whole = sum(stack.total for stack in stacks)
     least = whole if reach.whole_model else smallest(stacks)
     n_least = 1 if reach.whole_model or least == whole else 2
@@ -218,7 +224,8 @@ def plan_windows(
         most, read_ahead = least, False  # nobody asked for a cap: what there is may do
     if least > reach.on_device:
         raise ConfigError(_too_large(least, reach))
-    rows = restarted(stacks, done, whole if reach.whole_model else min(most, reach.on_device), first)
+    most = whole if reach.whole_model else min(most, reach.on_device, math.ceil(whole / at_least))
+    rows = restarted(stacks, done, most, first)
     largest = max((row.n_bytes for row in rows), default=0)
     planned = sizes.peak(largest, len(rows), reach, read_ahead=read_ahead)
     return rows, Memory(allowed, cap is not None, planned, read_ahead)

@@ -134,6 +134,7 @@ def make_plan(job: Job, *, offline: bool = False, headers_only: bool = False) ->
             problems += output_problems(tasks, job.settings)
             problems += _output_problems(base, job.settings, place)
         problems += _state_problems(recorded, selection, len(job.sources))
+        problems += _process_problems(job)
         with gathering(problems):
             rows, memory = lay_out(job, base, tuple(tasks.values()), selection, stored)
     if problems or base is None or memory is None:
@@ -183,6 +184,14 @@ def _state_problems(recorded: Recorded | None, selection: Selection, n_tasks: in
     if any(stored.done(layer) != recorded.done for layer in selection.layers + selection.other):
         what = "the state of the merge does not hold the tensors that the recipe selects"
         yield Problem(str(recorded.folder), what, "merge again from the start")
+
+
+def _process_problems(job: Job) -> Iterator[Problem]:
+    """A method that several processes cannot work on, each on its own windows."""
+    rule = find(job.settings.method)
+    if job.agreed.processes > 1 and (rule.whole_model or rule.survey or rule.first_survey):
+        what = f"{rule.name} asks for numbers of the whole model at every step, and processes have a part each"
+        yield problem("distributed", what, "leave it out")
 
 
 def _name_problems(sources: tuple[Model, ...]) -> list[Problem]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from nufilt_jax import __version__
 from nufilt_jax.checkpoints import Checkpoint
+from nufilt_jax.config import option
 from nufilt_jax.core.forecast import Forecast
 from nufilt_jax.engine.adapter_output import told_of
 from nufilt_jax.engine.coverage import coverage
@@ -62,7 +63,7 @@ def version_entry() -> dict[str, str]:
 
 def device_entry() -> str:
     """The device that JAX computes on."""
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     return f"{device.platform}: {device.device_kind}"
 
 
@@ -90,6 +91,20 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor()
+
+
+def facts(plan: Plan, inspection: Inspection) -> dict[str, Any]:
+    """What the result depends on, and who solves what: alike in all processes that share a merge."""
+    settings = plan.settings.to_json()
+    config = settings.pop("config")
+    models = {"the base": inspection.base_sha256, **{f"task {n}": sha for n, sha in inspection.task_sha256.items()}}
+    return {
+        "the order of tasks": ", ".join(source.name for source in plan.sources),
+        **{option(name): value for name, value in {**settings, **config}.items()},
+        **{f"{model}: SHA-256 of {file}": x for model, sha256 in models.items() for file, x in sha256.items()},
+        **{f"the version of {name}": version for name, version in version_entry().items()},
+        "the division into windows": [row.entry(row.done) for row in plan.rows],
+    }
 
 
 def _opened(name: str, checkpoint: Checkpoint, sha256: Mapping[str, str]) -> Model:

@@ -7,6 +7,7 @@ from typing import Any
 from nufilt_jax.checkpoints import write_added, write_checkpoint
 from nufilt_jax.engine.adapter_output import told_of, write_merged_adapter
 from nufilt_jax.engine.coverage import outside_share
+from nufilt_jax.engine.hosts import Hosts, StoppedError
 from nufilt_jax.engine.inspection import Inspection
 from nufilt_jax.engine.memory import peak_memory
 from nufilt_jax.engine.merged import merged_tensors
@@ -31,8 +32,9 @@ def run(
     clock: Clock,
     *,
     evaluation: Evaluation | None = None,
+    hosts: Hosts | None = None,
 ) -> Recipe:
-    """Merges what is not merged yet. The caller holds the place's lock.
+    """Merges what is not merged yet. The caller holds the place's lock, or the first of several processes does.
 
     Args:
       plan: what to do.
@@ -41,6 +43,7 @@ def run(
       watcher: is told of every cell and stack.
       clock: gets the time of what does not belong to one step.
       evaluation: scores the merged model after every step, for the recipe; None leaves it out.
+      hosts: the processes that share the work; None for this one alone.
 
     Returns:
       The recipe. Steps that an earlier run had done are marked as resumed.
@@ -48,6 +51,7 @@ def run(
     Raises:
       NufiltError: a solution is not finite, the state is damaged, or the disk is full.
     """
+    hosts = hosts or Hosts()
     recipe = new_recipe(plan, inspection)
     if plan.is_finished:
         return dataclasses.replace(recipe, memory=plan.recorded.recipe.memory if plan.recorded else {})
@@ -55,32 +59,38 @@ def run(
     outside = {name: outside_share(plan.base, plan.selection, moved) for name, moved in inspection.changes.items()}
     try:
         with compiled.listening(), plan.recorded.stored if plan.recorded else Stored() as stored:
-            walk = Walk(plan, recipe, place, stored, watcher, clock, evaluation, outside)
+            walk = Walk(plan, recipe, place, stored, watcher, clock, evaluation, outside, hosts)
             walk.go()
             recipe = walk.recipe()
             watcher.phase("writing the model")
             with clock.spent_on("write_model"):
-                held = _write_model(plan, walk, place)
+                held = _write_model(plan, walk, place, hosts)
             recipe = dataclasses.replace(recipe, adapter={**recipe.adapter, **held})
             if evaluation is not None:
                 evaluation.finish(place.staging, recipe)
     except (OutputError, EvaluationError):  # what is done can be gone on with, elsewhere or without an evaluation
         raise
     except SolveError as error:
-        raise _kept(error, place) from error
+        raise (_kept(error, place) if hosts.is_alone else error) from error
     except NufiltError:  # the same command would fail again, and another could not use what is done
-        place.discard()
+        if hosts.is_alone:
+            place.discard()
         raise
     memory = {**recipe.memory, "peak": peak_memory()}
     recipe = dataclasses.replace(recipe, timings=clock.as_dict(), compiled=compiled.as_dict(), memory=memory)
     rule = find(plan.settings.method)
     told = recipe.as_seen_from(place.out)
     card = model_card(told, rule.source, needs_data=rule.needs_data, adds_parameters=rule.adds_parameters)
-    return place.publish(recipe, walk.forecast(), card, walk.windows)
+    if hosts.is_first:
+        recipe = place.publish(recipe, walk.forecast(), card, walk.windows)
+    hosts.meet("published")
+    return recipe
 
 
-def _write_model(plan: Plan, walk: Walk, place: OutputPlace) -> dict[str, Any]:
+def _write_model(plan: Plan, walk: Walk, place: OutputPlace, hosts: Hosts) -> dict[str, Any]:
     """The merged model in the place's staging folder; what cannot be written leaves all steps as they are.
+
+    Of several processes each writes some of the weight files, and an adapter the first one alone.
 
     Returns:
       What an adapter holds; nothing of a whole model.
@@ -88,15 +98,17 @@ def _write_model(plan: Plan, walk: Walk, place: OutputPlace) -> dict[str, Any]:
     Raises:
       OutputError: the disk is full, or numbers are out of the range of the type asked for.
     """
-    like, settings = plan.base, plan.settings
+    settings = plan.settings
     try:
-        if settings.output == "adapter":
-            return write_merged_adapter(plan, walk.delta, told_of(plan), place.staging)
-        tensors = merged_tensors(like.read(plan.selection.touched), walk.delta)
-        write_checkpoint(tensors, place.staging, like=like, format=settings.format, dtype=settings.dtype)
-        if added := walk.added:
-            write_added(place.staging, added)
-        return {}
+        held: dict[str, Any] = {}
+        if settings.output != "adapter":
+            _write_whole(plan, walk, place, hosts)
+        elif hosts.is_first:
+            held = write_merged_adapter(plan, walk.delta, told_of(plan), place.staging)
+        hosts.meet("written")
+        return held
+    except StoppedError:
+        raise
     except NufiltError as error:
         shutil.rmtree(place.staging, ignore_errors=True)
         if isinstance(error, OutputError):
@@ -115,3 +127,12 @@ def _kept(error: SolveError, place: OutputPlace) -> SolveError:
 def _with_kept(error: NufiltError, place: OutputPlace) -> list[Problem]:
     kept = f"what is merged is kept in {place.partial}"
     return [problem._replace(fix=f"{problem.fix}; {kept}" if problem.fix else kept) for problem in error.problems]
+
+
+def _write_whole(plan: Plan, walk: Walk, place: OutputPlace, hosts: Hosts) -> None:
+    like, settings = plan.base, plan.settings
+    tensors = merged_tensors(like.read(plan.selection.touched), walk.delta)
+    how = {"format": settings.format, "dtype": settings.dtype, "part": (hosts.index, hosts.count)}
+    write_checkpoint(tensors, place.staging, like=like, **how)
+    if hosts.is_first and (added := walk.added):
+        write_added(place.staging, added)

@@ -3,17 +3,19 @@
 import dataclasses
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from nufilt_jax.engine.ahead import ReadAhead
 from nufilt_jax.engine.cell import Task, examples, file_entry, load_task, rule_of, touched, update
 from nufilt_jax.engine.factors import kept, restored
-from nufilt_jax.engine.grid import Cell, Window, cells
+from nufilt_jax.engine.grid import Cell, Window, cells, dealt
+from nufilt_jax.engine.hosts import Hosts, StoppedError
 from nufilt_jax.engine.memory import release_memory
 from nufilt_jax.engine.merged import StoredDelta, merged_tensors
 from nufilt_jax.engine.plan import Plan
 from nufilt_jax.engine.records import forecast_entry, step_of
+from nufilt_jax.engine.row import Row
 from nufilt_jax.engine.survey import Survey
 from nufilt_jax.engine.timing import Clock
 from nufilt_jax.engine.uninterrupted import uninterrupted
@@ -29,26 +31,6 @@ from nufilt_jax.output.stored import Stored, forecast_of
 KEPT_EVERY = 60.0  # seconds of work after which a state is written at the latest, if no cell takes longer
 _KEEPING_SHARE = 0.05  # of the time of a run that writing states in between may take
 _WRITE_RATE = 5e8  # bytes of state per second, until one has been written
-
-
-@dataclasses.dataclass
-class Row:
-    """How far a window is.
-
-    Attributes:
-      window: its layers.
-      records: what each task did to it.
-      kept: the window as it is on disk; None if nothing of it is.
-    """
-
-    window: Window
-    records: list[CellRecord]
-    kept: StoredWindow | None = None
-
-    @property
-    def n_kept(self) -> int:
-        """Number of tasks that are merged into it on disk."""
-        return self.kept.done if self.kept else self.window.done
 
 
 class Walk:
@@ -69,8 +51,9 @@ class Walk:
         clock: Clock,
         evaluation: Evaluation | None,
         outside: Mapping[str, float],
+        hosts: Hosts,
     ) -> None:
-        self._outside = outside
+        self._outside, self._hosts = outside, hosts
         self._plan, self._recipe, self._place, self._stored = plan, recipe, place, stored
         self._watcher, self._clock, self._evaluation = watcher, clock, evaluation
         self._names = [source.name for source in plan.sources]
@@ -94,16 +77,21 @@ class Walk:
         Raises:
           NufiltError: a solution is not finite, the state is damaged, or the disk is full.
         """
-        plan = self._plan
-        pending = list(cells(plan.rows, len(self._names), plan.walk, plan.n_looks))
-        if pending:
+        plan, hosts = self._plan, self._hosts
+        mine = plan.rows if hosts.is_alone else dealt(plan.rows, len(self._names), hosts.count)[hosts.index]
+        pending = list(cells(mine, len(self._names), plan.walk, plan.n_looks))
+        if hosts.is_first and (pending or not hosts.is_alone):
             self._place.record(self.recipe())  # whether the disk takes it is known before any work
+        hosts.meet("begun")
+        if not hosts.is_first:
+            self._place.require_begun()
         self._since = time.perf_counter()
         try:
             if not pending or (plan.recorded is not None and not plan.recorded.is_written):
                 self._evaluate_column()  # as far as an earlier run came, which may have ended before it did
             with ReadAhead(self._load, pending) as tasks:
                 for number, cell in enumerate(pending):
+                    hosts.check()
                     self._enter(cell.window)
                     if cell.look is not None:
                         self._look(cell, tasks, number, len(pending))
@@ -115,9 +103,22 @@ class Walk:
                     self._keep_if_due(is_last=following is not cell.window)
         except BaseException as error:
             # What is merged is kept however a run ends, unless the same command would only fail again.
-            if not isinstance(error, NufiltError) or isinstance(error, EvaluationError):
+            if not isinstance(error, NufiltError) or isinstance(error, EvaluationError | StoppedError):
                 self._keep()
             raise
+        if not hosts.is_alone:
+            hosts.meet("walked")
+            self._take_in(mine)
+
+    def _take_in(self, mine: Sequence[Window]) -> None:
+        """Takes in what the other processes have done, from disk."""
+        for window in self._place.windows():
+            self._stored.add(window)
+        for row in self.rows:
+            if row.window not in mine:
+                done = list(self._stored.records(row.window.layers))
+                row.records += done[len(row.records) :]
+                row.kept = self._stored.windows_of(row.window.layers)[0]
 
     def recipe(self) -> Recipe:
         """The recipe as far as windows are kept on disk."""
@@ -202,13 +203,16 @@ class Walk:
             return
         start = time.perf_counter()
         told = [CellRecord(cell.step.told(self._told.get(cell.step.task)), cell.forecast) for cell in row.records]
+        if not self._hosts.is_alone:
+            self._place.require_begun()
         deltas, ranks = kept(state.delta.on_host(), row.window.stacks, len(told))
         window = StoredWindow(self._place.state, row.window.number, row.window.layers, tuple(told), ranks)
         arrays: dict[str, Any] = {**deltas, "extra": dict(state.extra), "added": dict(state.added)}
         arrays["numbers"] = dict(self._survey.numbers(window.done - 1) or {})
         row.kept = self._place.keep(window, arrays)
         self._stored.add(row.kept)
-        self._place.record(self.recipe())
+        if self._hosts.is_first:
+            self._place.record(self.recipe())
         self._since = time.perf_counter()
         self._write_rate = max(1.0, row.window.n_bytes) / (self._since - start)
         self._clock.add("write_state", self._since - start)

@@ -93,8 +93,9 @@ def laid_out(tree: Any, mesh: Mesh) -> Any:
     def lay(x: Array) -> jax.Array:
         rows = _share(len(x), mesh)
         pieces = [x[min(i * rows, len(x) - 1) : (i + 1) * rows] for i in range(mesh.size)]
-        filled = [_filled(piece, rows) for piece in pieces]
-        return _over_mesh([jax.device_put(*pair) for pair in zip(filled, mesh.devices.flat, strict=True)], mesh)
+        filled = zip((_filled(piece, rows) for piece in pieces), mesh.devices.flat, strict=True)
+        # A copy also where all of it lies there already: the program takes the memory.
+        return _over_mesh([jax.device_put(piece, device, may_alias=False) for piece, device in filled], mesh)
 
     return jax.tree.map(lay, tree)
 

@@ -161,6 +161,17 @@ class OutputPlace:
         except OSError as error:
             raise output_error(self.partial, error) from error
 
+    def require_begun(self) -> None:
+        """Requires that the merge under way is on disk, for a process that did not begin it.
+
+        Raises:
+          OutputError: its folder is not there, or not any more.
+        """
+        if not (self.partial / RECIPE).is_file():
+            what = "is not there: the merge was begun in it, by another process"
+            fix = "give all processes one folder on a file system that they share, and leave it alone"
+            raise OutputError(Problem(str(self.partial), what, fix))
+
     def keep(self, window: StoredWindow, arrays: Groups) -> StoredWindow:
         """Keeps a window of the merge under way, and gives it with its place.
 

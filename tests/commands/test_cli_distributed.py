@@ -1,0 +1,106 @@
+"""`--distributed`: several processes on this machine merge one model."""
+
+import json
+import shutil
+import signal
+import socket
+from pathlib import Path
+
+import model_builders as build
+import pytest
+
+KILLER = Path(__file__).with_name("killer.py")
+FAST = ("--method", "weight_average")
+
+
+@pytest.fixture
+def together(spawn):
+    """Runs a process for each command, some with a point of `killer.py`; gives code, stdout and stderr of each."""
+
+    def run(*commands, points=()):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        started = []
+        for index, argv in enumerate(commands):
+            how = (
+                "--distributed",
+                "--coordinator",
+                f"127.0.0.1:{port}",
+                "--processes",
+                len(commands),
+                "--process",
+                index,
+            )
+            point = dict(points).get(index)
+            program = (KILLER, point, "kill") if point else ("-m", "nufilt_jax.cli")
+            started.append(spawn(*program, *argv, *how))
+        ends = [process.communicate(timeout=300) for process in started]
+        return [(process.returncode, *end) for process, end in zip(started, ends, strict=True)]
+
+    return run
+
+
+def test_killed_half_way_and_gone_on_with_by_more(shared_models, tmp_path, nufilt, together, command):
+    """Shards of the output are written by all; a process that lives on ends when another dies."""
+    models = tmp_path / "models"
+    shutil.copytree(shared_models, models)
+    shutil.rmtree(models / "base")
+    build.write(models / "base", build.tower(0), shards=3)
+    assert nufilt(*command(models, tmp_path / "whole")).code == 0
+    argv = command(models, tmp_path / "out", "--json")
+    killed, other = together(argv, argv, points={0: "nufilt_jax.output.place:save_window:1:after"}.items())
+    assert killed[0] == -signal.SIGKILL, killed[2]
+    assert other[0] != 0
+    assert not (tmp_path / "out").exists()
+    first, *others = together(argv, argv, argv)
+    assert [code for code, _, _ in (first, *others)] == [0, 0, 0], (first, *others)
+    assert [(out, err) for _, out, err in others] == [("", ""), ("", "")]
+    document = json.loads(first[1])
+    assert {row["tasks"] for row in document["windows"]} == {3} and len(document["windows"]) >= 3
+    assert build.weight_bytes(tmp_path / "out").keys() == build.weight_bytes(tmp_path / "whole").keys()
+    assert build.weight_bytes(tmp_path / "out") == build.weight_bytes(tmp_path / "whole")
+    whole, out = ((tmp_path / name / "forecast.json").read_text() for name in ("whole", "out"))
+    assert json.loads(out)["steps"][-1]["layers"] == json.loads(whole)["steps"][-1]["layers"]
+    assert {path.name for path in tmp_path.iterdir()} == {"models", "whole", "out"}
+    # As it stands, one process alone can add to it.
+    assert nufilt("add", tmp_path / "out", "--task", f"delta={models / 'delta'}").code == 0
+
+
+def test_one_says_what_is_wrong_and_all_stop(shared_models, tmp_path, together, command):
+    other = tmp_path / "other"
+    shutil.copytree(shared_models, other)
+    shutil.rmtree(other / "beta")
+    build.write(other / "beta", build.fine_tuned(build.tower(0), 77))
+    argv = command(shared_models, tmp_path / "out", *FAST)
+    wrong = {
+        "task beta: SHA-256 of model.safetensors is ": command(other, tmp_path / "out", *FAST),
+        "--other-params is average here, and pretrained": [*argv, "--other-params", "average"],
+        f"{tmp_path / 'elsewhere.partial'}: is not there: ": command(shared_models, tmp_path / "elsewhere", *FAST),
+        "--method: unknown method 'summ'": command(shared_models, tmp_path / "out", "--method", "summ"),
+    }
+    for said, theirs in wrong.items():
+        ends = together(argv, theirs)
+        assert [(code, out) for code, out, _ in ends] == [(1, ""), (1, "")], ends
+        lines = [line for _, _, err in ends for line in err.splitlines()]
+        assert len(lines) == 1, lines
+        line = lines[0]
+        assert line.startswith("nufilt: ") and said in line
+        assert not (tmp_path / "out").exists()
+
+
+CLUSTER = ("--coordinator", "127.0.0.1:9", "--processes", "2", "--process")
+REFUSED = {
+    "--coordinator: belongs to --distributed": (2, ("--coordinator", "127.0.0.1:9")),
+    "--process: must be at least 0 and below --processes, got 2": (2, ("--distributed", *CLUSTER, "2")),
+    "--distributed: does not go with an evaluation": (2, ("--distributed", *CLUSTER, "0", "--evaluate")),
+    "--distributed: finds no other processes": (1, ("--distributed",)),
+}
+
+
+@pytest.mark.parametrize("said", REFUSED)
+def test_refused_before_anybody_is_looked_for(shared_models, tmp_path, finish, command, said):
+    code, options = REFUSED[said]
+    result = finish("-m", "nufilt_jax.cli", *command(shared_models, tmp_path / "out", *FAST, *options))
+    assert (result.code, len(result.lines)) == (code, 1), result.err
+    assert result.lines[0].startswith(f"nufilt: {said}")
