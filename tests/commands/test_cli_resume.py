@@ -34,7 +34,7 @@ def test_same_command_twice_touches_nothing(shared_models, tmp_path, nufilt, com
     without_flag = [{**step, "resumed": False} for step in second.json["steps"]]
     assert without_flag == first.json["steps"]
     third = nufilt(*[part for part in argv if part != "--json"])
-    assert third.out.count("resumed") == 3
+    assert "all is done" in third.out and "resumed" not in third.out
 
 
 def test_two_fresh_runs_give_the_same_bits(shared_models, tmp_path, nufilt, command):
@@ -75,7 +75,7 @@ def test_add_does_not_need_the_earlier_tasks(models, tmp_path, nufilt, command, 
     monkeypatch.chdir(models)
     result = nufilt("add", tmp_path / "out", "--task", "gamma=gamma", "--json")
     assert result.code == 0
-    assert result.json["tasks"][2]["source"] == str(models / "gamma")
+    assert result.json["tasks"][2]["source"] == "../models/gamma"
 
 
 def test_sources_are_recorded_from_the_output_folder(models, tmp_path, nufilt, monkeypatch):
