@@ -11,7 +11,9 @@ from typing import Any, get_args
 from jax.sharding import Mesh
 
 from nufilt_jax.anatomy import shape_in
-from nufilt_jax.config import MethodConfig, OtherParams, problem
+from nufilt_jax.config import MethodConfig as MethodConfig
+from nufilt_jax.config import OtherParams, problem
+from nufilt_jax.config import number as number
 from nufilt_jax.errors import ConfigError, Problem, raise_all
 from nufilt_jax.methods import (
     adamerging,
@@ -33,10 +35,18 @@ from nufilt_jax.methods import (
 from nufilt_jax.methods.data import TaskData as TaskData
 from nufilt_jax.methods.elementwise import move_others
 from nufilt_jax.methods.matrices import require_finite
-from nufilt_jax.methods.merger import Merger
+from nufilt_jax.methods.merger import Merger as Merger
 from nufilt_jax.methods.selection import Selection, select
+from nufilt_jax.methods.selection import every_tensor as every_tensor
+from nufilt_jax.methods.selection import is_linear_layer as is_linear_layer
+from nufilt_jax.methods.selection import published_layers as published_layers
 from nufilt_jax.methods.stacked import Names, Params, Ranks, TaskVector, stack_names, task_vector, zeros
-from nufilt_jax.methods.state import Context, MergeState, Numbers, OnStack, Rule, check_task
+from nufilt_jax.methods.stacked import Stacked as Stacked
+from nufilt_jax.methods.state import Advance as Advance
+from nufilt_jax.methods.state import Context as Context
+from nufilt_jax.methods.state import MergeState as MergeState
+from nufilt_jax.methods.state import Numbers, OnStack, check_task
+from nufilt_jax.methods.state import Rule as Rule
 
 RULES: dict[str, Rule[Any]] = {
     module.RULE.name: module.RULE

@@ -75,7 +75,7 @@ def test_with_little_room_nothing_is_read_ahead():
 def test_an_impossible_cap_is_refused_with_the_least_that_would_do():
     with pytest.raises(ConfigError, match="GB are too little") as caught:
         planned(RUNTIME)
-    least = parse_size(str(caught.value).split("--max-memory ")[1].rstrip(")"))
+    least = parse_size(caught.value.problems[0].fix.split("--max-memory ")[1].rstrip(")"))
     assert planned(least)[1].planned <= least
     with pytest.raises(ConfigError):
         planned(least - 2 * MB)
