@@ -46,7 +46,7 @@ ROOMS = {
     "anatomy": set(),
     "patterns": set(),
 }
-SHELLS = {"api", "commands", "cli", "merge", "__init__"}
+SHELLS = {"api", "commands", "cli", "merge", "__init__", "__main__"}
 OPEN_TO_ALL = {"__version__", "anatomy", "config", "durable", "errors", "patterns", "strict_json"}
 CORE_LIBRARIES = {"jax", "optax", "chex", "jaxtyping", "numpy", "scipy", "threadpoolctl"}
 

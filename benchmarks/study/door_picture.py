@@ -81,11 +81,11 @@ def _head(study: Json, runs: dict[str, Json]) -> str:
 def _legend() -> list[str]:
     entries = (
         ('<path class="own" d="M0 -4h22"/>', "the task's own model"),
-        ('<circle class="merged" cx="11" cy="-4" r="4.5"/>', "NUFILT at the end; the line: since it was merged"),
+        ('<circle class="merged" cx="11" cy="-4" r="4.5"/>', "NUFILT at the end; line: since it was merged"),
         ('<circle class="sum" cx="11" cy="-4" r="4.5"/>', "plain sum"),
         ('<circle class="base" cx="11" cy="-4" r="4.5"/>', "pre-trained"),
     )
-    places = (LEFT, LEFT + 170, LEFT + 480, LEFT + 580)
+    places = (LEFT, LEFT + 170, LEFT + 500, LEFT + 610)
     return [
         f'<g transform="translate({x} 46)">{mark}<text class="small" x="28">{text}</text></g>'
         for (mark, text), x in zip(entries, places, strict=True)

@@ -72,8 +72,9 @@ def _run(arguments: Arguments, stdout: Console, stderr: Console) -> None:
         scores = _scores(plan, place, watcher)
     show.show_warnings(stderr, tuple(evaluation.warnings) if evaluation else ())
     if arguments.json:
-        told = recipe.as_seen_from(place.out).to_json()
-        show.show_json(stdout, {"out": str(place.out), **told, **({"evaluation": scores} if scores else {})})
+        # With full paths, where nufilt.json has them relative to its folder: what reads this stands anywhere.
+        told = {"out": str(place.out), **recipe.to_json()}
+        show.show_json(stdout, told | ({"evaluation": scores} if scores else {}))
     elif not arguments.quiet:
         show.show_result(stdout, recipe, str(place.out))
         if scores:
