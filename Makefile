@@ -3,6 +3,8 @@
 #   make test      the tests
 #   make interop   the tests against transformers' own classes, Flax ones (4.57) and torch ones (5), peft's, and TPUs' compiler
 #   make check     formatter, linter, type checker
+#   make docs      the documentation, into docs/_build/html; warnings are errors
+#   make package   wheel and sdist, checked, installed and tried from outside the checkout
 #   make clean     remove the environments and caches
 
 PYTHON ?= python3
@@ -10,18 +12,20 @@ VENV ?= .venv
 FLAX_VENV ?= .venv-flax
 TORCH_VENV ?= .venv-torch
 TPU_VENV ?= .venv-tpu
+DOCS_VENV ?= .venv-docs
+PACKAGE_VENV ?= .venv-package
 JOBS ?= 2
 # Files and folders of tests; none is all.
 TESTS ?=
 
-VENVS := $(VENV) $(FLAX_VENV) $(TORCH_VENV) $(TPU_VENV)
+VENVS := $(VENV) $(FLAX_VENV) $(TORCH_VENV) $(TPU_VENV) $(DOCS_VENV) $(PACKAGE_VENV)
 PINS := pyproject.toml constraints.txt
 FLAX_PINS := tests/interop/constraints-flax.txt
 # A comma cannot be written in the arguments of call.
 comma := ,
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test interop interop-flax interop-torch interop-tpu check clean
+.PHONY: demo test interop interop-flax interop-torch interop-tpu check docs package clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python -m nufilt_jax.merge --model tiny
@@ -45,8 +49,19 @@ check: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
+docs: $(DOCS_VENV)/.done
+	$(DOCS_VENV)/bin/python -m sphinx --builder html --fail-on-warning --keep-going --quiet docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+package: $(PACKAGE_VENV)/.done
+	rm -rf dist
+	$(PACKAGE_VENV)/bin/python -m build --outdir dist .
+	$(PACKAGE_VENV)/bin/python -m twine check --strict dist/*
+	$(PACKAGE_VENV)/bin/python -m pip install --quiet --force-reinstall --no-deps dist/*.whl
+	cd / && $(CURDIR)/$(PACKAGE_VENV)/bin/python $(CURDIR)/tests/wheel.py
+
 clean:
-	rm -rf .venv .venv-* .pytest_cache .ruff_cache .hypothesis dist build
+	rm -rf .venv .venv-* .pytest_cache .ruff_cache .hypothesis dist build docs/_build docs/notebooks
 	find nufilt_jax tests benchmarks notebooks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # $(call require,COMMAND): fails with one line unless it is a Python that this package runs on.
@@ -78,6 +93,12 @@ $(FLAX_VENV)/constraints.txt: constraints.txt $(FLAX_PINS) | $(FLAX_VENV)/bin/py
 
 $(FLAX_VENV)/.done: $(FLAX_VENV)/constraints.txt $(PINS)
 	$(call install,$(FLAX_VENV)/constraints.txt,--editable '.[test]' transformers pillow)
+
+$(DOCS_VENV)/.done: $(PINS) | $(DOCS_VENV)/bin/python
+	$(call install,constraints.txt,--editable '.[docs]')
+
+$(PACKAGE_VENV)/.done: $(PINS) | $(PACKAGE_VENV)/bin/python
+	$(call install,constraints.txt,'.[eval]' build twine)
 
 $(TORCH_VENV)/.done: $(PINS) | $(TORCH_VENV)/bin/python
 	$(call install,constraints.txt,--editable '.[test$(comma)torch]')

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+_OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 # What moves a terminal's cursor, ends a line, or turns the direction of the text behind it.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 _NUMBERS = re.compile(r"\[[\d, ]*\]|\d+(?:\.\d+)?(?:e[-+]?\d+)?")  # and shapes
@@ -29,6 +30,14 @@ class Problem(NamedTuple):
     what: str
     fix: str = ""
     tensor: str = ""
+
+    def in_python(self) -> str:
+        """The same in Python's words: options by the names of arguments."""
+        where = self.where
+        if where.startswith("--"):
+            what = f"{_argument(where)} {self.what}"
+            return str(Problem("", _in_words(what), _in_words(self.fix), self.tensor))
+        return str(self._replace(what=_in_words(self.what), fix=_in_words(self.fix)))
 
     def __str__(self) -> str:
         # One line, whatever a foreign message brought along; and no command to the terminal, whatever a name did.
@@ -84,6 +93,14 @@ def _cause(problem: Problem, whats: dict[str, str]) -> tuple[str, ...]:
     return (folder, "files", what, problem.fix) if folder else (problem.where, problem.what, what, problem.fix)
 
 
+def _argument(option: str) -> str:
+    return option.removeprefix("--").replace("-", "_")
+
+
+def _in_words(text: str) -> str:
+    return _OPTION.sub(lambda found: _argument(found[0]), text)
+
+
 class NufiltError(Exception):
     """Base of all errors of this package; `problems` lists everything found, not only the first."""
 
@@ -92,7 +109,7 @@ class NufiltError(Exception):
         self.problems = problems
 
     def __str__(self) -> str:
-        return "\n".join(map(str, summarised(self.problems)))
+        return "\n".join(problem.in_python() for problem in summarised(self.problems))
 
 
 class ConfigError(NufiltError, ValueError):

@@ -8,20 +8,28 @@ from typing import Any, NamedTuple
 from nufilt_jax.analysis.forecast import QUANTITIES
 from nufilt_jax.analysis.layers import GROUPS
 from nufilt_jax.analysis.pictures import RELATIVE, affinity_picture
+from nufilt_jax.analysis.verdict import verdict
 
 _STYLE = """
-:root { color-scheme: light; font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; }
+:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; --line: #ddd; --rule: #ccc; --dim: #555; }
+html { color: #1a1a1a; background: #fff; }
 body { max-width: 64rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.6rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.2rem; border-bottom: 1px solid #ccc; margin-top: 2rem; }
+h2 { font-size: 1.2rem; border-bottom: 1px solid var(--rule); margin-top: 2rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.875rem; font-variant-numeric: tabular-nums; }
-th, td { border-bottom: 1px solid #ddd; padding: 0.25rem 0.6rem; text-align: right; white-space: nowrap; }
+th, td { border-bottom: 1px solid var(--line); padding: 0.25rem 0.6rem; text-align: right; white-space: nowrap; }
 th { white-space: normal; vertical-align: bottom; min-width: 4rem; }
 th:first-child, td:first-child, .text { text-align: left; }
 td.text { white-space: normal; overflow-wrap: anywhere; min-width: 8rem; }
-img { display: block; max-width: 100%; min-width: 36rem; height: auto; margin: 0.5rem 0; }
-.missing { color: #555; font-style: italic; }
+img { display: block; max-width: 100%; min-width: 36rem; height: auto; margin: 0.5rem 0; background: #fff; }
+.missing { color: var(--dim); font-style: italic; }
+#verdict { font-size: 1.05rem; overflow-wrap: anywhere; }
+@media screen and (prefers-color-scheme: dark) {
+  :root { --line: #30363d; --rule: #444c56; --dim: #9da7b3; }
+  html { color: #e6edf3; background: #0d1117; }
+  img { border-radius: 4px; }
+}
 @media print {
   :root { font-size: 10pt; }
   body { max-width: none; padding: 0; }
@@ -54,6 +62,7 @@ class Told(NamedTuple):
       compiled: number of programs, and seconds; None if that is not known.
       inputs: base and tasks: name, source, revision of a Hub model, SHA-256 by file.
       settings: all, with versions and `device`.
+      compared: rows of `evaluation.json`, of this merge and of other models; empty where there are none.
     """
 
     steps: Sequence[tuple[str, float, Mapping[str, float]]]
@@ -61,6 +70,7 @@ class Told(NamedTuple):
     compiled: tuple[int, float] | None
     inputs: Sequence[tuple[str, str, str | None, Mapping[str, str]]]
     settings: Mapping[str, Any]
+    compared: Sequence[Mapping[str, Any]] = ()
 
 
 def report_page(document: Mapping[str, Any], recipe: Told, pictures: Mapping[str, bytes]) -> str:
@@ -73,6 +83,8 @@ def report_page(document: Mapping[str, Any], recipe: Told, pictures: Mapping[str
     """
     title = f"{document['method']}: {len(document['tasks'])} tasks merged"
     sections = (
+        _verdict(document, recipe),
+        _comparison(document, recipe),
         _accuracy(document, pictures),
         _forecast(document, pictures),
         _losses(document, pictures),
@@ -97,6 +109,26 @@ def _summary(document: Mapping[str, Any], recipe: Told) -> str:
         told.append(f"ACC {100 * accuracy['acc']:.1f} %, BWT {100 * accuracy['bwt']:+.1f} points.")
     told.append(f"Solved in {sum(step[1] for step in recipe.steps):.1f} s on {recipe.settings['device']}.")
     return " ".join(told)
+
+
+def _verdict(document: Mapping[str, Any], recipe: Told) -> str:
+    return _section("verdict", "Verdict", *map(_paragraph, verdict(document, recipe.compared)))
+
+
+def _comparison(document: Mapping[str, Any], recipe: Told) -> str:
+    title, tasks = "Beside other models", document["tasks"]
+    if not recipe.compared:
+        return _section("comparison", title, _missing(document, "comparison", "no other model was evaluated"))
+    rows = [
+        [
+            row["name"],
+            *(_percent(row["accuracy"].get(task)) for task in tasks),
+            _percent(row["acc"]),
+            _percent(row["bwt"]),
+        ]
+        for row in recipe.compared
+    ]
+    return _section("comparison", title, _table(["test accuracy, %", *tasks, "ACC", "BWT"], rows))
 
 
 def _accuracy(document: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
@@ -179,7 +211,8 @@ def _time(recipe: Told) -> str:
         [task, _number(seconds, 2), *(_number(timings.get(part), 2) for part in parts)]
         for task, seconds, timings in recipe.steps
     ]
-    steps = _table(["seconds", "step", *parts], rows)
+    named = ["compile (of solve)" if part == "compile" else part for part in parts]
+    steps = _table(["seconds", "step", *named], rows)
     whole = [[name, _number(seconds, 2)] for name, seconds in recipe.timings.items()]
     if recipe.compiled is not None:
         programs, seconds = recipe.compiled

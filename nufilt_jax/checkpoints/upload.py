@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 from nufilt_jax.errors import OutputError, Problem
 
@@ -25,7 +26,8 @@ def upload_folder(folder: Path, repo: str, names: Sequence[str], *, message: str
     from huggingface_hub import HfApi, errors
 
     # Of the network too, whichever client the library speaks through.
-    failures: tuple[type[Exception], ...] = (*errors.HfHubHTTPError.__bases__, OSError, ValueError)
+    http = cast(tuple[type[Exception], ...], errors.HfHubHTTPError.__bases__)
+    failures = (*http, OSError, ValueError)
     patterns = [_PATTERN.sub(r"[\g<0>]", name) for name in names]
     try:
         made = HfApi().create_repo(repo, private=private or None, exist_ok=True)

@@ -20,6 +20,7 @@ from nufilt_jax.commands.failures import traceback_beside, traceback_kept
 from nufilt_jax.commands.measured import measure
 from nufilt_jax.config import problem
 from nufilt_jax.durable import atomic_write
+from nufilt_jax.engine.evaluation import EVALUATION
 from nufilt_jax.engine.job import read_recipe
 from nufilt_jax.engine.tiny import family_of
 from nufilt_jax.errors import (
@@ -138,13 +139,23 @@ def _write(out: Path, document: dict[str, Any], recipe: Recipe, pictures: Mappin
     shutil.rmtree(out / PICTURES, ignore_errors=True)
     (out / PICTURES).mkdir()
     files = {f"{PICTURES}/{name}.png": content for name, content in pictures.items()}
-    files[REPORT] = report_page(document, _told(recipe.as_seen_from(out)), pictures).encode()
+    files[REPORT] = report_page(document, _told(recipe.as_seen_from(out), _compared(recipe, out)), pictures).encode()
     for name, content in files.items():
         atomic_write(out / name, content)
     write_json(out / ANALYSIS, document)
 
 
-def _told(recipe: Recipe) -> Told:
+def _compared(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
+    """The models that were evaluated on the merge's tasks, from `evaluation.json`; none if there is no such file."""
+    if not (folder / EVALUATION).is_file():
+        return []
+    found = read_json(folder / EVALUATION)
+    known = {"name", "accuracy", "acc", "bwt"}
+    rows = [row for row in found.get("models", []) if isinstance(row, dict) and known <= row.keys()]
+    return rows if found.get("tasks") == recipe.task_names else []
+
+
+def _told(recipe: Recipe, compared: Sequence[Mapping[str, Any]]) -> Told:
     """What a report tells of a merge's recipe."""
     settings = recipe.settings.to_json()
     config, compiled = settings.pop("config"), dict(recipe.compiled)
@@ -156,6 +167,7 @@ def _told(recipe: Recipe) -> Told:
             (model.name, model.source, model.revision, model.sha256 or {}) for model in (recipe.base, *recipe.tasks)
         ],
         settings={**settings, **config, **recipe.versions, "device": recipe.device},
+        compared=compared,
     )
 
 

@@ -92,9 +92,9 @@ def _merge(arguments: Arguments, hosts: Hosts, stdout: Console, stderr: Console)
         scores = _scores(plan, place, watcher)
     show.show_warnings(stderr, tuple(evaluation.warnings) if evaluation else ())
     if arguments.json:
-        show.show_json(
-            stdout, {"out": str(place.out), **recipe.to_json(), **({"evaluation": scores} if scores else {})}
-        )
+        # With full paths, where nufilt.json has them relative to its folder: what reads this stands anywhere.
+        told = {"out": str(place.out), **recipe.to_json()}
+        show.show_json(stdout, told | ({"evaluation": scores} if scores else {}))
     elif not arguments.quiet:
         show.show_result(stdout, recipe, str(place.out))
         if scores:

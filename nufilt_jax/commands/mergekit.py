@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from nufilt_jax.api import task_names
 from nufilt_jax.errors import ConfigError, Problem, raise_all
 from nufilt_jax.strict_json import shown
 
@@ -43,10 +44,10 @@ def options_of_mergekit(document: Mapping[str, Any], path: Path) -> dict[str, An
     raise_all(ConfigError, problems)
     method, models, base = document["merge_method"], document["models"], document.get("base_model")
     tasks = [entry for entry in models if method == "linear" or entry["model"] != base]
-    common = document.get("parameters") or {}
+    common, sources = document.get("parameters") or {}, [entry["model"] for entry in tasks]
     options: dict[str, Any] = {
         "base": base or tasks[0]["model"],
-        "tasks": _named([entry["model"] for entry in tasks]),
+        "tasks": dict(zip(task_names(sources), sources, strict=True)),
         "method": _METHODS[method],
     }
     # mergekit moves all that it merges, and our methods for these do.
@@ -135,15 +136,3 @@ def _is_entry(entry: Any) -> bool:
 def _of(entry: Mapping[str, Any], common: Mapping[str, Any], key: str, default: Any) -> Any:
     """A parameter of a model, else of all models, else mergekit's default."""
     return (entry.get("parameters") or {}).get(key, common.get(key, default))
-
-
-def _named(sources: list[str]) -> dict[str, str]:
-    """Task names from the ends of paths and Hub ids; numbered where two are alike."""
-    named: dict[str, str] = {}
-    for source in sources:
-        stem = source.rstrip("/").rpartition("/")[2].partition("@")[0] or "task"
-        name, n = stem, 1
-        while name in named:
-            name, n = f"{stem}-{n + 1}", n + 1
-        named[name] = source
-    return named

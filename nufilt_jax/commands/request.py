@@ -15,7 +15,7 @@ from nufilt_jax.engine.hosts import Cluster
 from nufilt_jax.engine.job import EvaluationOptions, Job, recorded_in
 from nufilt_jax.engine.memory import parse_size
 from nufilt_jax.errors import ConfigError, NufiltError, OutputError, Problem, UsageError, gathering, raise_all
-from nufilt_jax.methods import RULES
+from nufilt_jax.methods import RULES, canonical_name, load_own
 from nufilt_jax.output.place import OutputPlace
 from nufilt_jax.output.recipe import VERSION, Model
 from nufilt_jax.presets import (
@@ -159,6 +159,8 @@ def continued_job(arguments: Arguments, place: OutputPlace) -> Job:
     Raises:
       NufiltError: there is none, or its recipe is damaged.
     """
+    if arguments.method is not None and ":" in arguments.method:
+        load_own(arguments.method)  # before the recipe names it
     recorded = recorded_in(place)
     if recorded is None:
         fix = "start one with --base, --task and --out"
@@ -238,7 +240,8 @@ def _preset(arguments: Arguments, order: int | None, zoo: Path | None) -> Preset
 
 
 def _needs_data(method: str | None) -> bool:
-    return method in RULES and RULES[method].needs_data
+    rule = RULES.get(canonical_name(method or DEFAULT_METHOD))
+    return rule is not None and rule.needs_data
 
 
 def _idle_data(arguments: Arguments, method: str) -> tuple[str, ...]:

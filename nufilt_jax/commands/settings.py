@@ -8,7 +8,7 @@ from nufilt_jax.commands.arguments import Arguments, EvaluateArguments
 from nufilt_jax.config import ComputeType, MethodConfig, OtherParams, OutputKind, option, problem
 from nufilt_jax.engine.job import EvaluationOptions
 from nufilt_jax.errors import ConfigError, Problem, gathering
-from nufilt_jax.methods import RULES, find
+from nufilt_jax.methods import canonical_name, find, load_own
 from nufilt_jax.output.recipe import Settings
 from nufilt_jax.strict_json import shown
 
@@ -37,11 +37,11 @@ def read_settings(
       The settings, with defaults in place of what is refused; warnings; and what is refused.
     """
     problems: list[Problem] = []
-    method = arguments.method or DEFAULT_METHOD
     pairs = arguments.method_args
-    if method not in RULES:
-        with gathering(problems):
-            find(method)
+    method = None
+    with gathering(problems):
+        method = known_method(arguments.method)
+    if method is None:
         method, pairs = DEFAULT_METHOD, ()
     config, warnings = _config(method, preset.get(method, {}), arguments.config_flags(), pairs, problems)
     if arguments.seed is not None and arguments.seed >= 1 << 63:
@@ -70,6 +70,17 @@ def _out_rank(rank: int | None, problems: list[Problem]) -> int | None:
     return rank
 
 
+def known_method(asked: str | None) -> str:
+    """The name of the method that is asked for; one of the user's own is imported.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    if asked is not None and ":" in asked:
+        return load_own(asked).name
+    return find(asked or DEFAULT_METHOD).name
+
+
 def read_evaluation(arguments: EvaluateArguments, problems: list[Problem]) -> EvaluationOptions:
     """How to evaluate; what is refused goes to `problems`, and its default takes its place."""
     limit = arguments.limit
@@ -88,7 +99,7 @@ def read_evaluation(arguments: EvaluateArguments, problems: list[Problem]) -> Ev
 def changed_settings(arguments: Arguments, settings: Settings) -> list[Problem]:
     """The options that ask for other settings than a merge under way has, or that are refused in any case."""
     wanted: dict[str, tuple[Any, Any]] = {
-        "method": (arguments.method, settings.method),
+        "method": (arguments.method and canonical_name(arguments.method), settings.method),
         "seed": (arguments.seed, settings.seed),
         "layers": (arguments.layers, settings.layers),
         "other_params": (arguments.other_params, settings.other_params),

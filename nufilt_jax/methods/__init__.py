@@ -1,13 +1,20 @@
-"""Every merging rule as a pair of pure functions, in one registry."""
+"""Every merging rule as a pair of pure functions, in one registry, which rules of your own can join."""
 
 import dataclasses
+import importlib
+import importlib.metadata
+import os
+import sys
+from collections.abc import Mapping
 from typing import Any, get_args
 
 from jax.sharding import Mesh
 
 from nufilt_jax.anatomy import shape_in
-from nufilt_jax.config import MethodConfig, OtherParams, problem
-from nufilt_jax.errors import ConfigError, Problem
+from nufilt_jax.config import MethodConfig as MethodConfig
+from nufilt_jax.config import OtherParams, problem
+from nufilt_jax.config import number as number
+from nufilt_jax.errors import ConfigError, Problem, raise_all
 from nufilt_jax.methods import (
     adamerging,
     adapter_only,
@@ -28,9 +35,18 @@ from nufilt_jax.methods import (
 from nufilt_jax.methods.data import TaskData as TaskData
 from nufilt_jax.methods.elementwise import move_others
 from nufilt_jax.methods.matrices import require_finite
+from nufilt_jax.methods.merger import Merger as Merger
 from nufilt_jax.methods.selection import Selection, select
+from nufilt_jax.methods.selection import every_tensor as every_tensor
+from nufilt_jax.methods.selection import is_linear_layer as is_linear_layer
+from nufilt_jax.methods.selection import published_layers as published_layers
 from nufilt_jax.methods.stacked import Names, Params, Ranks, TaskVector, stack_names, task_vector, zeros
-from nufilt_jax.methods.state import Context, Merger, MergeState, Numbers, OnStack, Rule, check_task
+from nufilt_jax.methods.stacked import Stacked as Stacked
+from nufilt_jax.methods.state import Advance as Advance
+from nufilt_jax.methods.state import Context as Context
+from nufilt_jax.methods.state import MergeState as MergeState
+from nufilt_jax.methods.state import Numbers, OnStack, check_task
+from nufilt_jax.methods.state import Rule as Rule
 
 RULES: dict[str, Rule[Any]] = {
     module.RULE.name: module.RULE
@@ -54,15 +70,93 @@ RULES: dict[str, Rule[Any]] = {
 }
 
 
+ALIASES = {"iso": "iso_c", "tsvm": "tsv_m"}  # the names in their authors' programs
+ENTRY_POINTS = "nufilt_jax.methods"  # group of the rules that other packages bring
+
+
+def register(rule: Rule[Any]) -> Rule[Any]:
+    """Makes a rule known by its name, as `get` and the command line take it; returns it.
+
+    An installed package does the same without being imported, by an entry point of the group `nufilt_jax.methods`.
+
+    Raises:
+      ConfigError: another rule has that name.
+    """
+    if RULES.setdefault(rule.name, rule) is not rule or rule.name in ALIASES:
+        raise ConfigError(problem("method", f"there is a method {rule.name!r} already", "choose another name"))
+    return rule
+
+
+def canonical_name(name: str) -> str:
+    """A method's own name, of an alias.
+
+    >>> canonical_name("tsvm")
+    'tsv_m'
+    """
+    return ALIASES.get(name, name)
+
+
 def find(name: str) -> Rule[Any]:
-    """The rule called `name`.
+    """The rule called `name`: one of this package, registered, or of another package's entry point.
 
     Raises:
       ConfigError: there is none.
     """
+    name = canonical_name(name)
     if name not in RULES:
-        raise ConfigError(problem("method", f"unknown method {name!r}", f"choose from {', '.join(RULES)}"))
+        for point in importlib.metadata.entry_points(group=ENTRY_POINTS, name=name):
+            return register(_checked(point.load(), name))
+        fix = f"choose from {', '.join(RULES)}"
+        if ":" in name:  # nothing is imported because a file says so
+            fix = f"it is a rule of your own: say --method {name}"
+        raise ConfigError(problem("method", f"unknown method {name!r}", fix))
     return RULES[name]
+
+
+def load_own(name: str) -> Rule[Any]:
+    """Imports and registers a rule of the user's own, which then has this name.
+
+    Args:
+      name: `MODULE:RULE`; the module may lie in the current folder.
+
+    Raises:
+      ConfigError: there is no such module or rule in it.
+    """
+    if name in RULES:
+        return RULES[name]
+    module, _, attribute = name.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(problem("method", f"{name} cannot be imported: {error}", "give MODULE:RULE")) from error
+    finally:
+        sys.path.pop(0)
+    return register(_checked(found, name))
+
+
+def _checked(found: Any, name: str) -> Rule[Any]:
+    if not isinstance(found, Rule):
+        what = f"{name} is a {type(found).__name__}, and not a nufilt_jax.methods.Rule"
+        raise ConfigError(problem("method", what, "see the documentation: write a method in 40 lines"))
+    return dataclasses.replace(found, name=name)
+
+
+def config_of(name: str, config: MethodConfig | None, settings: Mapping[str, Any]) -> MethodConfig:
+    """A rule's settings, given whole or by name.
+
+    Raises:
+      ConfigError: both, or settings that the rule does not have or that are out of range, all listed.
+    """
+    kind = find(name).config
+    fields = {field.name for field in dataclasses.fields(kind)}
+    if config is not None:
+        raise_all(ConfigError, (Problem(key, "does not go with config", "leave one of them out") for key in settings))
+        return config
+    known = f"its settings: {', '.join(sorted(fields))}" if fields else "it has none"
+    unknown = [Problem(key, f"{name} has no such setting", known) for key in settings if key not in fields]
+    raise_all(ConfigError, unknown)
+    return kind(**settings)
 
 
 def get(
@@ -132,7 +226,10 @@ def get(
         donate: bool = False,
         data: TaskData | None = None,
         numbers: Numbers | None = None,
+        adapter_start: Params | None = None,
     ) -> MergeState:
+        if adapter_start is not None and not rule.trains_adapter:
+            raise ConfigError(Problem("adapter_start", f"means nothing to {rule.name}, which trains no correction"))
         if rule.needs_data and data is None:
             raise ConfigError(Problem("data", f"{name} needs examples of each task", "give update its `data`"))
         mine, others = choose(state.base)
@@ -143,7 +240,7 @@ def get(
         delta = state.delta if donate else state.delta.copied()
         own = dataclasses.replace(state, delta=delta.only(mine))
         take = rule.first if state.step == 0 else rule.advance
-        done = take(own, task.only(mine), Context(settings, seed, on_stack, data, numbers, mesh))
+        done = take(own, task.only(mine), Context(settings, seed, on_stack, data, numbers, mesh, adapter_start))
         moved = move_others(delta.only(others), task.only(others), state.step, other_params)
         # For all rules alike; those that know a remedy have refused before.
         require_finite(done.delta + moved)
@@ -156,4 +253,4 @@ def get(
         part = rule.looks(state.step)[number].part
         return part(own, task.only(mine), Context(settings, seed, None, None, numbers, mesh))
 
-    return Merger(init, update, look)
+    return Merger(init, update, look, rule.name, settings, remembers=rule.remembers(settings))

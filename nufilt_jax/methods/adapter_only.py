@@ -27,6 +27,7 @@ class AdapterOnlyConfig(SolveConfig):
 
 RULE = Rule(
     name="adapter_only",
+    trains_adapter=True,
     config=AdapterOnlyConfig,
     advance=nufilt.advance,  # the settings name I + BA, or B A, instead of P + BA
     scope=published_layers,

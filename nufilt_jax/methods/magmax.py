@@ -69,6 +69,7 @@ def _larger(old: Array, new: Array) -> Array:
 
 RULE = Rule(
     name="magmax",
+    remembers=lambda config: config.variant == "text",
     config=MagmaxConfig,
     first=first,
     advance=advance,

@@ -25,6 +25,7 @@ from nufilt_jax.linalg.spread import spread
 from nufilt_jax.linalg.stacks import MatrixStacks, bounds, joined, rows
 from nufilt_jax.methods.selection import published_layers
 from nufilt_jax.methods.stacked import Array, Group, Stacked, TaskVector, groups_of
+from nufilt_jax.methods.starts import given_starts
 from nufilt_jax.methods.state import Advance, Context, LayerReport, MergeState, OnStack, Rule, as_it_is
 
 # The text's θ_1 (Algorithm 1), or what the program makes of it; which one Table 4 was measured with is open.
@@ -98,7 +99,7 @@ def advance(state: MergeState, task: TaskVector, context: Context[SolveConfig]) 
         report.update(_told(begun.group, found, context.on_stack))
 
     for group in groups:
-        keys = adapter_keys(context.seed, state.step + 1, tuple(name.removesuffix(FLAT) for name in group.names))
+        keys = _starts(group, state.step + 1, context)
         d, t = (part.only(group.stacks).stacks for part in (state.delta, task))
         is_thin = all(isinstance(x, Factored) for x in d)
         if all(isinstance(x, Factored) and x.rank == 0 for x in t):  # the task did not adapt any of them
@@ -169,7 +170,8 @@ def _step(
 ) -> GroupSolution:
     """D + τ (P + BA) for the layers of one width; takes the memory of D."""
     width = deltas[0].shape[-1]
-    start = jax.vmap(lambda key: draw_start(key, config.trained_rank, width))(keys)
+    drawn = keys.ndim == 2
+    start = jax.vmap(lambda key: draw_start(key, config.trained_rank, width))(keys) if drawn else jnp.asarray(keys)
     solution = solve_group(deltas, task, start, config=config, add=True, until_certified=until_certified)
     # An objective that nothing was fitted to has no losses worth telling.
     solves = config.trained_rank > 0 or config.closed_form_ridge is not None
@@ -199,6 +201,13 @@ def _stack_by_stack(
     return tuple((d, rows(rest, i, j)) for d, (i, j) in zip(found.updates, bounds(deltas), strict=True))
 
 
+def _starts(group: Group, step: int, context: Context[SolveConfig]) -> np.ndarray:
+    """What the adapters of a group start from: the layers' keys, or the starts that are given."""
+    if context.adapter_start is not None:
+        return given_starts(context.adapter_start, group, context.config.trained_rank)
+    return adapter_keys(context.seed, step, tuple(name.removesuffix(FLAT) for name in group.names))
+
+
 def adapter_keys(seed: int, step: int, names: tuple[str, ...]) -> UInt32[np.ndarray, "layers 2"]:
     """Raw threefry keys of the adapters' starts, from (seed, step, canonical name) alone.
 
@@ -211,6 +220,7 @@ def adapter_keys(seed: int, step: int, names: tuple[str, ...]) -> UInt32[np.ndar
 
 RULE = Rule(
     name="nufilt",
+    trains_adapter=True,
     config=NufiltConfig,
     first=first,
     advance=advance,

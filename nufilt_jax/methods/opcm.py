@@ -165,6 +165,7 @@ def _rescale(
 
 RULE = Rule(
     name="opcm",
+    remembers=lambda config: True,  # the norms of the tasks, and λ
     config=OpcmConfig,
     first=first,
     advance=advance,

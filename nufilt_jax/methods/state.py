@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from nufilt_jax.errors import CheckpointError, Problem, raise_all
 from nufilt_jax.linalg.factored import dense
 from nufilt_jax.methods.data import TaskData
 from nufilt_jax.methods.elementwise import blend
-from nufilt_jax.methods.selection import Scope
+from nufilt_jax.methods.selection import Scope, published_layers
 from nufilt_jax.methods.stacked import Array, Params, Stacked, TaskVector
 
 C = TypeVar("C", bound=MethodConfig)
@@ -78,6 +78,11 @@ class MergeState:
         moved = {name: merged_tensor(base[name], dense(joined(delta, name, base[name]))) for name in self.touched}
         return base | moved | self.added
 
+    def __repr__(self) -> str:
+        n_numbers = sum(np.prod(shape) for shape in self.delta.shapes.values())
+        told = f"{len(self.touched)} of {len(self.base)} tensors merged, {n_numbers / 1e6:.3g} M numbers"
+        return f"MergeState(step={self.step}, {told})"
+
     @property
     def touched(self) -> tuple[str, ...]:
         """Names of the tensors that the layers of D are in, each once."""
@@ -106,54 +111,6 @@ OnStack = Callable[[str, LayerReport], None]
 Numbers = Mapping[str, Any]  # small arrays, by what they are
 
 
-@runtime_checkable
-class Update(Protocol):
-    """Merges one more task."""
-
-    def __call__(
-        self,
-        state: MergeState,
-        task: Params | TaskVector,
-        on_stack: OnStack | None = None,
-        *,
-        donate: bool = False,
-        data: TaskData | None = None,
-        numbers: Numbers | None = None,
-    ) -> MergeState:
-        """The state after the task.
-
-        Args:
-          state: the merge so far.
-          task: θ_t by canonical name, or τ as `task_vector` makes it with the names of `state.delta`; tensors that
-            the rule does not touch may be missing.
-          on_stack: called after each group of layers with its description and its layers' reports, stacked.
-          donate: gives up `state.delta`, so that the new D can take its memory; else `state` is left as it is.
-          data: unlabelled examples of the task, for the rules that need them.
-          numbers: what the rule's survey has found of the whole model, where `state` is a part of one; else None.
-
-        Raises:
-          ConfigError: the rule needs data, and there are none.
-          CheckpointError: tensors that are missing or of another shape, all listed.
-          SolveError: layers whose result is not finite, all listed.
-        """
-        ...
-
-
-class Merger(NamedTuple):
-    """A merging rule, as an optimiser in optax: `state = init(base)`, `state = update(state, task)`.
-
-    Attributes:
-      init: the state before the first task, of a base.
-      update: the state after one more task.
-      look: one look of the rule's survey at a part of a model: of its state, whose D it may give up, τ, the look's
-        number, and what the looks before it have found.
-    """
-
-    init: Callable[[Params], MergeState]
-    update: Update
-    look: Callable[[MergeState, TaskVector, int, Numbers | None], Numbers]
-
-
 @dataclasses.dataclass(frozen=True)
 class Context(Generic[C_co]):
     """What a rule is given besides state and task.
@@ -165,6 +122,7 @@ class Context(Generic[C_co]):
       data: of the task, for rules that need it.
       numbers: of the whole model, as the looks so far have found them; None if there were none.
       mesh: divides the layers of a stack among its devices, in rules that spread; None for one device.
+      adapter_start: A0 by layer, in place of the drawn ones; None to draw them.
     """
 
     config: C_co
@@ -173,6 +131,7 @@ class Context(Generic[C_co]):
     data: TaskData | None
     numbers: Numbers | None = None
     mesh: Mesh | None = None
+    adapter_start: Params | None = None
 
 
 class Advance(NamedTuple):
@@ -195,6 +154,10 @@ def as_it_is(state: MergeState, task: TaskVector, context: Context[MethodConfig]
 def scaled(state: MergeState, task: TaskVector, context: Context[ScaledConfig]) -> Advance:
     """θ^m_1 = θ0 + λ τ_1."""
     return Advance(blend(state.delta, task, keep=0.0, gain=context.config.scale))
+
+
+def _never(config: MethodConfig) -> bool:
+    return False
 
 
 class Look(NamedTuple, Generic[C]):
@@ -233,6 +196,8 @@ class Rule(Generic[C]):
       first_survey: as much for the first task.
       states: arrays of the size of D that are kept from task to task, D included.
       in_factors: whether D and τ may be factored: it multiplies them from the right, and adds them up.
+      trains_adapter: whether it trains a low-rank correction, whose start can be given.
+      remembers: whether, with these settings, it keeps more from task to task than the merged model.
       workspace: memory that an update takes beside these, τ and what programs need for a few layers, in sizes of D.
       spreads: whether it solves layers one by one, so that several devices can share them.
     """
@@ -241,11 +206,11 @@ class Rule(Generic[C]):
     config: type[C]
     first: Step[C] = as_it_is  # Eq. (1) of arXiv:2509.21413v2; not so for half of its baselines
     advance: Step[C]
-    scope: Scope
-    update: str
-    touches: str
-    cost: str
-    source: str
+    scope: Scope = published_layers
+    update: str = "a rule of your own"
+    touches: str = "what its scope says"
+    cost: str = "not stated"
+    source: str = "unpublished"
     needs_data: bool = False
     adds_parameters: bool = False
     whole_model: bool = False
@@ -255,6 +220,8 @@ class Rule(Generic[C]):
     workspace: float = 0.0
     spreads: bool = False
     in_factors: bool = False
+    trains_adapter: bool = False
+    remembers: Callable[[C], bool] = _never
 
     @property
     def needs(self) -> str:

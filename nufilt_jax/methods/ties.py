@@ -244,6 +244,7 @@ def disjoint_sum(
 
 RULE = Rule(
     name="ties",
+    remembers=lambda config: config.variant == "text",
     config=TiesConfig,
     first=first,
     advance=advance,

@@ -148,6 +148,7 @@ def _appended(rows: Array | None, new: Array) -> Array:
 
 RULE = Rule(
     name="wemoe",
+    remembers=lambda config: True,
     config=WemoeConfig,
     first=advance,  # an expert of a higher rank, else no exception
     advance=advance,

@@ -232,6 +232,8 @@ class Recipe:
             recipe = recipe._moved(lambda source: found_from(source, folder))
         except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
             reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+            if isinstance(error, ConfigError):
+                reason = "; ".join(map(str, error.problems))
             what = f"the recipe nufilt.json is damaged or of another version: {reason}"
             raise OutputError(Problem(str(folder), what, "merge again into another folder")) from error
         return recipe

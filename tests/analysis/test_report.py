@@ -11,9 +11,10 @@ import pytest
 from nufilt_jax.analysis.document import as_array, as_json, make_document
 from nufilt_jax.analysis.losses import layer_stability, relative
 from nufilt_jax.analysis.report import report_page
+from nufilt_jax.analysis.verdict import verdict
 
 TASKS = ["sun397", "cars", "dtd"]
-SECTIONS = ["accuracy", "forecast", "losses", "affinity", "check", "time", "recipe"]
+SECTIONS = ["verdict", "comparison", "accuracy", "forecast", "losses", "affinity", "check", "time", "recipe"]
 HOSTILE = ["<script>alert(1)</script>", '"><img src=x onerror=alert(2)>', "a&b", "javascript:alert(3)", "]]>--><b>"]
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
@@ -71,7 +72,7 @@ def test_every_section_is_there():
     found = page(document, pictures=drawings)
     assert list(found.sections) == SECTIONS
     assert is_harmless(found)
-    assert not any("Not known" in text for text in found.sections.values())
+    assert [name for name, text in found.sections.items() if "Not known" in text] == ["comparison"]
     shown = [value.split(",", 1)[1] for _, name, value in found.attributes if name == "src"]
     assert [base64.b64decode(value) for value in shown] == list(drawings.values())
     assert all(value for tag, name, value in found.attributes if (tag, name) == ("img", "alt"))
@@ -102,7 +103,8 @@ def test_a_merge_of_which_nothing_is_known_says_so():
     reason = "images are <elsewhere>"
     found = page(build.empty_document(TASKS, {"losses": reason}))
     assert list(found.sections) == SECTIONS
-    for name in SECTIONS[:5]:
+    assert "Nothing was evaluated" in found.sections["verdict"]
+    for name in SECTIONS[1:7]:
         assert "Not known: " in found.sections[name]
     assert f"Not known: {reason}." in found.sections["losses"]
     assert "img" not in found.tags and is_harmless(found)
@@ -131,8 +133,37 @@ def test_hostile_names_are_text():
 def test_the_page_prints_and_fits_a_phone():
     content = report_page(build.empty_document(TASKS), build.recipe(TASKS), {})
     assert content.startswith("<!DOCTYPE html>") and '<html lang="en">' in content
-    assert "@media print" in content
+    assert "@media print" in content and "prefers-color-scheme: dark" in content
     assert not re.search(r"url\(|@import|https?://", content)
+
+
+def scores(name, values, bwt=None):
+    return {"name": name, "accuracy": dict(zip(TASKS, values, strict=True)), "acc": float(np.mean(values)), "bwt": bwt}
+
+
+def test_the_verdict_says_what_was_kept_lost_and_in_conflict():
+    matrix = np.array([[0.9, 0.89, 0.895], [0.5, 0.8, 0.7], [0.4, 0.4, 0.6]])
+    layers = {
+        name: {"removed_share": share, "restored_share": 0.0, "drift": 0.0}
+        for name, share in (("blocks.0.q", 0.2), ("blocks.1.q", 0.75), ("blocks.2.q", 0.5), ("blocks.3.q", 0.1))
+    }
+    forecast = [{"near_equal_cuts": [], "layers": rows} for rows in ({}, layers, layers)]
+    how = {"tasks": TASKS, "method": "nufilt", "measured": None, "missing": {}}
+    document = make_document(**how, forecast=forecast, accuracies=matrix)
+    compared = [scores("pre-trained", [0.5] * 3), scores("individual", [0.9] * 3), scores("sum", [0.55] * 3, -0.2)]
+    told = verdict(document, [*compared, scores("nufilt", matrix[:, -1], -0.05)])
+    assert told == [
+        "1 of 2 earlier tasks kept what they had when they were merged, within a point.",
+        "Lost since, in points of accuracy: cars -10.0.",
+        "ACC is 73.2 %, between 50.0 % of the pre-trained model and 90.0 % of each task's own model: 58 % of the way.",
+        "The best other merge measured is sum, with 55.0 %.",
+        "Most in conflict, by the share of a task's change that lies along directions of earlier tasks: "
+        "blocks.1.q (75 %), blocks.2.q (50 %), blocks.0.q (20 %).",
+    ]
+    assert verdict(document)[:2] == told[:2] and len(verdict(document)) == 3
+    found = page(document, build.recipe(TASKS)._replace(compared=compared))
+    assert ["sum", "55.0", "55.0", "55.0", "55.0", "-20.0"] in found.rows
+    assert all(sentence in found.sections["verdict"] for sentence in verdict(document, compared))
 
 
 def test_arrays_survive_json():

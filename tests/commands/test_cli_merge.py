@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 
 import ml_dtypes
 import model_builders as build
@@ -45,12 +46,15 @@ def test_output_folder(merged, shared_models):
 
 
 def test_recipe(merged, shared_models):
+    def source(name):
+        return os.path.relpath(shared_models / name, merged)
+
     recipe = json.loads((merged / "nufilt.json").read_text())
-    assert recipe["base"]["source"] == str(shared_models / "base")
+    assert recipe["base"]["source"] == source("base")
     assert recipe["base"]["sha256"] == {"model.safetensors": sha256(shared_models / "base" / "model.safetensors")}
     assert [task["name"] for task in recipe["tasks"]] == ["alpha", "beta", "gamma"]
     for task in recipe["tasks"]:
-        assert task["source"] == str(shared_models / task["name"])
+        assert task["source"] == source(task["name"])
         assert task["revision"] is None
         assert task["sha256"] == {"model.safetensors": sha256(shared_models / task["name"] / "model.safetensors")}
     assert (recipe["method"], recipe["seed"], recipe["layers"]) == ("nufilt", 3, None)

@@ -44,6 +44,7 @@ def test_wrong_usage_is_quick(finish):
 def test_module_and_console_script(finish):
     module = finish("-m", "nufilt_jax.merge", "--help")
     assert module.code == 0 and "--base" in module.out
+    assert finish("-m", "nufilt_jax", "--version").out.strip() == __version__
     script = Path(sys.executable).with_name("nufilt")
     if script.exists():
         assert "nufilt_jax.cli" in script.read_text()

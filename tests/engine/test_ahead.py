@@ -222,5 +222,5 @@ def test_the_recipe_tells_where_the_time_went(shared_models, tmp_path, nufilt, c
     recipe = nufilt(*command(shared_models, tmp_path / "out", "--json")).json
     assert recipe["timings"].keys() == {*("plan", "inspect", "write_state", "write_model")}
     for step in recipe["steps"]:
-        assert step["timings"].keys() == {"read", "put", "wait", "solve"}
+        assert step["timings"].keys() == {"read", "put", "wait", "solve", "compile"}
         assert step["timings"]["solve"] <= step["seconds"]

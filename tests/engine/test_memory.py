@@ -25,7 +25,7 @@ def test_a_size_is_read(text, n_bytes):
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "8 apples", "0GB", "1e9", "8GB8", "9" * 40, "∞GB"])
 def test_no_size_is_refused(text):
-    with pytest.raises(ConfigError, match=r"--max-memory: must be a size as 8GB or 8GiB"):
+    with pytest.raises(ConfigError, match=r"max_memory must be a size as 8GB or 8GiB"):
         parse_size(text)
 
 
@@ -75,7 +75,7 @@ def test_with_little_room_nothing_is_read_ahead():
 def test_an_impossible_cap_is_refused_with_the_least_that_would_do():
     with pytest.raises(ConfigError, match="GB are too little") as caught:
         planned(RUNTIME)
-    least = parse_size(str(caught.value).split("--max-memory ")[1].rstrip(")"))
+    least = parse_size(caught.value.problems[0].fix.split("--max-memory ")[1].rstrip(")"))
     assert planned(least)[1].planned <= least
     with pytest.raises(ConfigError):
         planned(least - 2 * MB)

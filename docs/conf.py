@@ -1,0 +1,41 @@
+"""How Sphinx makes these pages: make docs."""
+
+import shutil
+from pathlib import Path
+
+import nufilt_jax
+
+ROOT = Path(__file__).parents[1]
+
+project = "nufilt_jax"
+author = "the authors of nufilt_jax"
+release = nufilt_jax.__version__
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "sphinx_design",
+    "cyclopts.sphinx_ext",
+]
+html_theme = "sphinx_book_theme"
+html_title = "nufilt_jax"
+html_static_path = ["_static"]
+html_theme_options = {"home_page_in_toc": True, "show_toc_level": 2}
+exclude_patterns = ["_build"]
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_heading_anchors = 3
+nb_execution_mode = "off"  # the notebooks are run by the tests, and hold what they showed
+napoleon_use_ivar = True  # attributes stand once
+napoleon_attr_annotations = False  # shapes begin with a star, which is markup there
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_default_options = {"members": True}
+# Pages that are included from elsewhere keep their own first heading.
+suppress_warnings = ["myst.header"]
+
+# The notebooks stay where they are run.
+(ROOT / "docs" / "notebooks").mkdir(exist_ok=True)
+for notebook in (ROOT / "notebooks").glob("*.ipynb"):
+    shutil.copyfile(notebook, ROOT / "docs" / "notebooks" / notebook.name)

@@ -1,0 +1,78 @@
+"""What a merge did, in sentences: what was kept, what was lost, which layers conflict."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from nufilt_jax.analysis.losses import known_mean
+
+_NOTICED = 0.01  # share of right answers from which a loss is told of
+_LAYERS = 3  # so many are named
+_PLAIN = ("pre-trained", "individual")  # rows of models that are no merges
+
+
+def verdict(document: Mapping[str, Any], compared: Sequence[Mapping[str, Any]] = ()) -> list[str]:
+    """Sentences for the top of a report.
+
+    Args:
+      document: of `document.make_document`.
+      compared: rows of `evaluation.json`, of this merge and of other models; may be empty.
+    """
+    if not document["accuracy"]:
+        told = ["Nothing was evaluated: nufilt evaluate measures the model on its tasks."]
+    else:
+        told = _kept(document) + _beside(document, compared)
+    return told + _conflicts(document)
+
+
+def _kept(document: Mapping[str, Any]) -> list[str]:
+    """Of every task, what it had when it was merged and what is left of it."""
+    tasks = document["tasks"]
+    matrix = np.array(document["accuracy"]["matrix"], np.float64)
+    first, last = np.diagonal(matrix), matrix[:, -1]
+    known = [i for i in range(len(tasks) - 1) if np.isfinite(first[i]) and np.isfinite(last[i])]
+    if not known:
+        return []
+    change = last[known] - first[known]
+    kept = [tasks[i] for i, x in zip(known, change, strict=True) if x > -_NOTICED]
+    lost = sorted((x, tasks[i]) for i, x in zip(known, change, strict=True) if x <= -_NOTICED)
+    told = [f"{len(kept)} of {len(known)} earlier tasks kept what they had when they were merged, within a point."]
+    if lost:
+        named = ", ".join(f"{name} {100 * x:+.1f}" for x, name in lost)
+        told.append(f"Lost since, in points of accuracy: {named}.")
+    return told
+
+
+def _beside(document: Mapping[str, Any], compared: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Where the merge stands between the models that it came from, and beside other merges."""
+    rows = {row["name"]: row["acc"] for row in compared}
+    own = rows.pop(document["method"], document["accuracy"]["acc"])
+    if own is None:
+        return []
+    told = []
+    if set(_PLAIN) <= rows.keys() and rows["individual"] > rows["pre-trained"]:
+        share = (own - rows["pre-trained"]) / (rows["individual"] - rows["pre-trained"])
+        told.append(
+            f"ACC is {100 * own:.1f} %, between {100 * rows['pre-trained']:.1f} % of the pre-trained model and "
+            f"{100 * rows['individual']:.1f} % of each task's own model: {100 * share:.0f} % of the way."
+        )
+    others = {name: acc for name, acc in rows.items() if name not in _PLAIN}
+    if others:
+        best = max(others, key=lambda name: others[name])
+        told.append(f"The best other merge measured is {best}, with {100 * others[best]:.1f} %.")
+    return told
+
+
+def _conflicts(document: Mapping[str, Any]) -> list[str]:
+    """The layers in which new tasks want the directions that earlier ones use."""
+    found = document["forecast"]
+    if not found:
+        return []
+    shares = known_mean(np.array(found["values"]["removed_share"], np.float64), axis=0)
+    ranked = [i for i in np.argsort(-np.nan_to_num(shares), kind="stable") if np.isfinite(shares[i])][:_LAYERS]
+    if not ranked:
+        return []
+    named = ", ".join(f"{found['layers'][i]} ({100 * shares[i]:.0f} %)" for i in ranked)
+    told = f"Most in conflict, by the share of a task's change that lies along directions of earlier tasks: {named}."
+    return [told]

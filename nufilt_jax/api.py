@@ -1,0 +1,195 @@
+"""A whole merge as one call, from Python."""
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nufilt_jax.errors import ConfigError, Problem, gathering, raise_all
+
+if TYPE_CHECKING:  # JAX and the engine are loaded by the call
+    import numpy as np
+
+    from nufilt_jax.config import MethodConfig, OtherParams
+
+Source = str | os.PathLike[str]
+
+
+def merge(
+    base: "Source | Mapping[str, Any]",
+    tasks: "Mapping[str, Source | Mapping[str, Any]] | Sequence[Source | Mapping[str, Any]]",
+    out: Source | None = None,
+    *,
+    method: str = "nufilt",
+    config: "MethodConfig | None" = None,
+    seed: int = 0,
+    layers: str | None = None,
+    conv: bool = False,
+    other_params: "OtherParams" = "pretrained",
+    format: str | None = None,
+    dtype: str | None = None,
+    max_memory: int | str | None = None,
+    offline: bool = False,
+    **settings: Any,
+) -> "dict[str, np.ndarray]":
+    """Merges fine-tuned models into one, one after another, without data: what `nufilt merge` does.
+
+    With `out`, and models given as folders or Hub ids, it is that command: the same plan, memory limit, output folder
+    and resuming. Without it, or with models in memory, the tasks are merged in memory.
+
+    Args:
+      base: the pre-trained model: a folder or Hub id, `PATH_OR_HUB[@REV]`, or its weights by canonical name.
+      tasks: fine-tuned models in the same forms, in order, with their names or without.
+      out: output folder; None to get the weights only.
+      method: name of the rule; `methods.get` and `--method help` have them.
+      config: the rule's settings; None to take `settings`.
+      seed: of the corrections' random start.
+      layers: regular expression searched in the names of matrices; None for the rule's own choice.
+      conv: whether convolutions inside blocks are matrices too.
+      other_params: what becomes of all other parameters: `pretrained`, `first` or `average`.
+      format: of the weight files, `safetensors` or `flax`; None for the base's.
+      dtype: of the stored weights; None for the base's.
+      max_memory: bytes, or as `8GB`, that a merge into `out` may take; None for half of what is free.
+      offline: use the local Hub cache alone.
+      **settings: the rule's settings by name, as `filter_rank=64`.
+
+    Returns:
+      The merged model by canonical name; with `out`, as read from there.
+
+    Raises:
+      NufiltError: with every problem of models and settings at once.
+
+    Warns:
+      UserWarning: what the command would warn about.
+
+    >>> import numpy as np, nufilt_jax as nj
+    >>> base = {"model.layers.0.mlp.up_proj.weight": np.zeros((4, 4), np.float32)}
+    >>> merged = nj.merge(base, [{name: x + 1 for name, x in base.items()}] * 3, method="sum")
+    >>> float(merged["model.layers.0.mlp.up_proj.weight"].sum())
+    48.0
+    """
+    from nufilt_jax.methods import config_of
+
+    chosen = config_of(method, config, settings)
+    named = dict(tasks) if isinstance(tasks, Mapping) else dict(zip(task_names(tasks), tasks, strict=True))
+    if not named:
+        raise ConfigError(Problem("tasks", "is empty", "give at least one fine-tuned model"))
+    how: dict[str, Any] = {"method": method, "config": chosen, "seed": seed, "layers": layers, "conv": conv}
+    how["other_params"] = other_params
+    if out is not None and not any(isinstance(model, Mapping) for model in (base, *named.values())):
+        writing = {"format": format, "dtype": dtype}
+        return _merged_into(Path(out), base, named, how | writing, max_memory=max_memory, offline=offline)
+    return _merged_in_memory(base, named, out, how, format=format, dtype=dtype, offline=offline)
+
+
+def task_names(sources: Iterable[Any]) -> list[str]:
+    """A name for each model: the end of its path or Hub id, numbered where two are alike; of weights, `task-1`.
+
+    >>> task_names(["me/cars", "you/cars@v2", {}])
+    ['cars', 'cars-2', 'task-3']
+    """
+    names: list[str] = []
+    for number, source in enumerate(sources, 1):
+        text = "" if isinstance(source, Mapping) else os.fspath(source).rstrip("/").rpartition("/")[2]
+        stem = text.partition("@")[0] or f"task-{number}"
+        numbered = (f"{stem}-{n}" for n in range(2, len(names) + 3))
+        names.append(stem if stem not in names else next(name for name in numbered if name not in names))
+    return names
+
+
+def _merged_into(
+    out: Path, base: Any, tasks: Mapping[str, Any], how: dict[str, Any], *, max_memory: int | str | None, offline: bool
+) -> "dict[str, np.ndarray]":
+    from nufilt_jax.checkpoints import load, parse_source
+    from nufilt_jax.engine.coverage import outside_warnings
+    from nufilt_jax.engine.inspection import inspect
+    from nufilt_jax.engine.job import Job
+    from nufilt_jax.engine.memory import parse_size
+    from nufilt_jax.engine.plan import make_plan
+    from nufilt_jax.engine.run import run
+    from nufilt_jax.engine.timing import Clock
+    from nufilt_jax.output.place import OutputPlace
+    from nufilt_jax.output.recipe import Model, Settings
+
+    place, problems, most = OutputPlace(out), list[Problem](), None
+    with gathering(problems):
+        most = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
+    job = Job(
+        base=Model("base", *parse_source(os.fspath(base))),
+        sources=tuple(Model(name, *parse_source(os.fspath(source))) for name, source in tasks.items()),
+        settings=Settings(**how),
+        out=place.out,
+        max_memory=most,
+        problems=tuple(problems),
+    )
+    with place.locked():
+        plan = make_plan(job, offline=offline)
+        inspection = inspect(plan)
+        outside = outside_warnings(plan.base, plan.selection, plan.settings, inspection.changes)
+        for text in (*plan.warnings, *inspection.warnings, *outside):
+            warnings.warn(text, UserWarning, stacklevel=3)
+        run(plan, inspection, place, _Nobody(), Clock())
+    return load(str(place.out), offline=True)
+
+
+def _merged_in_memory(
+    base: Any,
+    tasks: Mapping[str, Any],
+    out: Source | None,
+    how: dict[str, Any],
+    *,
+    format: str | None,
+    dtype: str | None,
+    offline: bool,
+) -> "dict[str, np.ndarray]":
+    import numpy as np
+
+    from nufilt_jax import methods
+    from nufilt_jax.checkpoints import load, save
+
+    like = "" if isinstance(base, Mapping) else os.fspath(base)
+    if out is not None and not like:
+        what = "needs a base that is a folder or Hub id, whose files are written anew"
+        raise ConfigError(Problem("out", what, "leave it out, and give what is returned to nufilt_jax.save"))
+    written = {name for name, value in (("format", format), ("dtype", dtype)) if value is not None}
+    raise_all(ConfigError, (Problem(name, "belongs to out", "give that too") for name in written if out is None))
+    rule = methods.get(**{"name" if key == "method" else key: value for key, value in how.items()})
+    state = rule.init(base if isinstance(base, Mapping) else load(like, offline=offline))
+    for name, task in tasks.items():
+        with _naming(name):
+            params = task if isinstance(task, Mapping) else load(os.fspath(task), offline=offline)
+            state = rule.update(state, params, donate=True)
+    merged = {name: np.asarray(value) for name, value in state.merged.items()}
+    if out is not None:
+        save(merged, os.fspath(out), like=like, format=format, dtype=dtype, offline=offline)
+    return merged
+
+
+@contextlib.contextmanager
+def _naming(task: str) -> Iterator[None]:
+    """Says which task it is that a rule refuses."""
+    from nufilt_jax.errors import NufiltError
+
+    try:
+        yield
+    except NufiltError as error:
+        found = (p._replace(where=f"task {task!r}") if p.where == "task" else p for p in error.problems)
+        raise type(error)(*found) from error
+
+
+class _Nobody:
+    """A watcher that says nothing."""
+
+    def cell(self, task: str, window: str, done: int, total: int) -> None:
+        """A cell begins."""
+
+    def stack(self, description: str, report: Any) -> None:
+        """A group of layers is solved."""
+
+    def compiling(self, program: str) -> None:
+        """A program is about to be compiled."""
+
+    def phase(self, description: str) -> None:
+        """Something else begins."""

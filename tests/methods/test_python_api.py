@@ -1,0 +1,198 @@
+"""The public Python names that are more than one method: a merge as one call, starts, canonical names, own rules."""
+
+import dataclasses
+import subprocess
+import sys
+
+import model_builders as build
+import numpy as np
+import pytest
+from merging import BASE, SELECTED, TASKS, rule_for
+
+import nufilt_jax as nj
+from nufilt_jax.errors import CheckpointError, ConfigError, NufiltError
+from nufilt_jax.methods.merger import Merger
+
+
+def test_a_merge_as_one_call_is_the_command(shared_models, tmp_path, nufilt, command):
+    base, tasks = shared_models / "base", {name: shared_models / name for name in ("alpha", "beta")}
+    how = {"method": "task_arithmetic", "scale": 0.25, "other_params": "average", "dtype": "bfloat16"}
+    options = ("--method", "task_arithmetic", "--method-args", "scale=0.25")
+    options += ("--other-params", "average", "--dtype", "bfloat16")
+    assert nufilt(*command(shared_models, tmp_path / "command", *options, tasks=tasks)).code == 0
+    merged = nj.merge(base, tasks, tmp_path / "out", max_memory="4GB", **how)
+    assert build.weight_bytes(tmp_path / "out") == build.weight_bytes(tmp_path / "command")
+    assert (tmp_path / "out" / "nufilt.json").is_file() and (tmp_path / "out" / "state").is_dir()
+    del how["dtype"]
+    in_memory = nj.merge(str(base), list(tasks.values()), **how)
+    params = [nj.load(str(path)) for path in tasks.values()]
+    loaded = nj.merge(
+        nj.load(str(base)), params, config=nj.TaskArithmeticConfig(scale=0.25), **how_without(how, "scale")
+    )
+    for name, value in merged.items():
+        assert np.array_equal(in_memory[name], loaded[name])
+        assert np.array_equal(loaded[name].astype(value.dtype), value)
+    saved = nj.merge(str(base), params, tmp_path / "saved", **how)
+    assert np.array_equal(nj.load(str(tmp_path / "saved"))[build.Q0], saved[build.Q0])
+    with pytest.warns(UserWarning, match="of its squared change is outside"):
+        nj.merge(base, [tasks["alpha"]], tmp_path / "sum", method="sum", layers="fc2")
+
+
+def how_without(how, name):
+    return {key: value for key, value in how.items() if key != name}
+
+
+def test_errors_speak_python(tmp_path, shared_models):
+    for settings, message in (
+        ({"filter_rank": -1}, r"^filter_rank must be at least 0, got -1$"),
+        ({"scale": 1.0}, r"^scale: nufilt has no such setting \(its settings: adapter_rank, "),
+        ({"method": "tie"}, r"^method unknown method 'tie' "),
+        ({"layers": "nothing"}, r"^layers no matrix matches 'nothing'"),
+        ({"out": tmp_path / "o"}, r"^out: needs a base that is a folder or Hub id"),
+        ({"dtype": "float16"}, r"^dtype: belongs to out"),
+        ({"config": nj.NufiltConfig(), "steps": 3}, r"^steps: does not go with config"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            nj.merge(BASE, TASKS, **settings)
+    with pytest.raises(ConfigError, match="tasks: is empty"):
+        nj.merge(BASE, [])
+    with pytest.raises(CheckpointError, match=f"task 'b': {SELECTED[0]}: is missing"):
+        nj.merge(BASE, {"a": TASKS[0], "b": {}}, method="sum")
+    with pytest.raises(NufiltError, match="max_memory must be a size as 8GB"):
+        nj.merge(
+            shared_models / "base", [shared_models / "alpha"], tmp_path / "out", max_memory="8 apples", method="sum"
+        )
+
+
+def test_rule_and_state_say_what_they_are():
+    rule = nj.methods.get("ties", nj.TiesConfig(density=0.5))
+    assert repr(rule).startswith("Merger(ties, TiesConfig(scale=0.3, density=0.5")
+    state = rule.update(rule.init(BASE), TASKS[0])
+    assert repr(state).startswith(f"MergeState(step=1, {len(state.touched)} of {len(BASE)} tensors merged, ")
+
+
+def test_given_starts_take_the_place_of_the_drawn_ones():
+    rule = rule_for("nufilt")
+    first = rule.update(rule.init(BASE), TASKS[0])
+    config = rule.config
+    starts = {name: nj.draw_start(0, 2, name, config.adapter_rank, BASE[name].shape[1]) for name in SELECTED}
+    drawn, given = rule.update(first, TASKS[1]), rule.update(first, TASKS[1], adapter_start=starts)
+    other = rule.update(first, TASKS[1], adapter_start={name: 2 * x for name, x in starts.items()})
+    for name in SELECTED:
+        np.testing.assert_allclose(given.delta[name], drawn.delta[name], atol=1e-6)
+        assert not np.allclose(other.delta[name], drawn.delta[name], atol=1e-6)
+    bad = starts | {SELECTED[0]: np.zeros((1, 1)), SELECTED[1]: np.full_like(starts[SELECTED[1]], np.nan)}
+    with pytest.raises(ConfigError) as error:
+        rule.update(first, TASKS[1], adapter_start={name: bad[name] for name in SELECTED[:-1]})
+    assert len(error.value.problems) == 3 and f"{SELECTED[0]}: must have shape" in str(error.value)
+    with pytest.raises(ConfigError, match="adapter_start: means nothing to sum"):
+        rule_for("sum").update(rule_for("sum").init(BASE), TASKS[0], adapter_start=starts)
+
+
+@pytest.mark.parametrize("name", [name for name, rule in nj.methods.RULES.items() if not rule.needs_data])
+def test_a_merged_model_is_enough_to_go_on_or_it_is_said(name):
+    rule = rule_for(name)
+    assert isinstance(rule, Merger)
+    state = rule.init(BASE)
+    for task in TASKS[:2]:
+        state = rule.update(state, task)
+    if rule.remembers:
+        assert state.extra
+        with pytest.raises(ConfigError, match=f"{name} remembers more of a merge"):
+            nj.continue_from(BASE, state.merged, rule, step=2)
+        return
+    assert not state.extra
+    again = nj.continue_from(BASE, state.merged, rule, step=2)
+    for key in state.touched:  # θ^m is rounded, D is not
+        np.testing.assert_allclose(again.delta[key], state.delta[key], atol=3e-7)
+    assert again.step == 2 and rule.update(again, TASKS[2]).step == 3
+
+
+def test_what_cannot_be_continued_from():
+    with pytest.raises(ConfigError, match="step: must be at least 1, got 0"):
+        nj.continue_from(BASE, BASE, step=0)
+    with pytest.raises(CheckpointError, match=f"{SELECTED[0]}: is missing"):
+        nj.continue_from(BASE, {}, rule_for("sum"))
+
+
+def test_canonical_names_of_live_parameters():
+    turned = {name.removeprefix("vision_model."): x for name, x in BASE.items()}  # as transformers 5 writes them
+    assert nj.canonical(turned).keys() == BASE.keys()
+    nested = {
+        "vision_model": {"encoder": {"layers": {"0": {"mlp": {"fc1": {"kernel": np.zeros((4, 8), np.float32)}}}}}}
+    }
+    [(name, array)] = nj.canonical(nested, {"model_type": "clip_vision_model"}).items()
+    assert (name, array.shape) == ("vision_model.encoder.layers.0.mlp.fc1.weight", (8, 4))
+    with pytest.raises(CheckpointError, match="x: must be arrays, got a int"):
+        nj.canonical({"x": 3})
+    with pytest.raises(CheckpointError, match="config: must be a model's config or a dict"):
+        nj.canonical({"x": np.zeros(3)}, config=3)
+
+
+def test_authors_names():
+    assert nj.methods.find("iso").name == "iso_c" and nj.methods.find("tsvm").name == "tsv_m"
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """The registry, as it was after the test."""
+    monkeypatch.setattr(nj.methods, "RULES", dict(nj.methods.RULES))
+
+
+def test_own_rules(registry):
+    mean = dataclasses.replace(nj.methods.RULES["sum"], name="mine")
+    assert nj.methods.register(mean) is mean and nj.methods.get("mine").name == "mine"
+    assert nj.methods.register(mean) is mean
+    with pytest.raises(ConfigError, match="there is a method 'sum' already"):
+        nj.methods.register(dataclasses.replace(mean, name="sum"))
+    with pytest.raises(ConfigError, match=r"it is a rule of your own: say method my:RULE"):
+        nj.methods.find("my:RULE")
+
+
+OWN = """
+import dataclasses
+import nufilt_jax as nj
+from nufilt_jax.methods import Advance, MethodConfig, Rule
+from nufilt_jax.methods.elementwise import blend
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HalfConfig(MethodConfig):
+    share: float = 0.5
+
+def advance(state, task, context):
+    return Advance(blend(state.delta, task, keep=1.0, gain=context.config.share))
+
+RULE = Rule(name="half", config=HalfConfig, advance=advance)
+OTHER = 3
+"""
+
+
+def test_a_rule_of_ones_own_from_the_command_line(shared_models, tmp_path, nufilt, registry, monkeypatch):
+    (tmp_path / "my_rule_file.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    paths = {name: str(shared_models / name) for name in ("base", "alpha", "beta", "gamma")}
+    tasks = ("--task", f"alpha={paths['alpha']}", "--task", f"beta={paths['beta']}")
+    how = ("--method", "my_rule_file:RULE", "--method-args", "share=0.25", "--out", "out")
+    result = nufilt("merge", "--base", paths["base"], *tasks, *how, "--json")
+    assert result.code == 0, result.err
+    assert (result.json["method"], result.json["config"]) == ("my_rule_file:RULE", {"share": 0.25})
+    base, alpha, beta = (build.weights(shared_models / name)[build.Q0] for name in ("base", "alpha", "beta"))
+    np.testing.assert_allclose(build.weights(tmp_path / "out")[build.Q0], alpha + 0.25 * (beta - base), atol=1e-6)
+    added = nufilt("add", "out", "--task", f"gamma={paths['gamma']}", "--method", "my_rule_file:RULE")
+    assert added.code == 0, added.err
+    monkeypatch.setattr(nj.methods, "RULES", {name: nj.methods.RULES[name] for name in ("sum", "nufilt")})
+    unknown = nufilt("add", "out", "--task", f"delta={paths['gamma']}")
+    assert unknown.code == 1 and "it is a rule of your own: say --method my_rule_file:RULE" in unknown.err
+    for name, message in (
+        ("my_rule_file:OTHER", "is a int, and not a nufilt_jax.methods.Rule"),
+        ("my_rule_file:NONE", "cannot be imported"),
+        ("no_such_module_here:RULE", "cannot be imported"),
+    ):
+        refused = nufilt("merge", "--base", paths["base"], *tasks, "--method", name, "--out", "else")
+        assert refused.code == 1 and message in refused.err
+
+
+def test_the_commands_module_is_called_as_the_function():
+    code = "import nufilt_jax.merge, nufilt_jax as nj; print(nj.merge({'a.layers.0.w': 0}, [], method='sum'))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "ConfigError: tasks: is empty" in run.stderr
