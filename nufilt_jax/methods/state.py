@@ -14,7 +14,7 @@ from nufilt_jax.anatomy import FLAT, tensor_of
 from nufilt_jax.config import MethodConfig
 from nufilt_jax.core.forecast import Forecast
 from nufilt_jax.errors import CheckpointError, Problem, raise_all
-from nufilt_jax.linalg.factored import dense
+from nufilt_jax.linalg.factored import Factored, dense
 from nufilt_jax.methods.data import TaskData
 from nufilt_jax.methods.elementwise import blend
 from nufilt_jax.methods.selection import Scope, published_layers
@@ -75,7 +75,7 @@ class MergeState:
     def merged(self) -> dict[str, Array]:
         """θ^m: every tensor of the base, in its own dtype, and what the rule added."""
         base, delta = self.base, self.delta
-        moved = {name: merged_tensor(base[name], dense(joined(delta, name, base[name]))) for name in self.touched}
+        moved = {name: merged_tensor(base[name], _whole(delta, name, base[name])) for name in self.touched}
         return base | moved | self.added
 
     def __repr__(self) -> str:
@@ -105,6 +105,12 @@ def merged_tensor(base: Array, delta: Array, dtype: np.dtype | None = None) -> A
     xp = np if isinstance(base, np.ndarray) else jnp
     wide = np.float64 if base.dtype == np.float64 else np.float32
     return (xp.asarray(base, wide) + xp.asarray(delta, wide)).astype(dtype or base.dtype)
+
+
+def _whole(delta: Mapping[str, Any], name: str, base: Array) -> Array:
+    """D of a whole tensor, multiplied out if it is factored; vectors are not."""
+    part = joined(delta, name, base)
+    return dense(part) if isinstance(part, Factored) else part
 
 
 OnStack = Callable[[str, LayerReport], None]

@@ -56,7 +56,7 @@ def test_errors_speak_python(tmp_path, shared_models):
             nj.merge(BASE, TASKS, **settings)
     with pytest.raises(ConfigError, match="tasks: is empty"):
         nj.merge(BASE, [])
-    with pytest.raises(CheckpointError, match=f"task 'b': {SELECTED[0]}: is missing"):
+    with pytest.raises(CheckpointError, match=r"task 'b': vision_model.* and 9 more: is missing"):
         nj.merge(BASE, {"a": TASKS[0], "b": {}}, method="sum")
     with pytest.raises(NufiltError, match="max_memory must be a size as 8GB"):
         nj.merge(
@@ -111,7 +111,7 @@ def test_a_merged_model_is_enough_to_go_on_or_it_is_said(name):
 def test_what_cannot_be_continued_from():
     with pytest.raises(ConfigError, match="step: must be at least 1, got 0"):
         nj.continue_from(BASE, BASE, step=0)
-    with pytest.raises(CheckpointError, match=f"{SELECTED[0]}: is missing"):
+    with pytest.raises(CheckpointError, match="and 9 more: is missing"):
         nj.continue_from(BASE, {}, rule_for("sum"))
 
 
