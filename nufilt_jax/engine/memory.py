@@ -112,7 +112,10 @@ def peak_memory() -> int | None:
 
 def device_memory() -> int | None:
     """Bytes that a device of this process may give; None where it has no memory of its own."""
-    device = jax.local_devices()[0]
+    try:
+        device = jax.local_devices()[0]
+    except (RuntimeError, AssertionError):  # a plan needs no backend, and a run has refused one that is not there
+        return None
     return None if device.platform == "cpu" else (device.memory_stats() or {}).get("bytes_limit")
 
 
