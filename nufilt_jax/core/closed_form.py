@@ -37,26 +37,33 @@ def smallest_correction(
     for _ in range(2):  # P V1; done once, rounding would leave something of V2, and a small λ make much of it
         free = free - matmul(prior, matmul(prior.T, free))
     # (S + λ I)⁻¹ = g (g S + (1 − g) I)⁻¹: a matrix with eigenvalues in [1 − g, 1], whatever λ is.
-    gain = 1 / (1 + ridge)
-    answer = matmul(target, blended_inverse(free, gain=gain))
+    gain, rest = _weights(ridge)
+    answer = matmul(target, blended_inverse(free, ridge=ridge))
     # λ g = 1 − g.
-    losses = jnp.stack([jnp.sum(target**2), jnp.sum(((1 - gain) * answer) ** 2)])
+    losses = jnp.stack([jnp.sum(target**2), jnp.sum((rest * answer) ** 2)])
     return gain * answer, free, losses
 
 
-def blended_inverse(x: Float[Array, "n k"], *, gain: Float[Array, ""] | float) -> Float[Array, "k k"]:
-    """(g XᵀX + (1 − g) I)⁻¹ for singular values of X in [0, 1], by Newton's iteration (Schulz, 1933).
+def _weights(ridge: Float[Array, ""] | float) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The gain g = 1 / (1 + λ) and 1 − g, each to rounding of its own, as the difference of a small λ would not be."""
+    ridge = jnp.asarray(ridge, jnp.float32)
+    return 1 / (1 + ridge), 1 / (1 + 1 / ridge)
+
+
+def blended_inverse(x: Float[Array, "n k"], *, ridge: Float[Array, ""] | float) -> Float[Array, "k k"]:
+    """(g XᵀX + (1 − g) I)⁻¹, g = 1 / (1 + λ), for singular values of X in [0, 1], by Newton's iteration (Schulz, 1933).
 
     The error squares at every step, from a start at which it is g / (2 − g): the steps to float32 rounding are known
     beforehand, 4 for a gain of 1/2. They are products alone, so no LAPACK call has to wait for others; and since XᵀX
     is not formed, they lose less to rounding than a Cholesky factor of it does.
     """
-    gain = jnp.asarray(gain, x.dtype)
-    start = gain / (2 - gain)
-    n_steps = jnp.ceil(jnp.log2(jnp.log(jnp.finfo(x.dtype).eps) / jnp.log(start))).astype(int)
+    gain, rest = _weights(ridge)
+    # g / (2 − g) = 1 / (1 + 2 λ).
+    squarings = jnp.log2(-jnp.log(jnp.finfo(x.dtype).eps) / jnp.log1p(2 * jnp.asarray(ridge, x.dtype)))
+    n_steps = jnp.maximum(jnp.ceil(squarings), 0).astype(int)
 
     def step(_: Int[Array, ""], y: Array) -> Array:
-        return 2 * y - matmul(y, gain * matmul(x.T, matmul(x, y)) + (1 - gain) * y)
+        return 2 * y - matmul(y, gain * matmul(x.T, matmul(x, y)) + rest * y)
 
     # 2 over the sum of the extreme eigenvalues, 1 and 1 − g: no other multiple of the identity starts as near.
     return jax.lax.fori_loop(0, n_steps, step, 2 / (2 - gain) * jnp.eye(x.shape[1], dtype=x.dtype))

@@ -248,5 +248,5 @@ def test_the_inverse_takes_steps_enough(size, ridge):
     x = (matrices.orthonormal(rng, 80, size) * np.linspace(0, 1, size)) @ matrices.orthonormal(rng, size, size)
     gain = 1 / (1 + ridge)
     expected = np.linalg.inv(gain * x.T @ x + (1 - gain) * np.eye(size))
-    found = np.asarray(blended_inverse(jnp.asarray(x, jnp.float32), gain=gain))
+    found = np.asarray(blended_inverse(jnp.asarray(x, jnp.float32), ridge=ridge))
     np.testing.assert_allclose(found, expected, rtol=0, atol=10 * oracle.EPS * (1 + 1 / ridge) ** 2)
