@@ -40,7 +40,7 @@ class SolveConfig(DirectionsConfig):
     adapter_rank: int = 64
     task_rank: int = 8
     steps: int = 50
-    learning_rate: float = number(1e-3, above=0)
+    learning_rate: float = number(1e-3, above=0, at_most=1e38)
 
     def __init_subclass__(cls) -> None:
         _register(cls)

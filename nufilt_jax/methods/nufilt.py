@@ -57,7 +57,7 @@ class NufiltConfig(SolveConfig, FirstTaskConfig):
     """
 
     solver: Solver = "adam"
-    ridge: float = number(1.0, at_least=1e-4)
+    ridge: float = number(1.0, at_least=1e-4, at_most=1e38)
 
     @property
     def idle(self) -> dict[str, str]:

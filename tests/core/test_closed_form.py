@@ -94,7 +94,7 @@ def test_rank_zero_of_directions_is_legal():
 
 def test_a_large_ridge_leaves_the_filter_alone():
     d, tau = pair()
-    found = solved([(d, tau)], config_for(ridge=1e300))
+    found = solved([(d, tau)], config_for(ridge=1e38))
     np.testing.assert_allclose(found.updates[0][0], by_null_space(d, tau), rtol=0, atol=1e-8)
     assert float(found.losses[0, 1]) == pytest.approx(float(found.losses[0, 0]), rel=1e-6)
 
@@ -208,12 +208,12 @@ def test_a_start_of_the_adapter_is_refused():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"solver": "lbfgs"}, "--solver: must be one of adam, closed_form, got 'lbfgs'"),
-        ({"ridge": 0}, "--ridge: must be at least 0.0001, got 0"),
-        ({"ridge": -1.0}, "--ridge: must be at least 0.0001, got -1.0"),
-        ({"ridge": float("inf")}, "--ridge: must be a finite number, got inf"),
-        ({"ridge": float("nan")}, "--ridge: must be a finite number, got nan"),
-        ({"ridge": "1"}, "--ridge: must be a finite number, got '1'"),
+        ({"solver": "lbfgs"}, "solver must be one of adam, closed_form, got 'lbfgs'"),
+        ({"ridge": 0}, "ridge must be at least 0.0001, got 0"),
+        ({"ridge": -1.0}, "ridge must be at least 0.0001, got -1.0"),
+        ({"ridge": float("inf")}, "ridge must be a finite number, got inf"),
+        ({"ridge": float("nan")}, "ridge must be a finite number, got nan"),
+        ({"ridge": "1"}, "ridge must be a finite number, got '1'"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(setting, message):
@@ -241,7 +241,7 @@ def test_the_correction_is_as_exact_as_its_directions(least, ridge):
     np.testing.assert_allclose(losses, [np.sum(target**2), np.sum((expected @ v1 - target) ** 2)], rtol=2 * tolerance)
 
 
-@pytest.mark.parametrize("ridge", [1e-4, 1e-2, 1.0, 1e4, 1e300])
+@pytest.mark.parametrize("ridge", [1e-4, 1e-2, 1.0, 1e4, 1e38])
 @pytest.mark.parametrize("size", [0, 1, 8, 64])
 def test_the_inverse_takes_steps_enough(size, ridge):
     rng = np.random.default_rng(1)
