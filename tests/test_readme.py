@@ -58,16 +58,17 @@ def test_the_pictures_of_the_study_are_there():
 
 
 def test_options_on_all_pages_exist(nufilt):
-    commands = (("merge",), ("add",), ("evaluate",), ("analyze",), ("push",), ())
+    commands = (*((name,) for name in "merge add evaluate analyze verify export extract push".split()), ())
     told = "".join(nufilt(*command, "--help").out for command in commands)
     scripts = [
         subprocess.run(
             [sys.executable, "-m", name, "--help"], capture_output=True, text=True, check=True, cwd=ROOT
         ).stdout
-        for name in ("benchmarks.study.tables", "benchmarks.study.figures")
+        for name in ("benchmarks.study.tables", "benchmarks.study.figures", "benchmarks.speed.accelerator")
     ]
     known = set(re.findall(r"--[a-z][a-z-]+", told + "".join(scripts)))
     known |= {"--from", "--spec", "--json"}  # of uvx and pipx
+    known |= {"--ntasks", "--worker", "--command", "--xla"}  # of srun, gcloud and XLA
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - known - {"--fail-on-warning"} == set(), page
