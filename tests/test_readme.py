@@ -58,7 +58,10 @@ def test_the_pictures_of_the_study_are_there():
 
 
 def test_options_on_all_pages_exist(nufilt):
-    commands = (*((name,) for name in "merge add evaluate analyze verify export extract push".split()), ())
+    commands = (
+        *((name,) for name in ["merge", "add", "evaluate", "analyze", "verify", "export", "extract", "push"]),
+        (),
+    )
     told = "".join(nufilt(*command, "--help").out for command in commands)
     scripts = [
         subprocess.run(
