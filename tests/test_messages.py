@@ -128,7 +128,7 @@ PROVOKED = {
     flax_files._Malformed: lambda _: by_msgpack(),
 }
 # Provoked over the command line, in tests/commands; and in test_hub.py, where the Hub does not answer.
-BY_COMMAND = {"VerificationError", "EvaluationError", "_UnreachableError", "NotYetError"}
+BY_COMMAND = {"StoppedError", "VerificationError", "EvaluationError", "_UnreachableError", "NotYetError"}
 
 
 @pytest.mark.parametrize("error", PROVOKED, ids=lambda error: error.__name__)

@@ -23,8 +23,8 @@ def arm(most_bytes: int, events: Path) -> None:
     plan_windows, merge = layout.plan_windows, walk.Walk._merge
     log = os.open(events, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
-    def planned(stacks: Any, sizes: Any, reach: Any, cap: Any, done: Any, first: int) -> Any:
-        _, memory = plan_windows(stacks, sizes, reach, cap, done, first)
+    def planned(stacks: Any, sizes: Any, reach: Any, cap: Any, done: Any, first: int, **how: Any) -> Any:
+        _, memory = plan_windows(stacks, sizes, reach, cap, done, first, **how)
         return grid.restarted(stacks, done, most_bytes, first), memory
 
     def told(self: walk.Walk, cell: grid.Cell, tasks: Any, number: int, total: int) -> None:

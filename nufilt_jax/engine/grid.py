@@ -160,7 +160,7 @@ def dealt(rows: Sequence[Window], n_tasks: int, n_hands: int) -> list[list[Windo
 
     >>> rows = [Window(i, (Stack(("a",), (m, 1)),)) for i, m in enumerate((5, 9, 4, 1))]
     >>> [[row.number for row in hand] for hand in dealt(rows, 1, 2)]
-    [[1], [0, 2, 3]]
+    [[1, 3], [0, 2]]
     """
     hands: list[list[Window]] = [[] for _ in range(n_hands)]
     work = [0] * n_hands

@@ -114,6 +114,7 @@ CONFIGS = {
     "no rank": ({"r": None}, "r must be a whole number from 1, got None"),
     "alpha": ({"lora_alpha": float("nan")}, "lora_alpha must be a finite number, got nan"),
     "alphas": ({"alpha_pattern": {"fc1": "4"}}, "alpha_pattern fc1 must be a finite number, got '4'"),
+    "pattern": ({"rank_pattern": ["fc1"]}, "rank_pattern must be an object, got ['fc1']"),
     "targets": ({"target_modules": ["q_proj"]}, "is not among the target_modules"),
     "regex": ({"target_modules": r".*\.q_proj"}, "is not among the target_modules"),
     "broken": ({"target_modules": "("}, "is no regular expression"),

@@ -183,7 +183,8 @@ def test_init_writes_a_file_of_all_options(tmp_path, nufilt, monkeypatch):
     assert options["base"] and len(options["task"]) == 2
     again = nufilt("init")
     assert again.code == 1 and "merge.toml: is there already: nothing is overwritten" in again.err
-    assert nufilt("init", "merge.yaml").code == 1
+    other = nufilt("init", "merge.yaml")
+    assert other.code == 1 and "merge.yaml: must end with .toml" in other.err
     told = [
         line.split()[1]
         for line in template().splitlines()

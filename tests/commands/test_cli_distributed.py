@@ -6,8 +6,12 @@ import signal
 import socket
 from pathlib import Path
 
+import jax
 import model_builders as build
 import pytest
+
+from nufilt_jax.engine import hosts
+from nufilt_jax.errors import ConfigError
 
 KILLER = Path(__file__).with_name("killer.py")
 FAST = ("--method", "weight_average")
@@ -104,3 +108,13 @@ def test_refused_before_anybody_is_looked_for(shared_models, tmp_path, finish, c
     result = finish("-m", "nufilt_jax.cli", *command(shared_models, tmp_path / "out", *FAST, *options))
     assert (result.code, len(result.lines)) == (code, 1), result.err
     assert result.lines[0].startswith(f"nufilt: {said}")
+
+
+def test_a_coordinator_that_cannot_be_reached_is_one_line(monkeypatch):
+    def unreachable(**_):
+        raise RuntimeError("DEADLINE_EXCEEDED")
+
+    monkeypatch.setattr(jax.distributed, "initialize", unreachable)
+    cluster = hosts.Cluster("127.0.0.1:9", 2, 1)
+    with pytest.raises(ConfigError, match="coordinator cannot be reached: DEADLINE_EXCEEDED"), hosts.joined(cluster):
+        pass

@@ -130,7 +130,7 @@ def test_a_vision_half_is_refused_with_what_to_give(folder, vision, advice, nest
     with pytest.raises(CheckpointError) as caught:
         TextHeads(build.vision_half(build.params()), config, folder, cache=None)
     what = "has no text tower, and zero-shot heads are made with it"
-    assert str(caught.value) == f"{folder}: {what} (give --heads-from {advice})"
+    assert str(caught.value) == f"{folder}: {what} (give heads_from {advice})"
 
 
 def test_what_does_not_fit_is_refused(folder, tmp_path):

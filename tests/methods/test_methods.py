@@ -118,7 +118,7 @@ def test_a_selection_of_nothing_is_refused(options, message):
         select(heads)
     text = str(refusal.value)
     assert "no matrix of this model is in a numbered block" in text and "head.{a,b} (2)" in text
-    expression = text.split("--layers '")[1].split("'")[0]
+    expression = text.split("layers '")[1].split("'")[0]
     assert set(select(heads, layers=expression).layers) == heads.keys()
 
 
