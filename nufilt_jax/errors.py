@@ -13,6 +13,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066
 _NUMBERS = re.compile(r"\[[\d, ]*\]|\d+(?:\.\d+)?(?:e[-+]?\d+)?")  # and shapes
 _LONGEST = 1000  # characters of a name in a message: more than most systems allow of a path
 _KEPT = 200  # of the start, and of the end, of a longer one
+_LONGEST_SENTENCE = 20_000  # characters: a line each for the 100 files of the largest models
 _MOST_ALIKE = 3  # problems that differ in the tensor alone are told one by one up to this number
 
 
@@ -42,7 +43,8 @@ class Problem(NamedTuple):
     def __str__(self) -> str:
         # One line, whatever a foreign message brought along; and no command to the terminal, whatever a name did.
         what, fix = (" ".join(filter(None, map(str.strip, x.splitlines()))) for x in (self.what, self.fix))
-        parts = [printable(part) for part in (_cut(self.where), _cut(self.tensor), what) if part]
+        what = what if len(what) <= _LONGEST_SENTENCE else shortened(what)
+        parts = [printable(part) for part in (shortened(self.where), shortened(self.tensor), what) if part]
         return ": ".join(parts) + (f" ({printable(fix)})" if fix else "")
 
 
@@ -55,7 +57,7 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
-def _cut(name: str) -> str:
+def shortened(name: str) -> str:
     """A name, or of a very long one its ends."""
     return name if len(name) <= _LONGEST else f"{name[:_KEPT]}...{name[-_KEPT:]}"
 
@@ -77,7 +79,7 @@ def summarised(problems: Sequence[Problem]) -> list[Problem]:
         elif cause not in seen:
             seen.add(cause)
             name = "tensor" if problem.tensor else "where"
-            more = f"{_cut(getattr(problem, name))} and {sizes[cause] - 1} more"
+            more = f"{shortened(getattr(problem, name))} and {sizes[cause] - 1} more"
             told.append(problem._replace(**{name: more}))
     return told
 

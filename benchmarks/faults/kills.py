@@ -157,6 +157,8 @@ class Kills:
     def _judged(self, disk: Path, kind: str, work: str, status: int) -> str:
         faults, lines = [], self._told_lines()
         may_be = {0, STATUS.get(kind, -signal.SIGKILL)}
+        if kind == "SIGTERM":  # it strikes before the command has begun to listen, or when it has ended
+            may_be.add(-signal.SIGTERM)
         if status not in may_be or len(lines) > (status > 0) or not all(x.startswith("nufilt: ") for x in lines):
             faults.append(f"status {status} and the lines {lines}")
         if (disk / "out").exists() and content(disk / "out") not in [self._wanted, *[self._old] * (work == "add")]:

@@ -1,14 +1,16 @@
 """What the JSON documents of an output folder may hold: checked when they are read, whoever wrote them.
 
-A kind is a type, or a tuple of kinds of which one fits; `[kind]` is a list of such, `{str: kind}` a map of such, and
-`{"name": kind}` an object that has these keys, and may have others.
+A kind is a type, a regular expression that a text fits as a whole, or a tuple of kinds of which one fits; `[kind]` is a
+list of such, `{str: kind}` a map of such, and `{"name": kind}` an object that has these keys, and may have others.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nufilt_jax.strict_json import shown
 
+_DIGEST = re.compile("[0-9a-f]{64}")
 NUMBER = (int, float)
 _MAYBE_NUMBER = (*NUMBER, type(None))
 _FORECAST = {"near_equal_cuts": [str], "layers": {str: {str: (*_MAYBE_NUMBER, bool)}}}
@@ -18,11 +20,11 @@ STEP_MAY_HAVE = {
     "resumed": bool,
     "outside": _MAYBE_NUMBER,
     "timings": {str: NUMBER},
-    "examples": ({"file": str, "sha256": str}, type(None)),
+    "examples": ({"file": str, "sha256": _DIGEST}, type(None)),
     "accuracy": ({str: NUMBER}, type(None)),
     "accuracy_limit": (int, type(None)),
 }
-MODEL = {"source": str, "revision": (str, type(None)), "sha256": {str: str}}
+MODEL = {"source": str, "revision": (str, type(None)), "sha256": {str: _DIGEST}}
 RECIPE = {
     "base": MODEL,
     "tasks": [{"name": str, **MODEL}],
@@ -44,7 +46,7 @@ RECIPE_MAY_HAVE = {
     "versions": {str: str},
     "device": str,
     "host": {},
-    "files": {str: str},
+    "files": {str: _DIGEST},
     "timings": {str: NUMBER},
     "compiled": {},
     "memory": {},
@@ -95,5 +97,8 @@ def _misfits(value: Any, kind: Any, where: str) -> Iterator[tuple[str, Any]]:
         else:
             for key, one in kind.items():
                 yield from _misfits(value.get(key), one, f"{where}.{key}")
+    elif isinstance(kind, re.Pattern):
+        if not isinstance(value, str) or kind.fullmatch(value) is None:
+            yield where, value
     elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         yield where, value

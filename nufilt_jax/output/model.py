@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from nufilt_jax.errors import Problem
+from nufilt_jax.errors import Problem, shortened
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,9 @@ class Model:
         then = self.sha256 or {}
         changed = sorted(name for name in {**then, **now} if then.get(name) != now.get(name))
         if changed:
-            pairs = "; ".join(f"{name} had SHA-256 {then.get(name)} and has {now.get(name)}" for name in changed)
+            pairs = "; ".join(
+                f"{shortened(name)} had SHA-256 {then.get(name)} and has {now.get(name)}" for name in changed
+            )
             fix = "restore the files, or merge into another folder"
             since = f"the merge in {folder} began" if folder else "the merge that --config repeats"
             yield Problem(where, f"has changed since {since}: {pairs}", fix)

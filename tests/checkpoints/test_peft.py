@@ -111,6 +111,7 @@ CONFIGS = {
     "pissa": ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4'"),
     "unknown": ({"use_zora": True}, "the unknown setting use_zora = True"),
     "rank": ({"r": 3}, "rank 2, but adapter_config.json says r = 3"),
+    "patterns": ({"rank_pattern": [3]}, "rank_pattern must be an object, got [3]"),
     "no rank": ({"r": None}, "r must be a whole number from 1, got None"),
     "alpha": ({"lora_alpha": float("nan")}, "lora_alpha must be a finite number, got nan"),
     "alphas": ({"alpha_pattern": {"fc1": "4"}}, "alpha_pattern fc1 must be a finite number, got '4'"),

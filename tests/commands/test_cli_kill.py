@@ -89,6 +89,18 @@ def test_ctrl_c_and_the_lock(shared_models, tmp_path, nufilt, spawn, command):
     assert [step["resumed"] for step in done.json["steps"]] == [True, True, False]
 
 
+def test_sigterm_ends_a_run_as_ctrl_c_does(shared_models, tmp_path, nufilt, spawn, command):
+    argv = command(shared_models, tmp_path / "out", *FAST)
+    run = spawn(KILLER, "nufilt_jax.engine.walk:Walk._merge:3:before", "wait", *argv)
+    assert run.stdout.readline() == "waiting\n"
+    run.terminate()
+    rest, err = run.communicate(timeout=60)
+    told = "nufilt: terminated; the same command again goes on after the last finished step"
+    assert (run.returncode, rest, err.splitlines()[-1]) == (143, "", told)
+    done = nufilt(*argv, "--json")
+    assert [step["resumed"] for step in done.json["steps"]] == [True, True, False]
+
+
 IMPORT = "import strikes"
 COLLECT = "import gc, os, signal; gc.callbacks.append(lambda *_: os.kill(os.getpid(), signal.SIGINT)); gc.collect()"
 
