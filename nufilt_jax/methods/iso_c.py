@@ -4,7 +4,6 @@ Settings and the continual form are those of the authors of arXiv:2509.21413v2, 
 """
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -29,9 +28,7 @@ class IsoCConfig(ScaledConfig):
 
 def advance(state: MergeState, task: TaskVector, context: Context[IsoCConfig]) -> Advance:
     """θ0 + λ Iso(D + τ) for matrices, θ0 + λ (D + τ)/2 for all other tensors."""
-    config = context.config
-    how: dict[str, Any] = {"scale": config.scale, "config": config, "mesh": context.mesh}
-    return Advance(matrices_or_mean(_isotropic, state.delta, task, **how))
+    return Advance(matrices_or_mean(_isotropic, state.delta, task, context))
 
 
 def _isotropic(d: Float[Array, "m n"], t: Float[Array, "m n"], *, config: IsoCConfig) -> Float[Array, "m n"]:

@@ -16,6 +16,7 @@ from nufilt_jax.linalg.factored import all_finite
 from nufilt_jax.linalg.spread import spread
 from nufilt_jax.methods.elementwise import blend
 from nufilt_jax.methods.stacked import Array, Names, Stacked, Stacks, TaskVector
+from nufilt_jax.methods.state import Context, ScaledConfig
 
 # The mathematics of one layer: arrays in, a pytree of arrays out, its config by keyword.
 LayerRule = Callable[..., Any]
@@ -99,21 +100,18 @@ def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
     return len(shape) == 2
 
 
-def matrices_or_mean(
-    rule: LayerRule, delta: Stacked, task: TaskVector, *, scale: float, config: MethodConfig, mesh: Mesh | None = None
-) -> Stacked:
+def matrices_or_mean(rule: LayerRule, delta: Stacked, task: TaskVector, context: Context[ScaledConfig]) -> Stacked:
     """`rule` of D and τ for every matrix, λ (D + τ)/2 for all other tensors; may take the memory of D.
 
     Args:
       rule: for one layer, of D and τ.
       delta: D.
       task: τ.
-      scale: λ.
-      config: of the rule.
-      mesh: as in `each_layer`.
+      context: its settings, λ among them, and the devices that share the layers.
     """
+    config = context.config
     matrices, others = split(delta, is_matrix)
     pairs = zip(delta.only(matrices).stacks, task.only(matrices).stacks, strict=True)
-    merged = Stacked(tuple(each_layer(rule, d, t, config=config, mesh=mesh) for d, t in pairs), matrices)
+    merged = Stacked(tuple(each_layer(rule, d, t, config=config, mesh=context.mesh) for d, t in pairs), matrices)
     # The mean of two operands at every step: of older tasks a half is lost each time.
-    return merged + blend(delta.only(others), task.only(others), keep=scale / 2, gain=scale / 2)
+    return merged + blend(delta.only(others), task.only(others), keep=config.scale / 2, gain=config.scale / 2)

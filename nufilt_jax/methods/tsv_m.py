@@ -5,7 +5,6 @@ step, so older tasks are truncated again each time.
 """
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -31,9 +30,7 @@ class TsvMConfig(ScaledConfig):
 
 def advance(state: MergeState, task: TaskVector, context: Context[TsvMConfig]) -> Advance:
     """θ0 + λ U diag(σ) Vᵀ for matrices, θ0 + λ (D + τ)/2 for all other tensors."""
-    config = context.config
-    how: dict[str, Any] = {"scale": config.scale, "config": config, "mesh": context.mesh}
-    return Advance(matrices_or_mean(_merge, state.delta, task, **how))
+    return Advance(matrices_or_mean(_merge, state.delta, task, context))
 
 
 def _merge(d: Float[Array, "m n"], t: Float[Array, "m n"], *, config: TsvMConfig) -> Float[Array, "m n"]:
