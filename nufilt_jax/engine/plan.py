@@ -170,9 +170,11 @@ def _recorded(job: Job, place: OutputPlace | None, problems: list[Problem]) -> R
     if recorded is None or not recorded.has_begun:  # which binds nobody
         return None
     names = [source.name for source in job.sources]
-    problems += other_merge_problems(
+    differing = other_merge_problems(
         recorded.recipe, recorded.folder, job.settings, names, is_written=recorded.is_written
     )
+    refused = {problem.where for problem in job.problems}  # which differ as well, and are told once
+    problems += (problem for problem in differing if problem.where not in refused)
     return recorded
 
 
