@@ -1,12 +1,14 @@
 """Measures merges of models with a 7 B Llama's matrices, at as many blocks as the disk holds, and what 32 would take.
 
 The models are synthetic: random weights in bfloat16, task vectors with a power-law spectrum. The whole command runs in
-a fresh process and says itself what it spent on compiling, which is left out where sizes are compared. Stages and the
-eager published procedure, which needs torch, are timed on the matrices of one block, in this process. Simulated devices
-share the cores: what they take longer than one is what dividing the layers costs.
+a fresh process and says itself what it spent on compiling, which is left out where sizes are compared. Stages are timed
+on the matrices of one block, in this process, and the eager published procedure, which needs torch, on one matrix of
+each shape; of its Adam steps, all of which do the same work, a few may be timed and the rest counted in proportion.
+Simulated devices share the cores: what they take longer than one is what dividing the layers costs.
 """
 
 import argparse
+import dataclasses
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +25,7 @@ from nufilt_jax.methods.nufilt import NufiltConfig
 
 BLOCKS, CAPS, DEVICES, WHOLE = (2, 4, 8), ("4GB", "8GB", "16GB"), (1, 2, 4), 32
 SECONDS, MEMORY, PER_BLOCK = "seconds of the whole command", "memory", "seconds per block and task"
-LINEAR, EAGER, SPREAD = "growth with blocks and tasks, without compiling", "one task of one block", "simulated devices"
+LINEAR, EAGER, SPREAD = "growth with blocks and tasks, without compiling", "one task, a matrix of each shape", "simulated devices"
 ESTIMATE = "estimate beside the run"
 READING, WRITING = ("check files", "wait for a task"), ("write state", "write model")
 _SIMULATE = "--xla_force_host_platform_device_count={}"
@@ -78,7 +80,7 @@ def block_inputs(model: models.Llama, config: NufiltConfig) -> Inputs:
 
 
 def block_stages(inputs: Inputs, config: NufiltConfig) -> dict[str, float]:
-    """Seconds of the package's stages on one block, each a program of its own."""
+    """Seconds of the package's stages on some matrices, each a program of its own."""
     from benchmarks.speed import package_solve
 
     found = package_solve.stages(package_solve.to_device(inputs), config, 1, count=False)
@@ -87,18 +89,27 @@ def block_stages(inputs: Inputs, config: NufiltConfig) -> dict[str, float]:
     return {"decompose": decompose, "adam": seconds["adam"], "fuse": seconds["reduce"] + seconds["fuse"]}
 
 
-def block_total(inputs: Inputs, config: NufiltConfig) -> float:
-    """Seconds of the package's solve of one block."""
+def one_of_each(inputs: Inputs) -> Inputs:
+    """The first matrix of every shape."""
+    names = {x.shape: name for name, x in reversed(inputs.task.items())}.values()
+    return Inputs(*({name: part[name] for name in names} for part in inputs))
+
+
+def solve_total(inputs: Inputs, config: NufiltConfig) -> float:
+    """Seconds of the package's solve of some matrices."""
     from benchmarks.speed import package_solve
 
     return package_solve.Merge([inputs], config).times(1).minimum
 
 
-def eager_seconds(inputs: Inputs, config: NufiltConfig) -> dict[str, float]:
-    """Seconds of the published procedure on one block, as printed."""
+def eager_seconds(inputs: Inputs, config: NufiltConfig, steps: int) -> dict[str, float]:
+    """Seconds of the published procedure as printed, its Adam steps in proportion to the `steps` that are run."""
     from benchmarks.speed import torch_reference
 
-    return torch_reference.contender("torch", inputs, config, "cpu").run().stages
+    few = dataclasses.replace(config, steps=steps)
+    seconds = torch_reference.contender("torch", inputs, few, "cpu").run().stages
+    seconds["adam"] *= config.steps / steps
+    return seconds | {"total": sum(seconds[part] for part in ("decompose", "adam", "fuse"))}
 
 
 def line(points: Mapping[int, float], at: int) -> tuple[float, float]:
@@ -157,11 +168,14 @@ def tables(found: Mapping[Case, Found], stages: Mapping[str, float], main_cap: s
     ]
 
 
-def eager_table(eager: Mapping[str, float], total: float, stages: Mapping[str, float]) -> records.Json:
-    """The eager procedure beside the package's."""
-    rows = [["published, eager", *(eager[part] for part in ("decompose", "adam", "fuse", "total")), 1.0]]
-    rows.append(["nufilt_jax", *stages.values(), total, eager["total"] / total])
-    return records.table(EAGER, ("procedure", "decompose s", "adam s", "fuse s", "total s", "times as fast"), rows)
+def eager_table(inputs: Inputs, config: NufiltConfig, steps: int) -> records.Json:
+    """The eager procedure beside the package's, on the same matrices."""
+    ours, total = block_stages(inputs, config), solve_total(inputs, config)
+    eager = eager_seconds(inputs, config, steps)
+    rows = [["published, eager", *(eager[part] for part in (*ours, "total")), steps, 1.0]]
+    rows.append(["nufilt_jax", *ours.values(), total, config.steps, eager["total"] / total])
+    columns = ("procedure", *(f"{part} s" for part in (*ours, "total")), "Adam steps timed", "times as fast")
+    return records.table(EAGER, columns, rows)
 
 
 def spread_table(runs: Mapping[int, Run]) -> records.Json:
@@ -192,8 +206,8 @@ def measure_all(options: argparse.Namespace, folder: Path) -> list[records.Json]
     stages = block_stages(inputs, config)
     others = [spread_table(spread)]
     if not options.no_eager:
-        script.say("one block, as published")
-        others.append(eager_table(eager_seconds(inputs, config), block_total(inputs, config), stages))
+        script.say("a matrix of each shape, as published")
+        others.append(eager_table(one_of_each(inputs), config, options.eager_steps))
     main_cap = options.max_memory[len(options.max_memory) // 2]
     return [*tables(found, stages, main_cap, options.whole), *others]
 
@@ -211,6 +225,10 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=positive, default=512, help="rows of the embedding (default: 512)")
     parser.add_argument("--folder", type=Path, help="where to make the models, and keep them (default: nowhere)")
     parser.add_argument("--no-eager", action="store_true", help="leave out the published procedure, which needs torch")
+    steps = NufiltConfig().steps
+    parser.add_argument(
+        "--eager-steps", type=positive, default=steps, help=f"Adam steps of it that are timed (default: {steps})"
+    )
     options = parser.parse_args()
     with parser.refusals(), commands.working_folder(options.folder) as folder:
         found = measure_all(options, folder)
