@@ -139,6 +139,13 @@ def run(
     return Run(**took, told=done.stdout)
 
 
+def run_module(name: str, *options: str, given: Json | list[Any]) -> Run:
+    """Runs a module of this version in a process of its own; what it is given comes last, as JSON."""
+    [version] = versions(None)
+    with tempfile.TemporaryDirectory() as cache:
+        return run(["-m", name, *options, json.dumps(given)], version, Path(cache))
+
+
 def cache_of(folder: Path, version: Version) -> Path:
     """Where a version keeps what it keeps between runs."""
     return folder / f"cache-{version.name}"

@@ -8,10 +8,7 @@ torch and peft are installed; seconds are then per layer.
 """
 
 import json
-import os
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,15 +19,17 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from benchmarks.common import measure, records, script
+from benchmarks.common import commands, measure, records, script
 from nufilt_jax import methods
 from nufilt_jax.checkpoints import open_checkpoint, open_task
+from nufilt_jax.engine.timing import CompileLog
 from nufilt_jax.methods.nufilt import NufiltConfig
 from nufilt_jax.methods.stacked import task_vector
 
 COLUMNS = ("solver", "how", "blocks", "compile s", "min s / task", "median s / task", "whole run s", "peak GiB")
 TORCH_COLUMNS = ("how", "layers", "s / layer", "peak GiB")
 SOLVERS = ("closed_form", "adam")
+WARM_UP = 2  # tasks that are not timed: the first is taken as it is, the second is the first that is solved
 MODULES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 UP, DOWN = ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"
 
@@ -98,28 +97,24 @@ def write_models(folder: Path, model: Model, rank: int, tasks: int) -> None:
 
 
 def in_factors(folder: Path, tasks: int, solver: str, out: Path) -> records.Json:
-    """The command, in a process of its own."""
+    """The command, in a process of its own; compiling is told apart."""
     names = [f"task{task}" for task in range(tasks)]
     given = [part for name in names for part in ("--task", f"{name}={folder / name}")]
-    command = ["-m", "nufilt_jax.merge", "--base", str(folder / "base"), *given, "--out", str(out)]
-    options = ["--output", "adapter", "--solver", solver, "--json"]
-    environment = os.environ | {"NUFILT_CACHE": str(folder / "cache")}
-    start = time.perf_counter()
-    told = subprocess.run(
-        [sys.executable, *command, *options], cwd=records.ROOT, env=environment, check=True, stdout=subprocess.PIPE
-    )
-    wall, recipe = time.perf_counter() - start, json.loads(told.stdout)
+    command = [*commands.MERGE, "--base", folder / "base", *given, "--out", out]
+    [version] = commands.versions(None)
+    ran = commands.run([*command, "--output", "adapter", "--solver", solver, "--json"], version, folder / "cache")
+    timings = [step["timings"] for step in ran.document["steps"][WARM_UP:]]
     return {
-        "seconds": [step["timings"]["solve"] for step in recipe["steps"][2:]],
-        "compile": recipe["compiled"]["seconds"],
-        "peak": recipe["memory"]["peak"],
-        "wall": wall,
-        "timings": recipe["timings"],
+        "seconds": [one["solve"] - one.get("compile", 0.0) for one in timings],
+        "compile": ran.document["compiled"]["seconds"],
+        "peak": ran.peak,
+        "wall": ran.wall,
+        "timings": ran.document["timings"],
     }
 
 
 def materialised(folder: Path, tasks: int, solver: str) -> records.Json:
-    """Dense D and τ, in this process: seconds of each task but the first two, which compile."""
+    """Dense D and τ, in this process: seconds of each task but the first ones, without compiling."""
     base = open_checkpoint(str(folder / "base"), role="base")
     config = NufiltConfig(solver=solver)  # pyright: ignore[reportArgumentType]
     merger = methods.get("nufilt", config)
@@ -127,19 +122,20 @@ def materialised(folder: Path, tasks: int, solver: str) -> records.Json:
     seconds = []
     for task in range(tasks):
         opened = open_task(str(folder / f"task{task}"), base)
-        vector = task_vector(base.read(), opened.unread(base.tensors), state.delta.names)
-        start = time.perf_counter()
-        state = merger.update(state, vector, donate=True)
-        jax.block_until_ready(state.delta)
-        seconds.append(time.perf_counter() - start)
-    return {"seconds": seconds[2:], "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        vector, log = task_vector(base.read(), opened.unread(base.tensors), state.delta.names), CompileLog()
+        with log.listening():
+            start = time.perf_counter()
+            state = merger.update(state, vector, donate=True)
+            jax.block_until_ready(state.delta)
+            seconds.append(time.perf_counter() - start)
+        seconds[-1] -= log.as_dict()["seconds"]
+    return {"seconds": seconds[WARM_UP:]}
 
 
 def _alone(folder: Path, tasks: int, solver: str) -> records.Json:
     """`materialised`, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.speed.lora", "--alone", json.dumps([str(folder), tasks, solver])]
-    told = subprocess.run(command, cwd=records.ROOT, check=True, stdout=subprocess.PIPE)
-    return json.loads(told.stdout)
+    ran = commands.run_module("benchmarks.speed.lora", "--alone", given=[str(folder), tasks, solver])
+    return {**ran.document, "peak": ran.peak}
 
 
 def run(model: Model, few: int, rank: int, tasks: int, folder: Path) -> tuple[list[list[Any]], list[records.Json]]:
@@ -163,9 +159,8 @@ def run(model: Model, few: int, rank: int, tasks: int, folder: Path) -> tuple[li
 def with_torch(folder: Path, model: Model, n_layers: int, rank: int, tasks: int) -> records.Json:
     """PyTorch's ways on the first layers of the model, in a process of their own."""
     modules = list(model.shapes())[:n_layers]
-    command = [sys.executable, "-m", "benchmarks.speed.torch_lora", json.dumps([str(folder), modules, rank, tasks])]
-    told = subprocess.run(command, cwd=records.ROOT, check=True, stdout=subprocess.PIPE)
-    return json.loads(told.stdout)
+    ran = commands.run_module("benchmarks.speed.torch_lora", given=[str(folder), modules, rank, tasks])
+    return {**ran.document, "peak": ran.peak}
 
 
 def torch_rows(found: records.Json, n_layers: int) -> list[list[Any]]:

@@ -6,9 +6,7 @@ examples get random images. Those that do nothing but pass over memory are held 
 """
 
 import json
-import resource
 import statistics
-import subprocess
 import sys
 import time
 from typing import Any
@@ -16,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.common import measure, models, records, script
+from benchmarks.common import commands, measure, models, records, script
 from benchmarks.common.models import Tower
 from nufilt_jax import methods
 from nufilt_jax.engine.timing import CompileLog
@@ -31,7 +29,7 @@ ONE_PASS = ("sum", "weight_average", "task_arithmetic", "magmax")  # read D and 
 
 
 def run_alone(method: str, tower: Tower, repeats: int) -> records.Json:
-    """One method, in this process: seconds of each timed task and of all compilation, numbers touched, peak bytes."""
+    """One method, in this process: seconds of each timed task and of all compilation, numbers touched."""
     base = {name: models.pretrained(name, shape) for name, shape in tower.shapes().items()}
     rule = methods.get(method)
     state = rule.init(base)
@@ -51,7 +49,6 @@ def run_alone(method: str, tower: Tower, repeats: int) -> records.Json:
         "seconds": seconds[WARM_UP:],
         "compile": compiling,
         "numbers": sum(x.size for x in state.delta.stacks),
-        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
 
@@ -80,14 +77,12 @@ def run_all(names: list[str], tower: Tower, repeats: int, copy_rate: float) -> l
     rows = []
     for name in names:
         script.say(name)
-        settings = json.dumps([name, tower, repeats])
-        command = [sys.executable, "-m", "benchmarks.speed.methods", "--alone", settings]
-        told = subprocess.run(command, cwd=records.ROOT, check=True, stdout=subprocess.PIPE)
-        found = json.loads(told.stdout)
+        ran = commands.run_module("benchmarks.speed.methods", "--alone", given=[name, tower, repeats])
+        found = ran.document
         least, middle = min(found["seconds"]), statistics.median(found["seconds"])
         rate = 12e-9 * found["numbers"] / least if name in ONE_PASS else None
         share = None if rate is None else 100 * rate / copy_rate
-        rows.append([name, found["compile"], least, middle, rate, share, found["peak"] / measure.GIB])
+        rows.append([name, found["compile"], least, middle, rate, share, ran.peak / measure.GIB])
     return rows
 
 

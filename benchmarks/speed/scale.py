@@ -25,7 +25,11 @@ from nufilt_jax.methods.nufilt import NufiltConfig
 
 BLOCKS, CAPS, DEVICES, WHOLE = (2, 4, 8), ("4GB", "8GB", "16GB"), (1, 2, 4), 32
 SECONDS, MEMORY, PER_BLOCK = "seconds of the whole command", "memory", "seconds per block and task"
-LINEAR, EAGER, SPREAD = "growth with blocks and tasks, without compiling", "one task, a matrix of each shape", "simulated devices"
+LINEAR, EAGER, SPREAD = (
+    "growth with blocks and tasks, without compiling",
+    "one task, a matrix of each shape",
+    "simulated devices",
+)
 ESTIMATE = "estimate beside the run"
 READING, WRITING = ("check files", "wait for a task"), ("write state", "write model")
 _SIMULATE = "--xla_force_host_platform_device_count={}"

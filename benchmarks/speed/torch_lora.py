@@ -8,7 +8,6 @@ the folder of the models, the modules, the rank and the number of tasks.
 """
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -73,7 +72,6 @@ def main() -> None:
     folder, modules, rank, n_tasks = json.loads(sys.argv[1])
     tasks = read(Path(folder), modules, n_tasks)
     found: Json = {"peft": with_peft(tasks, rank), "published": published(tasks, NufiltConfig())}
-    found["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     found["versions"] = {"torch": torch.__version__, "peft": peft.__version__}
     sys.stdout.write(json.dumps(found))
 
