@@ -2,6 +2,7 @@
 
 import base64
 import html
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,24 +12,32 @@ from nufilt_jax.analysis.pictures import RELATIVE, affinity_picture
 from nufilt_jax.analysis.verdict import verdict
 
 _STYLE = """
-:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; --line: #ddd; --rule: #ccc; --dim: #555; }
-html { color: #1a1a1a; background: #fff; }
+:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; --line: #ddd; --rule: #ccc; --dim: #555;
+  --page: #fff; }
+html { color: #1a1a1a; background: var(--page); }
 body { max-width: 64rem; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.6rem; overflow-wrap: anywhere; }
+h1 { font-size: 1.6rem; }
+h1, p { overflow-wrap: anywhere; }
 h2 { font-size: 1.2rem; border-bottom: 1px solid var(--rule); margin-top: 2rem; }
 .scroll { overflow-x: auto; }
+.scroll + .scroll { margin-top: 1rem; }
 table { border-collapse: collapse; font-size: 0.875rem; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--line); padding: 0.25rem 0.6rem; text-align: right; white-space: nowrap; }
 th { white-space: normal; vertical-align: bottom; min-width: 4rem; }
 th:first-child, td:first-child, .text { text-align: left; }
-td.text { white-space: normal; overflow-wrap: anywhere; min-width: 8rem; }
+th:first-child, td:first-child { position: sticky; left: 0; background: var(--page); }
+td.text { white-space: normal; overflow-wrap: anywhere; min-width: 8rem; vertical-align: top; }
+td.text:last-child { min-width: 16rem; }
 img { display: block; max-width: 100%; min-width: 36rem; height: auto; margin: 0.5rem 0; background: #fff; }
 .missing { color: var(--dim); font-style: italic; }
-#verdict { font-size: 1.05rem; overflow-wrap: anywhere; }
+#verdict { font-size: 1.05rem; }
+@media screen and (max-width: 40rem) {
+  th:first-child, td:first-child { white-space: normal; overflow-wrap: break-word; min-width: 6.5rem; max-width: 40vw; }
+}
 @media screen and (prefers-color-scheme: dark) {
-  :root { --line: #30363d; --rule: #444c56; --dim: #9da7b3; }
-  html { color: #e6edf3; background: #0d1117; }
-  img { border-radius: 4px; }
+  :root { --line: #30363d; --rule: #444c56; --dim: #9da7b3; --page: #0d1117; }
+  html { color: #e6edf3; }
+  img { border-radius: 4px; filter: brightness(0.88); }
 }
 @media print {
   :root { font-size: 10pt; }
@@ -41,6 +50,7 @@ img { display: block; max-width: 100%; min-width: 36rem; height: auto; margin: 0
   h2 { break-after: avoid; }
 }
 """
+_BREAKS = re.compile(r"(?<=[^\W\d])\.(?=\w)|(?<=\w)\.(?=[^\W\d])")  # of names, not of numbers
 # Whatever a name holds: nothing is loaded and nothing runs.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
@@ -98,7 +108,7 @@ def report_page(document: Mapping[str, Any], recipe: Told, pictures: Mapping[str
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         f"<title>{_text(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        f"<h1>{_text(title)}</h1>\n<p>{_text(_summary(document, recipe))}</p>\n{''.join(sections)}</body>\n</html>\n"
+        f"<h1>{_text(title)}</h1>\n{_paragraph(_summary(document, recipe))}{''.join(sections)}</body>\n</html>\n"
     )
 
 
@@ -107,7 +117,13 @@ def _summary(document: Mapping[str, Any], recipe: Told) -> str:
     accuracy = document["accuracy"]
     if accuracy and accuracy["acc"] is not None:
         told.append(f"ACC {100 * accuracy['acc']:.1f} %, BWT {100 * accuracy['bwt']:+.1f} points.")
-    told.append(f"Solved in {sum(step[1] for step in recipe.steps):.1f} s on {recipe.settings['device']}.")
+    platform, _, kind = recipe.settings["device"].partition(": ")
+    device = platform if kind in ("", platform) else f"{platform} ({kind})"
+    compiling = sum(timings.get("compile", 0.0) for _, _, timings in recipe.steps)
+    told.append(
+        f"The steps took {sum(seconds for _, seconds, _ in recipe.steps):.1f} s on {device}, "
+        f"{compiling:.1f} s of them compiling."
+    )
     return " ".join(told)
 
 
@@ -239,7 +255,8 @@ def _missing(document: Mapping[str, Any], part: str, otherwise: str) -> str:
 
 
 def _paragraph(text: str) -> str:
-    return f"<p>{_text(text)}</p>\n"
+    """Sentences: a long name breaks after its points, a number stays with its unit."""
+    return f"<p>{_BREAKS.sub('.<wbr>', _text(text)).replace(' %', '&nbsp;%')}</p>\n"
 
 
 def _picture(pictures: Mapping[str, bytes], name: str, words: str) -> str:

@@ -16,7 +16,7 @@ from nufilt_jax.analysis.verdict import verdict
 TASKS = ["sun397", "cars", "dtd"]
 SECTIONS = ["verdict", "comparison", "accuracy", "forecast", "losses", "affinity", "check", "time", "recipe"]
 HOSTILE = ["<script>alert(1)</script>", '"><img src=x onerror=alert(2)>', "a&b", "javascript:alert(3)", "]]>--><b>"]
-VOID = {"meta", "img", "br", "hr", "link", "input"}
+VOID = {"meta", "img", "br", "hr", "wbr", "link", "input"}
 
 
 class Page(html.parser.HTMLParser):
@@ -46,7 +46,7 @@ class Page(html.parser.HTMLParser):
     def handle_data(self, data):
         for tag, name in self.open:
             if tag == "section":
-                self.sections[name] = self.sections.get(name, "") + data
+                self.sections[name] = self.sections.get(name, "") + data.replace("\xa0", " ")
         if self.open and self.open[-1][0] in ("td", "th"):
             self.rows[-1][-1] += data
 
@@ -122,7 +122,7 @@ def test_hostile_names_are_text():
     found = page(document, recipe)
     assert is_harmless(found)
     assert set(found.tags) <= {
-        *("html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "section", "div"),
+        *("html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "wbr", "section", "div"),
         *("table", "thead", "tbody", "tr", "th", "td"),
     }
     for name in HOSTILE:
