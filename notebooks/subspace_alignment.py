@@ -19,9 +19,9 @@
 # leading input directions of task j's vector. Their affinity, Eq. (5), is the share of V_d that lies in the span of V̂:
 # 1 if all of it does, r / n for random subspaces of r out of n directions.
 #
-# On Colab, choose a CPU, GPU or TPU runtime, set `PROJECT` to a copy of the project or to its `git+https://` address,
-# and run all cells. The JAX of a GPU or TPU runtime is kept. If pip says that it is too old, put `cuda` or `tpu` into
-# `EXTRAS`: pip then brings the JAX that fits, and the runtime has to be restarted.
+# On Colab, choose a CPU, GPU or TPU runtime, set `PROJECT` to a copy of the project, to its `git+https://` address or
+# to nothing for PyPI, and run all cells. The JAX of a GPU or TPU runtime is kept. If pip says that it is too old, put
+# `cuda` or `tpu` into `EXTRAS`: pip then brings the JAX that fits, and the runtime has to be restarted.
 
 # %%
 import importlib.util
@@ -30,14 +30,15 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-PROJECT = ".."  # a folder, or git+https://...
+PROJECT = ".."  # a folder, git+https://..., or "" for the release on PyPI
 EXTRAS = "eval,plots"  # eval,plots,cuda or eval,plots,tpu for another JAX than the one there
 
 if importlib.util.find_spec("nufilt_jax") is None:
-    place = PROJECT if "://" in PROJECT else Path(PROJECT).resolve().as_uri()
+    place = PROJECT if not PROJECT or "://" in PROJECT else Path(PROJECT).resolve().as_uri()
+    wanted = f"nufilt_jax[{EXTRAS}]" + (f" @ {place}" if place else "")
     installed = [name for name in ("jax", "jaxlib") if importlib.util.find_spec(name) and EXTRAS == "eval,plots"]
     kept = [f"{name}=={version(name)}" for name in installed]
-    subprocess.run([sys.executable, "-m", "pip", "install", f"nufilt_jax[{EXTRAS}] @ {place}", *kept], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", wanted, *kept], check=True)
 
 # %% [markdown]
 # ## Measure

@@ -13,9 +13,10 @@ from nufilt_jax.commands.arguments import Arguments
 from nufilt_jax.commands.request import check_usage, new_job
 from nufilt_jax.presets import CLIP_BASES, FLAN_T5, LLAVA, MODELS, TINY
 
-N_PICTURES = {"merge_and_evaluate": 2, "subspace_alignment": 4}
+N_PICTURES = {"merge_and_evaluate": 2, "merge_lora": 2, "subspace_alignment": 4}
 PRESETS = {
     "merge_and_evaluate": [name for name in MODELS if name != LLAVA],
+    "merge_lora": [TINY, *CLIP_BASES],
     "subspace_alignment": [TINY, *CLIP_BASES],  # affinities are of CLIP's vision towers
 }
 MOST_BYTES = 600_000
