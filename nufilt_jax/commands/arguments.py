@@ -191,7 +191,7 @@ def _like_merge(name: str, *, left_out: tuple[str, ...], hidden: tuple[str, ...]
 _OF_A_NEW_MERGE = (
     *("model", "group", "order", "preset_table", "base", "out", "method", "method_args"),
     *("filter_rank", "adapter_rank", "task_rank", "steps", "learning_rate", "decomposition", "solver", "seed"),
-    *("layers", "conv", "other_params", "dtype", "format"),
+    *("layers", "conv", "other_params", "dtype", "format", "output", "adapter_out_rank"),
 )
 if TYPE_CHECKING:
     AddArguments = PlanArguments = Arguments

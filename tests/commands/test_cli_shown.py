@@ -36,7 +36,8 @@ def test_help_lists_what_a_command_takes(nufilt):
     }
     assert options["plan"] == options["merge"] - {"--plan"}
     assert {"--task", "--evaluate", "--max-memory"} <= options["add"]
-    assert options["add"].isdisjoint({"--base", "--method", "--filter-rank", "--dtype", "--out", "--config"})
+    kept = ("--base", "--method", "--filter-rank", "--dtype", "--out", "--config", "--output", "--adapter-out-rank")
+    assert options["add"].isdisjoint(kept)
 
 
 def test_defaults_shown_are_those_taken():
