@@ -44,13 +44,15 @@ img { display: block; max-width: 100%; min-width: 36rem; height: auto; margin: 0
   body { max-width: none; padding: 0; }
   .scroll { overflow: visible; }
   img, th { min-width: 0; }
+  img { max-height: 22cm; }
   table { font-size: 7.5pt; }
   th, td { white-space: normal; padding: 0.15rem 0.3rem; }
   h2, img, tr { break-inside: avoid; }
   h2 { break-after: avoid; }
 }
 """
-_BREAKS = re.compile(r"(?<=[^\W\d])\.(?=\w)|(?<=\w)\.(?=[^\W\d])")  # of names, not of numbers
+# Where a long name may go on in the next line; a number may not.
+_BREAKS = re.compile(r"(?<=[^\W\d])\.(?=\w)|(?<=\w)\.(?=[^\W\d])|/(?=\w)")
 # Whatever a name holds: nothing is loaded and nothing runs.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
@@ -255,8 +257,8 @@ def _missing(document: Mapping[str, Any], part: str, otherwise: str) -> str:
 
 
 def _paragraph(text: str) -> str:
-    """Sentences: a long name breaks after its points, a number stays with its unit."""
-    return f"<p>{_BREAKS.sub('.<wbr>', _text(text)).replace(' %', '&nbsp;%')}</p>\n"
+    """Sentences, in which a number stays with its unit."""
+    return f"<p>{_breakable(text).replace(' %', '&nbsp;%')}</p>\n"
 
 
 def _picture(pictures: Mapping[str, bytes], name: str, words: str) -> str:
@@ -269,8 +271,13 @@ def _picture(pictures: Mapping[str, bytes], name: str, words: str) -> str:
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]], *, is_text: bool = False) -> str:
     kind = ' class="text"' if is_text else ""
     head = "".join(f'<th scope="col"{kind}>{_text(cell)}</th>' for cell in header)
-    body = "".join(f"<tr>{''.join(f'<td{kind}>{_text(cell)}</td>' for cell in row)}</tr>\n" for row in rows)
+    told = _breakable if is_text else _text
+    body = "".join(f"<tr>{''.join(f'<td{kind}>{told(cell)}</td>' for cell in row)}</tr>\n" for row in rows)
     return f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>\n'
+
+
+def _breakable(text: object) -> str:
+    return _BREAKS.sub(r"\g<0><wbr>", _text(text))
 
 
 def _percent(x: float | None) -> str:
