@@ -10,6 +10,7 @@ import pytest
 
 from nufilt_jax.engine import evaluation, verification
 from nufilt_jax.output import place
+from nufilt_jax.output.place import OutputPlace
 
 SUM = ("--method", "sum")
 
@@ -91,6 +92,31 @@ def test_every_missing_or_changed_file_is_named(merged, models, nufilt):
     told = nufilt("verify", merged, "--quick", "--json").json
     assert told["inputs"] == {"base": False, "alpha": True, "beta": False} and not told["holds"]
     assert len(told["problems"]) == 5
+
+
+def test_a_model_card_is_its_users_to_edit(merged, nufilt):
+    (merged / "README.md").write_text("# What this model is for\n")
+    told = nufilt("verify", merged, "--quick", "--json")
+    assert (told.code, told.err) == (0, "") and told.json["holds"]
+    (note,) = told.json["notes"]
+    assert note.startswith("README.md had SHA-256 ") and note.endswith(": a model card is its user's to edit")
+    assert nufilt("verify", merged, "--quick").out.splitlines()[-2:] == [f"note    {note}", "verified"]
+    assert nufilt("export", merged, "--what", "delta", "--out", merged.with_name("delta")).code == 0
+
+
+def test_a_merge_that_another_run_writes_is_not_read(merged, models, tmp_path, nufilt, refused):
+    gamma = f"gamma={models / 'gamma'}"
+    with OutputPlace(merged).locked():
+        for argv in (("verify", "--quick"), ("export", "--what", "delta", "--out", tmp_path / "delta")):
+            assert refused(argv[0], merged, *argv[1:]) == [
+                f"nufilt: {merged}: another run is writing here (wait for it)"
+            ]
+    with OutputPlace(merged).read_locked():
+        assert nufilt("verify", merged, "--quick").code == 0
+        (line,) = refused("add", merged, "--task", gamma)
+        assert line.startswith(f"nufilt: {merged}: another run is reading here (wait for it")
+    assert not merged.with_name("out.lock").exists()
+    assert nufilt("add", merged, "--task", gamma, "--quiet").code == 0
 
 
 def rehashed(out, **changes):
