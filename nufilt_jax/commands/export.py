@@ -62,7 +62,8 @@ def _problems(recipe: Recipe, what: str, step: int | None) -> list[Problem]:
     if not 1 <= step <= last:
         return [problem("step", f"must be from 1 to {last}, the steps of this merge, got {step}")]
     if what == "delta" and step != last:
-        fix = f"merge the first {step} tasks into another folder"
+        first = "task" if step == 1 else f"{step} tasks"
+        fix = f"merge the first {first} into another folder"
         return [problem("step", f"the state of this merge is that after step {last}, got {step}", fix)]
     return []
 
