@@ -2,6 +2,7 @@
 #   make demo      merge and evaluate the built-in checkpoints
 #   make test      the tests
 #   make interop   the tests against transformers' own classes, Flax ones (4.57) and torch ones (5), peft's, and TPUs' compiler
+#   make fuzz      ten minutes of inputs for the readers of weight files, found by coverage
 #   make check     formatter, linter, type checker
 #   make docs      the documentation, into docs/_build/html; warnings are errors
 #   make package   wheel and sdist, checked, installed and tried from outside the checkout
@@ -12,20 +13,23 @@ VENV ?= .venv
 FLAX_VENV ?= .venv-flax
 TORCH_VENV ?= .venv-torch
 TPU_VENV ?= .venv-tpu
+FUZZ_VENV ?= .venv-fuzz
 DOCS_VENV ?= .venv-docs
 PACKAGE_VENV ?= .venv-package
 JOBS ?= 2
+# For each of the three readers.
+FUZZ_SECONDS ?= 200
 # Files and folders of tests; none is all.
 TESTS ?=
 
-VENVS := $(VENV) $(FLAX_VENV) $(TORCH_VENV) $(TPU_VENV) $(DOCS_VENV) $(PACKAGE_VENV)
+VENVS := $(VENV) $(FLAX_VENV) $(TORCH_VENV) $(TPU_VENV) $(FUZZ_VENV) $(DOCS_VENV) $(PACKAGE_VENV)
 PINS := pyproject.toml constraints.txt
 FLAX_PINS := tests/interop/constraints-flax.txt
 # A comma cannot be written in the arguments of call.
 comma := ,
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test interop interop-flax interop-torch interop-tpu check docs package clean
+.PHONY: demo test interop interop-flax interop-torch interop-tpu fuzz check docs package clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python -m nufilt_jax.merge --model tiny
@@ -43,6 +47,9 @@ interop-torch: $(TORCH_VENV)/.done
 
 interop-tpu: $(TPU_VENV)/.done
 	$(TPU_VENV)/bin/python -m pytest --quiet $(wildcard tests/interop/test_tpu_*.py)
+
+fuzz: $(FUZZ_VENV)/.done
+	$(FUZZ_VENV)/bin/python -m benchmarks.faults.fuzz --seconds $(FUZZ_SECONDS) --json fuzz.json
 
 check: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
@@ -93,6 +100,9 @@ $(FLAX_VENV)/constraints.txt: constraints.txt $(FLAX_PINS) | $(FLAX_VENV)/bin/py
 
 $(FLAX_VENV)/.done: $(FLAX_VENV)/constraints.txt $(PINS)
 	$(call install,$(FLAX_VENV)/constraints.txt,--editable '.[test]' transformers pillow)
+
+$(FUZZ_VENV)/.done: $(PINS) | $(FUZZ_VENV)/bin/python
+	$(call install,constraints.txt,--editable '.[fuzz]')
 
 $(DOCS_VENV)/.done: $(PINS) | $(DOCS_VENV)/bin/python
 	$(call install,constraints.txt,--editable '.[docs]')

@@ -15,11 +15,17 @@ from nufilt_jax.errors import NufiltError
 
 
 class Parser(argparse.ArgumentParser):
-    """Arguments of a benchmark; what is wrong with them is said in one line."""
+    """Arguments of a benchmark; what is wrong with them is said in one line.
+
+    Args:
+      description: the script's own.
+      out: name of its results file; empty if it writes one only where it is asked to.
+    """
 
     def __init__(self, description: str | None, out: str) -> None:
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-        self.add_argument("--json", type=Path, metavar="OUT", help=f"results file (default: benchmarks/results/{out})")
+        default = f"benchmarks/results/{out}" if out else "none"
+        self.add_argument("--json", type=Path, metavar="OUT", help=f"results file (default: {default})")
 
     def error(self, message: str) -> NoReturn:
         """Says it and exits with status 2."""

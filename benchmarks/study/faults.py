@@ -3,7 +3,8 @@
 Each harness is in `benchmarks.faults`, which the tests run small. A kill or a fault is survived if the merge ended with
 at most one line, if under its name there was nothing or a whole model, and if the same command then gave the bits of an
 undisturbed merge. A hostile file is handled if it was merged or refused in lines of our own, in time and in little
-memory, with nothing written elsewhere. Disks of chosen sizes need a user who may mount them; others are left out.
+memory, with nothing written elsewhere. Disks of chosen sizes need a user who may mount them; others are left out. The
+readers are fuzzed where atheris is installed, or what `make fuzz` found is taken in; else the results say so.
 """
 
 import json
@@ -16,12 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import measure, records, script
-from benchmarks.faults import disks, hostile
+from benchmarks.faults import disks, fuzz, hostile
 
 TITLES = ("merges ended by signals and run again", "merges on disks that fail", "hostile files")
+FUZZED = "readers under a coverage-guided fuzzer"  # only if they were
 KILLS = ("signal", "tried", "survived", "struck while merging", "of these while adding a task")
 DISKS = ("fault", "tried", "handled", "of these refused in one line")
 FILES = ("file", "tried", "handled", "of these refused", "most seconds of a refusal", "most MB of a refusal")
+READERS = ("reader", "executions", "without a finding", "places of the code reached", "seconds")
+NOT_FUZZED = "not run: atheris is not installed"
 
 
 def killed(root: Path, n_kills: int, seed: int) -> tuple[list[list[Any]], list[str]]:
@@ -84,6 +88,28 @@ def attacked(root: Path, n_files: int, seed: int) -> tuple[list[list[Any]], list
     return rows, findings
 
 
+def fuzzed(seconds: int, stored: Path | None) -> tuple[list[dict[str, Any]] | str, list[str]]:
+    """What came of fuzzing each reader, or why it was not run; and what was wrong.
+
+    Args:
+      seconds: for each reader.
+      stored: the file that `benchmarks.faults.fuzz` wrote; None to run it where it can be.
+    """
+    if stored is None and not fuzz.is_installed():
+        return NOT_FUZZED, []
+    found = fuzz.study(seconds) if stored is None else json.loads(stored.read_text())["fuzz"]
+    return found, [f"{row['reader']}: {finding}" for row in found for finding in row["findings"]]
+
+
+def fuzzed_rows(found: list[dict[str, Any]]) -> list[list[Any]]:
+    """Rows of the readers."""
+    rows = []
+    for row in found:
+        without = row["executions"] - len(row["findings"])
+        rows.append([row["reader"], row["executions"], without, row["places"], row["seconds"]])
+    return rows
+
+
 def with_sum(rows: Iterable[list[Any]], n_counts: int) -> list[list[Any]]:
     """The rows and their sums; of what is no count, the most."""
     rows = list(rows)
@@ -97,20 +123,27 @@ def main() -> None:
     parser.add_argument("--kills", type=script.at_least(4), default=200, help="(default: 200)")
     parser.add_argument("--every", type=script.at_least(1), default=1, help="n-th fault of a disk (default: 1)")
     parser.add_argument("--files", type=script.at_least(1), default=2000, help="hostile ones (default: 2000)")
+    parser.add_argument("--fuzz-seconds", type=script.at_least(1), default=200, help="of each reader (default: 200)")
+    parser.add_argument("--fuzzed", type=Path, metavar="FILE", help="what make fuzz wrote, instead of fuzzing here")
     parser.add_argument("--seed", type=int, default=0, help="of instants and damage (default: 0)")
     arguments = parser.parse_args()
+    fuzz_found, fuzz_findings = fuzzed(arguments.fuzz_seconds, arguments.fuzzed)
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         rows = [killed(root / "kills", arguments.kills, arguments.seed), failed(root / "disks", arguments.every)]
         rows.append(attacked(root / "hostile", arguments.files, arguments.seed))
-    tables = zip(TITLES, (KILLS, DISKS, FILES), rows, (4, 3, 3), strict=True)
-    findings = [finding for _, found in rows for finding in found]
+    parts = zip(TITLES, (KILLS, DISKS, FILES), rows, (4, 3, 3), strict=True)
+    tables = [records.table(title, columns, with_sum(found, n)) for title, columns, (found, _), n in parts]
+    if not isinstance(fuzz_found, str):
+        tables.append(records.table(FUZZED, READERS, with_sum(fuzzed_rows(fuzz_found), 4)))
+    findings = [finding for _, found in rows for finding in found] + fuzz_findings
     document = {
         "benchmark": "faults",
         "environment": measure.environment("safetensors"),
-        "settings": script.settings(arguments),
+        "settings": {key: value for key, value in script.settings(arguments).items() if not key.startswith("fuzz")},
         "findings": findings,
-        "tables": [records.table(title, columns, with_sum(found, n)) for title, columns, (found, _), n in tables],
+        "fuzz": fuzz_found,
+        "tables": tables,
     }
     records.finish(document, arguments.json or records.RESULTS / "faults.json")
     if findings:

@@ -184,7 +184,7 @@ def export(
       folder: The output folder of the merge.
       what: tau, delta, forecast or stablehlo.
       out: The file to write, or for stablehlo the folder.
-      step: Of which step, counted from 1. Without it, the last; of a forecast, all.
+      step: Of which step, counted from 1. Without it, the last; of a forecast, all. D is kept of the last alone.
       json: One JSON document on stdout and nothing else there.
       quiet: Nothing but warnings and errors.
       offline: Never ask the Hub; use its local cache.

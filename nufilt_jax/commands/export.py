@@ -8,7 +8,7 @@ from rich.console import Console
 
 from nufilt_jax.commands import console as show
 from nufilt_jax.commands.failures import traceback_beside, traceback_kept
-from nufilt_jax.commands.verify import finished_recipe
+from nufilt_jax.commands.verify import finished_merge
 from nufilt_jax.config import problem
 from nufilt_jax.engine.exports import export_delta, export_forecast, export_solve, export_tau
 from nufilt_jax.errors import ConfigError, OutputError, Problem, raise_all
@@ -35,13 +35,13 @@ def export(
     Raises:
       NufiltError: there is no finished merge, an option is refused, or the part cannot be read or written.
     """
-    place, recipe = finished_recipe(folder)
-    raise_all(ConfigError, _problems(recipe, what, step))
-    if os.path.lexists(out):
-        raise OutputError(Problem(str(out), "exists: nothing is overwritten", "choose another --out, or remove it"))
-    out = Path(os.path.abspath(out))
-    with traceback_kept(traceback_beside(out)):
-        count = _write(recipe, place, what, out, step, offline=offline)
+    with finished_merge(folder) as (place, recipe):
+        raise_all(ConfigError, _problems(recipe, what, step))
+        if os.path.lexists(out):
+            raise OutputError(Problem(str(out), "exists: nothing is overwritten", "choose another --out, or remove it"))
+        out = Path(os.path.abspath(out))
+        with traceback_kept(traceback_beside(out)):
+            count = _write(recipe, place, what, out, step, offline=offline)
     document: dict[str, Any] = {"folder": str(place), "what": what, "out": str(out), "step": step, "count": count}
     if json:
         show.show_json(stdout, document)
@@ -62,7 +62,8 @@ def _problems(recipe: Recipe, what: str, step: int | None) -> list[Problem]:
     if not 1 <= step <= last:
         return [problem("step", f"must be from 1 to {last}, the steps of this merge, got {step}")]
     if what == "delta" and step != last:
-        fix = f"merge the first {step} tasks into another folder"
+        first = "task" if step == 1 else f"{step} tasks"
+        fix = f"merge the first {first} into another folder"
         return [problem("step", f"the state of this merge is that after step {last}, got {step}", fix)]
     return []
 

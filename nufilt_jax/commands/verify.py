@@ -1,7 +1,9 @@
 """The command `verify`: whether a merge is what its recipe says."""
 
+import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +25,18 @@ class VerificationError(NufiltError, ValueError):
     """An output is not what its recipe says, or an input not what it was."""
 
 
-def finished_recipe(folder: Path) -> tuple[Path, Recipe]:
-    """The place and the recipe of a finished merge.
+@contextlib.contextmanager
+def finished_merge(folder: Path) -> Iterator[tuple[Path, Recipe]]:
+    """The place and the recipe of a finished merge, which no other run writes to meanwhile.
 
     Raises:
-      OutputError: there is none, or its recipe is damaged.
+      OutputError: there is none, its recipe is damaged, or another run is writing there.
     """
     place = OutputPlace(folder)
     if not (place.out / RECIPE).is_file():
         raise OutputError(Problem(str(folder), "holds no finished merge", "give the output folder of a merge"))
-    return place.out, read_recipe(read_json(place.out / RECIPE), place.out)
+    with place.read_locked():
+        yield place.out, read_recipe(read_json(place.out / RECIPE), place.out)
 
 
 def verify(
@@ -54,11 +58,10 @@ def verify(
 
     Raises:
       VerificationError: something does not, all of it listed.
-      OutputError: there is no finished merge.
+      OutputError: there is no finished merge, or another run is writing there.
     """
-    out, recipe = finished_recipe(folder)
     watcher = show.ProgressWatcher(stderr, quiet=quiet or json)
-    with traceback_kept(traceback_beside(out)), watcher.progress:
+    with finished_merge(folder) as (out, recipe), traceback_kept(traceback_beside(out)), watcher.progress:
         watcher.phase("hashing inputs and outputs")
         found = verify_hashes(recipe, out, offline=offline)
         if not quick:
@@ -106,4 +109,5 @@ def _lines(found: Verification, *, quick: bool) -> list[str]:
         lines.append(f"again   {compared.identical} of {compared.tensors} tensors are the same in every bit{worst}")
     elif not quick:
         lines.append("again   not merged: see the lines on stderr")
+    lines += [f"note    {note}" for note in found.notes]
     return [*lines, "not verified" if found.problems else "verified"]

@@ -18,7 +18,7 @@ from nufilt_jax.engine.watching import Watcher
 from nufilt_jax.errors import NufiltError, Problem, gathering
 from nufilt_jax.linalg.chunks import at_once, layers_at_once
 from nufilt_jax.output.hashes import changed_files
-from nufilt_jax.output.place import OutputPlace
+from nufilt_jax.output.place import CARD, OutputPlace
 from nufilt_jax.output.recipe import Model, Recipe
 
 _RESTORE = "restore the files: the merge cannot be verified without them"
@@ -32,6 +32,7 @@ class Verification:
     Attributes:
       inputs: of each model and file that went in, whether it is what it was.
       files: number of the output's files that were hashed.
+      notes: what is not as the merge left it, and need not be.
       differences: of versions, device and host from those of the merge, as `(what, then, now)`.
       comparison: of the numbers with those of merging again; None if that was not done.
       problems: everything that does not hold.
@@ -39,6 +40,7 @@ class Verification:
 
     inputs: dict[str, bool] = dataclasses.field(default_factory=dict)
     files: int = 0
+    notes: list[str] = dataclasses.field(default_factory=list)
     differences: list[tuple[str, Any, Any]] = dataclasses.field(default_factory=list)
     comparison: Comparison | None = None
     problems: list[Problem] = dataclasses.field(default_factory=list)
@@ -49,6 +51,7 @@ class Verification:
             "holds": not self.problems,
             "inputs": self.inputs,
             "files": self.files,
+            "notes": self.notes,
             "bit_for_bit": not self.differences,
             "differences": [{"what": what, "then": then, "now": now} for what, then, now in self.differences],
             "recomputed": None if self.comparison is None else self.comparison.to_json(),
@@ -68,7 +71,11 @@ def verify_hashes(recipe: Recipe, folder: Path, *, offline: bool = False) -> Ver
     if not recipe.files:
         what = "its recipe holds no hashes of its files"
         found.problems.append(Problem(str(folder), what, "it was made by an earlier version: merge again"))
-    found.problems += changed_files(folder, recipe.files)
+    for problem in changed_files(folder, recipe.files):
+        if problem.where == str(folder / CARD):
+            found.notes.append(f"{CARD} {problem.what}: a model card is its user's to edit")
+        else:
+            found.problems.append(problem)
     for name, problems in _inputs(recipe, folder, offline=offline):
         found.inputs[name] = not problems
         found.problems += problems

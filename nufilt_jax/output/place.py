@@ -20,6 +20,7 @@ from nufilt_jax.output.state import Groups, StoredWindow, save_window, stored_wi
 
 RECIPE = "nufilt.json"
 FORECAST = "forecast.json"
+CARD = "README.md"
 STATE = "state"
 REWRITTEN = (RECIPE, "evaluation.json", "accuracy_matrix.png")  # which other commands write anew: no digest is kept
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -28,7 +29,8 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 class OutputPlace:
     """An output folder `DIR`, and what stands beside it while a merge is under way.
 
-    - `DIR.lock`: held by the run that writes; the system releases it when the run ends, however it ends.
+    - `DIR.lock`: held by the run that writes, or by those that read; the system releases it when a run ends, however it
+      ends.
     - `DIR.partial/`: the recipe, and in `state/` the windows as far as they are merged; `output/` while the model is
       written.
     - `DIR.partial/previous/`: for the instant of a swap, the folder that `DIR` was.
@@ -77,6 +79,50 @@ class OutputPlace:
                     with contextlib.suppress(OSError):  # it is used now
                         folder.rmdir()
 
+    @contextlib.contextmanager
+    def read_locked(self) -> Iterator[None]:
+        """Holds the lock with others that read, so that no run writes; the folder's place may be one to read alone.
+
+        Raises:
+          OutputError: another run writes here.
+        """
+        with contextlib.ExitStack() as held:
+            if (lock := self._acquire_for_reading()) is not None:
+                held.enter_context(lock)
+                held.callback(self._release, lock)
+            yield
+
+    def _acquire_for_reading(self) -> TextIO | None:
+        """The lock file, locked; None where none can be had: then nobody can write either, or nobody can lock."""
+        while True:
+            try:
+                lock = self._lock.open("r" if self._lock.exists() else "a")
+            except FileNotFoundError:  # the last holder removed it meanwhile, or there is no such place
+                if not self.out.parent.is_dir():
+                    return None
+                continue
+            except OSError:
+                return None
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(lock.fileno()), self._lock.stat()):
+                    return lock
+            except BlockingIOError as error:
+                lock.close()
+                raise OutputError(Problem(str(self.out), "another run is writing here", "wait for it")) from error
+            except FileNotFoundError:
+                pass
+            except OSError:
+                lock.close()
+                return None
+            lock.close()
+
+    def _release(self, lock: TextIO) -> None:
+        """Removes the lock file after the last that reads."""
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock.unlink(missing_ok=True)
+
     def _acquire(self) -> TextIO:
         """The lock file, locked. It may have been removed by the last holder while this run waited to open it."""
         while True:
@@ -86,8 +132,8 @@ class OutputPlace:
                 if os.path.samestat(os.fstat(lock.fileno()), self._lock.stat()):
                     return lock
             except BlockingIOError as error:
+                what = f"another run is {'reading' if _is_shared(lock) else 'writing'} here"
                 lock.close()
-                what = "another run is writing here"
                 raise OutputError(Problem(str(self.out), what, "wait for it, or choose another --out")) from error
             except FileNotFoundError:
                 pass
@@ -203,7 +249,7 @@ class OutputPlace:
         self.finished()
         try:
             write_json(self.staging / FORECAST, dict(forecast))
-            atomic_write(self.staging / "README.md", card.encode())
+            atomic_write(self.staging / CARD, card.encode())
             for number, window in enumerate(windows):
                 # Linked, not moved: should the swap be cut short, the state still stands where it did.
                 target = self.staging / STATE / window._replace(number=number).named()
@@ -218,6 +264,15 @@ class OutputPlace:
             raise output_error(self.out, error) from error
         self.discard()
         return recipe
+
+
+def _is_shared(lock: TextIO) -> bool:
+    """Whether those that hold a lock read alone."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _link_tree(source: Path, target: Path) -> None:

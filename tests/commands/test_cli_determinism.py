@@ -5,20 +5,34 @@ import os
 import model_builders as build
 import pytest
 
-ON_ONE_CORE = """
+CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []  # on Linux they can be chosen
+COUNTS = [n for n in (1, 2, 4) if n <= len(CORES)] or [os.cpu_count()]
+
+ON_SOME_CORES = """
 import os, sys
-os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
+cores = {int(core) for core in sys.argv[1].split(",") if core}
+if cores:
+    os.sched_setaffinity(0, cores)
 from nufilt_jax.cli import main
-sys.exit(main(sys.argv[1:]))
+sys.exit(main(sys.argv[2:]))
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores can be chosen on Linux alone")
-def test_another_process_on_one_core_finds_the_same_bits(shared_models, tmp_path, nufilt, finish, command):
-    out = tmp_path / "out"
-    assert nufilt(*command(shared_models, out)).code == 0
-    environment = {"PYTHONHASHSEED": "7", "LC_ALL": "C", "LANG": "C", "TZ": "Asia/Tokyo"}
-    told = finish("-c", ON_ONE_CORE, "verify", out, "--json", env=environment)
+@pytest.fixture(scope="module")
+def merged(shared_models, tmp_path_factory, command):
+    """A merge by nufilt on all cores, which tests only read."""
+    from nufilt_jax.cli import main
+
+    out = tmp_path_factory.mktemp("merge") / "out"
+    assert main([*command(shared_models, out), "--quiet"]) == 0
+    return out
+
+
+@pytest.mark.parametrize("n_cores", COUNTS)
+def test_another_process_on_so_many_cores_finds_the_same_bits(merged, finish, n_cores):
+    environment = {"PYTHONHASHSEED": str(6 + n_cores), "LC_ALL": "C", "LANG": "C", "TZ": "Asia/Tokyo"}
+    cores = ",".join(map(str, CORES[:n_cores]))
+    told = finish("-c", ON_SOME_CORES, cores, "verify", merged, "--json", env=environment)
     assert told.code == 0, told.err
     assert told.json["bit_for_bit"]
     assert told.json["recomputed"]["identical"] == told.json["recomputed"]["tensors"] > 0

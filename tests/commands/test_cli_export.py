@@ -109,6 +109,10 @@ def test_the_solve_for_other_programs(merged, tmp_path, nufilt):
             ("--what", "delta", "--step", "2"),
             "--step: the state of this merge is that after step 3, got 2 (merge the first 2 tasks into another folder)",
         ),
+        (
+            ("--what", "delta", "--step", "1"),
+            "--step: the state of this merge is that after step 3, got 1 (merge the first task into another folder)",
+        ),
         (("--what", "stablehlo", "--step", "1"), "--step: stablehlo is of no step (leave it out)"),
     ],
 )

@@ -39,6 +39,7 @@ def test_killed_merge_resumes_to_the_same_bits(shared_models, tmp_path, nufilt, 
     assert killed.code == -signal.SIGKILL, killed.err
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "out.lock").exists()  # and does not block
+    assert list((tmp_path / "out.partial" / "state").glob("window-0000-*"))
     resumed = nufilt(*argv)
     assert resumed.code == 0, resumed.err
     assert resumed.json["steps"][0]["resumed"]
