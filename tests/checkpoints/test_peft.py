@@ -97,8 +97,9 @@ def test_whole_tensors_and_biases(tmp_path, base, base_tensors, pairs):
 
 
 def test_which_base_it_was_trained_on(tmp_path, base, pairs):
-    same = adapters.write(tmp_path / "a", pairs, base_model_name_or_path=str(base.path))
-    other = adapters.write(tmp_path / "b", pairs, base_model_name_or_path="openai/clip-vit-base-patch16")
+    exact = {"target_modules": [Q0, FC1]}
+    same = adapters.write(tmp_path / "a", pairs, base_model_name_or_path=str(base.path), **exact)
+    other = adapters.write(tmp_path / "b", pairs, base_model_name_or_path="openai/clip-vit-base-patch16", **exact)
     assert open_task(str(same), base).notices == ()
     [notice] = open_task(str(other), base).notices
     assert "was trained on 'openai/clip-vit-base-patch16'" in notice
@@ -111,11 +112,15 @@ CONFIGS = {
     "pissa": ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4'"),
     "unknown": ({"use_zora": True}, "the unknown setting use_zora = True"),
     "rank": ({"r": 3}, "rank 2, but adapter_config.json says r = 3"),
-    "patterns": ({"rank_pattern": [3]}, "rank_pattern must be an object, got [3]"),
     "no rank": ({"r": None}, "r must be a whole number from 1, got None"),
     "alpha": ({"lora_alpha": float("nan")}, "lora_alpha must be a finite number, got nan"),
     "alphas": ({"alpha_pattern": {"fc1": "4"}}, "alpha_pattern fc1 must be a finite number, got '4'"),
-    "pattern": ({"rank_pattern": ["fc1"]}, "rank_pattern must be an object, got ['fc1']"),
+    "endless": (
+        {"target_modules": r"(\w+\.?)+!"},
+        r"takes too long to match with the names of modules: '(\\w+\\.?)+!'",
+    ),
+    "endless rank": ({"rank_pattern": {r"(.*)*!": 1}}, "takes too long to match with the names of modules: '(.*)*!'"),
+    "vast": ({"target_modules": r"((a{1,60000}){1,60000}b?){60000}"}, "is not among the target_modules"),
     "targets": ({"target_modules": ["q_proj"]}, "is not among the target_modules"),
     "regex": ({"target_modules": r".*\.q_proj"}, "is not among the target_modules"),
     "broken": ({"target_modules": "("}, "is no regular expression"),
@@ -141,6 +146,19 @@ def test_configs_that_are_refused(tmp_path, base, pairs, case):
 def test_targets_that_cover(tmp_path, base, pairs, targets):
     folder = adapters.write(tmp_path / "a", pairs, target_modules=targets, layers_to_transform=None)
     assert len(open_task(str(folder), base).factors) == 2
+
+
+def test_modules_of_the_config_that_have_no_factors(tmp_path, base, pairs):
+    """Few of many, and none where the config names none."""
+    some = adapters.write(tmp_path / "a", pairs, target_modules=["q_proj", "fc1"])
+    [notice] = open_task(str(some), base).notices
+    stay = "vision_model.encoder.layers.*.mlp.fc1, vision_model.encoder.layers.*.self_attn.q_proj"
+    assert "holds no factors of 2 matrices that the target_modules of its adapter_config.json name" in notice
+    assert notice.endswith(f"and which stay the base's: {stay}")
+    first = adapters.write(tmp_path / "b", pairs, target_modules=["q_proj", "fc1"], layers_to_transform=[0, 1])
+    assert len(open_task(str(first), base).notices) == 1
+    exact = adapters.write(tmp_path / "c", pairs, target_modules=[Q0, FC1])
+    assert open_task(str(exact), base).notices == ()
 
 
 KEYS = {

@@ -6,9 +6,10 @@ Matching of names follows peft 0.21, `check_target_module_exists` and `get_patte
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+from nufilt_jax.checkpoints.peft.expressions import EndlessError, matched
 from nufilt_jax.errors import CheckpointError, Problem, raise_all
 from nufilt_jax.strict_json import shown
 
@@ -52,6 +53,7 @@ class LoraConfig:
 
     Attributes:
       content: the file, as it stands.
+      where: what to call it in messages.
       rank: r where `ranks` says nothing.
       alpha: likewise.
       ranks: r by pattern.
@@ -60,6 +62,7 @@ class LoraConfig:
     """
 
     content: Mapping[str, Any]
+    where: str
     rank: int
     alpha: float
     ranks: Mapping[str, int]
@@ -80,6 +83,7 @@ class LoraConfig:
         raise_all(CheckpointError, _problems(content, where))
         return cls(
             content=content,
+            where=where,
             rank=content["r"],
             alpha=float(content.get("lora_alpha", 8)),
             ranks=content.get("rank_pattern") or {},
@@ -92,47 +96,65 @@ class LoraConfig:
         """The model that it says it was trained on; empty if it says nothing."""
         return str(self.content.get("base_model_name_or_path") or "")
 
-    def rank_of(self, module: str) -> int:
-        """R of a module."""
-        return self.ranks.get(_first_match(self.ranks, module), self.rank)
+    def ranks_of(self, modules: Sequence[str]) -> dict[str, int]:
+        """R of every module."""
+        return {module: self.ranks.get(key, self.rank) for module, key in self._keys(self.ranks, modules).items()}
 
-    def scale_of(self, module: str) -> float:
-        """S of a module, in W + s B A."""
-        alpha, rank = self.alphas.get(_first_match(self.alphas, module), self.alpha), self.rank_of(module)
-        return alpha / (math.sqrt(rank) if self.is_rank_stabilised else rank)
+    def scales_of(self, modules: Sequence[str]) -> dict[str, float]:
+        """S of every module, in W + s B A."""
+        keys, ranks = self._keys(self.alphas, modules), self.ranks_of(modules)
+        return {
+            module: self.alphas.get(key, self.alpha)
+            / (math.sqrt(ranks[module]) if self.is_rank_stabilised else ranks[module])
+            for module, key in keys.items()
+        }
 
-    def covers(self, module: str) -> bool:
-        """Whether peft would load the factors of a module: `target_modules`, `exclude_modules`, layers."""
-        if _is_among(self.content.get("exclude_modules"), module):
-            return False
-        targets = self.content.get("target_modules")
+    def covered(self, modules: Sequence[str]) -> set[str]:
+        """The modules that peft would load factors of: by `target_modules`, `exclude_modules`, layers."""
+        content, targets = self.content, self.content.get("target_modules")
+        found = set(modules) - self._named(content.get("exclude_modules"), modules)
         if targets is None or targets == _ALL_LINEAR:
-            return True
-        if not _is_among(targets, module):
-            return False
-        layers = self.content.get("layers_to_transform")
-        if isinstance(targets, str) or module in targets or layers is None or layers == []:
-            return True
-        return _layer_of(module, self.content.get("layers_pattern")) in ([layers] if type(layers) is int else layers)
+            return found
+        found &= self._named(targets, modules)
+        layers = content.get("layers_to_transform")
+        if isinstance(targets, str) or layers is None or layers == []:
+            return found
+        wanted, numbers = [layers] if type(layers) is int else layers, self._layers_of(modules)
+        return {module for module in found if module in targets or numbers.get(module) in wanted}
 
+    @property
+    def says_which(self) -> bool:
+        """Whether it names the modules that have factors."""
+        return self.content.get("target_modules") not in (None, _ALL_LINEAR)
 
-def _first_match(patterns: Mapping[str, Any], module: str) -> str:
-    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), module)
+    def _keys(self, patterns: Collection[str], modules: Sequence[str]) -> dict[str, str]:
+        """Of every module the first pattern that matches it or the end of its name; itself if none does."""
+        found = self._matched(patterns, modules, at_the_end=True)
+        return {module: next((key for key in patterns if module in found[key]), module) for module in modules}
 
+    def _named(self, targets: object, modules: Sequence[str]) -> set[str]:
+        if isinstance(targets, str):
+            return set(self._matched([targets], modules)[targets]) if targets else set()
+        names = targets if isinstance(targets, list) else []
+        return {module for module in modules if any(module == name or module.endswith(f".{name}") for name in names)}
 
-def _is_among(targets: object, module: str) -> bool:
-    if not targets:
-        return False
-    if isinstance(targets, str):
-        return re.fullmatch(targets, module) is not None
-    return isinstance(targets, list) and any(module == name or module.endswith(f".{name}") for name in targets)
+    def _layers_of(self, modules: Sequence[str]) -> dict[str, int]:
+        patterns = self.content.get("layers_pattern") or []
+        named = [patterns] if isinstance(patterns, str) else patterns
+        forms = [rf"(?:^|.*?\.){name}\.(?P<idx>\d+)\..*" for name in named] or [r".*?\.[^.]*\.(?P<idx>\d+)\..*"]
+        found, numbers = self._matched(forms, modules), dict[str, int]()
+        for form in forms:
+            numbers = {module: int(text) for module, text in found[form].items() if text.isdecimal()} | numbers
+        return numbers
 
-
-def _layer_of(module: str, patterns: object) -> int | None:
-    named = [patterns] if isinstance(patterns, str) else patterns
-    forms = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in named] if isinstance(named, list) and named else []
-    found = (re.match(form, module) for form in forms or [r".*?\.[^.]*\.(\d+)\."])
-    return next((int(match[1]) for match in found if match), None)
+    def _matched(
+        self, expressions: Collection[str], modules: Sequence[str], *, at_the_end: bool = False
+    ) -> Mapping[str, Mapping[str, str]]:
+        try:
+            return matched(expressions, modules, at_the_end=at_the_end)
+        except EndlessError as error:
+            what = f"takes too long to match with the names of modules: {', '.join(map(shown, expressions))}"
+            raise CheckpointError(Problem(self.where, what, "write the names out")) from error
 
 
 def _problems(content: Mapping[str, Any], where: str) -> Iterator[Problem]:
@@ -191,7 +213,7 @@ def _pattern_problems(content: Mapping[str, Any], where: str) -> Iterator[Proble
     for field, expression in expressions:
         try:
             re.compile(expression)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             yield Problem(where, f"{field}: {shown(expression)} is no regular expression: {error}")
     layers = content.get("layers_to_transform")
     if layers is not None and not all(type(x) is int for x in (layers if isinstance(layers, list) else [layers])):

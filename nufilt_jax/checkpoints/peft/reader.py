@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from nufilt_jax.checkpoints.prefixes import match_names
 from nufilt_jax.checkpoints.reader import Checkpoint, open_checkpoint
 from nufilt_jax.checkpoints.tensors import TensorInfo
 from nufilt_jax.errors import CheckpointError, Problem, raise_all
+from nufilt_jax.patterns import patterns
 
 _MERGE = "load it with peft, call merge_and_unload() and save the whole model"
 _SAVE = "save the adapter again"
@@ -54,20 +56,22 @@ def adapted(base: Checkpoint, adapter: Checkpoint) -> AdaptedCheckpoint:
     names = _canonical(base, adapter, pairs, full)
     problems += _unmatched(base, adapter, pairs, names)
     raise_all(CheckpointError, problems)
+    scales = config.scales_of(tuple(pairs))
     factors = {
         names[module]: LoraFactors(
             factor_info(pair["a"], names[module], "A"),
             factor_info(pair["b"], names[module], "B"),
-            config.scale_of(module),
+            scales[module],
             module,
         )
         for module, pair in pairs.items()
     }
     whole = {names[name]: dataclasses.replace(info, name=names[name]) for name, info in full.items()}
     changed = {name: _entry(base.tensors[name], pair) for name, pair in factors.items()}
+    notices = (*_other_base(base, adapter, config), *_left(base, adapter, config, factors))
     return AdaptedCheckpoint(
         **{field.name: getattr(adapter, field.name) for field in dataclasses.fields(Checkpoint)}
-        | {"tensors": {**base.tensors, **whole, **changed}, "notices": tuple(_other_base(base, adapter, config))},
+        | {"tensors": {**base.tensors, **whole, **changed}, "notices": notices},
         base=base,
         factors=factors,
     )
@@ -107,6 +111,7 @@ def _foreign(info: TensorInfo, key: Key) -> Iterator[Problem]:
 
 
 def _rank_problems(adapter: Checkpoint, pairs: Pairs, config: LoraConfig) -> Iterator[Problem]:
+    ranks, covered = config.ranks_of(tuple(pairs)), config.covered(tuple(pairs))
     for module, pair in pairs.items():
         one = next(iter(pair.values()))
         if len(pair) == 1:
@@ -118,7 +123,7 @@ def _rank_problems(adapter: Checkpoint, pairs: Pairs, config: LoraConfig) -> Ite
             what = f"has shape {list(a.shape)}: LoRA of a convolution cannot be merged"
             yield Problem(str(a.file), what, _MERGE, a.stored_name)
             continue
-        rank = config.rank_of(module)
+        rank = ranks[module]
         for info, found in ((a, a.shape[0]), (b, b.shape[1])):
             if found != rank:
                 what = f"has shape {list(info.shape)}, rank {found}, but {CONFIG} says r = {rank}"
@@ -127,7 +132,7 @@ def _rank_problems(adapter: Checkpoint, pairs: Pairs, config: LoraConfig) -> Ite
             if info.dtype not in FLOATS:
                 what = f"holds {info.dtype}, but only {', '.join(sorted(FLOATS))} can be merged"
                 yield Problem(str(info.file), what, "save it in a float type", info.stored_name)
-        if not config.covers(module):
+        if module not in covered:
             what = f"is not among the target_modules of {CONFIG}, and peft would leave it out"
             yield Problem(str(a.file), what, "use the config that was saved with it", a.stored_name)
 
@@ -174,3 +179,27 @@ def _other_base(base: Checkpoint, adapter: Checkpoint, config: LoraConfig) -> It
     if not said or said in known or os.path.realpath(os.path.expanduser(said)) == os.path.realpath(base.path):
         return
     yield f"{adapter.source}: was trained on {said!r} by its {CONFIG}, and is merged onto {base.source!r}"
+
+
+def _left(
+    base: Checkpoint, adapter: Checkpoint, config: LoraConfig, factors: Mapping[str, LoraFactors]
+) -> Iterator[str]:
+    """Modules beside the adapted ones that should have factors, by the config, and have none."""
+    if not config.says_which:
+        return
+    alike = os.path.commonprefix([*factors])  # noqa: RUF071  characters are meant
+    tower = re.match(r"([^\W\d]\w*\.)*", alike)  # that it was trained on
+    modules = {
+        name.removesuffix(".weight"): name
+        for name, info in base.tensors.items()
+        if tower
+        and name.startswith(tower[0])
+        and name.endswith(".weight")
+        and len(info.shape) == 2
+        and name not in factors
+    }
+    covered = config.covered(tuple(modules))
+    if left := [name for module, name in modules.items() if module in covered]:
+        named = ", ".join(group.pattern for group in patterns(left))
+        what = f"holds no factors of {len(left)} matrices that the target_modules of its {CONFIG} name"
+        yield f"{adapter.source}: {what}, and which stay the base's: {named}"
