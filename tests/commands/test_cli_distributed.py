@@ -15,13 +15,25 @@ from nufilt_jax.errors import ConfigError
 
 KILLER = Path(__file__).with_name("killer.py")
 FAST = ("--method", "weight_average")
+HASTY = f"""
+import runpy, sys
+from nufilt_jax.engine import hosts
+hosts.WAITING, hosts._HEARTBEAT = int(sys.argv[1]), 6
+sys.argv = sys.argv[2:]
+runpy.run_path({str(KILLER)!r}, run_name="__main__")
+"""
+NEVER = "nufilt_jax.output.place:save_window:1000:after"
+KILLED = "nufilt_jax.output.place:save_window:1:after"
 
 
 @pytest.fixture
 def together(spawn):
-    """Runs a process for each command, some with a point of `killer.py`; gives code, stdout and stderr of each."""
+    """Runs a process for each command, but None; gives code, stdout and stderr of each.
 
-    def run(*commands, points=()):
+    Each may have a point of `killer.py`, by its number, or be given fewer seconds to wait for the others.
+    """
+
+    def run(*commands, points=(), waiting=None):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -37,8 +49,10 @@ def together(spawn):
                 index,
             )
             point = dict(points).get(index)
-            program = (KILLER, point, "kill") if point else ("-m", "nufilt_jax.cli")
-            started.append(spawn(*program, *argv, *how))
+            hasty = ("-c", HASTY, waiting or 300, KILLER, point or NEVER, "kill")
+            program = hasty if points or waiting else ("-m", "nufilt_jax.cli")
+            if argv is not None:
+                started.append(spawn(*program, *argv, *how))
         ends = [process.communicate(timeout=300) for process in started]
         return [(process.returncode, *end) for process, end in zip(started, ends, strict=True)]
 
@@ -53,10 +67,13 @@ def test_killed_half_way_and_gone_on_with_by_more(shared_models, tmp_path, nufil
     build.write(models / "base", build.tower(0), shards=3)
     assert nufilt(*command(models, tmp_path / "whole")).code == 0
     argv = command(models, tmp_path / "out", "--json")
-    killed, other = together(argv, argv, points={0: "nufilt_jax.output.place:save_window:1:after"}.items())
-    assert killed[0] == -signal.SIGKILL, killed[2]
-    assert other[0] != 0
-    assert not (tmp_path / "out").exists()
+    for victim in (1, 0):
+        ends = together(argv, argv, points={victim: KILLED})
+        assert ends[victim] == (-signal.SIGKILL, "", "")
+        code, out, err = ends[1 - victim]
+        assert (code, out, err.count("\n")) == (1, "", 1), err
+        assert err.startswith(f"nufilt: process {victim}: died, or cannot be reached any more (what was written is")
+        assert not (tmp_path / "out").exists()
     first, *others = together(argv, argv, argv)
     assert [code for code, _, _ in (first, *others)] == [0, 0, 0], (first, *others)
     assert [(out, err) for _, out, err in others] == [("", ""), ("", "")]
@@ -69,6 +86,16 @@ def test_killed_half_way_and_gone_on_with_by_more(shared_models, tmp_path, nufil
     assert {path.name for path in tmp_path.iterdir()} == {"models", "whole", "out"}
     # As it stands, one process alone can add to it.
     assert nufilt("add", tmp_path / "out", "--task", f"delta={models / 'delta'}").code == 0
+
+
+def test_one_that_never_comes_is_not_waited_for_for_ever(shared_models, tmp_path, together, command):
+    argv = command(shared_models, tmp_path / "out", *FAST)
+    ends = together(argv, None, argv, waiting=4)
+    said = "nufilt: --distributed: not all processes have come within 4 s (start all of them"
+    for code, out, err in ends:
+        assert (code, out, err.count("\n")) == (1, "", 1), err
+        assert err.startswith(said)
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_says_what_is_wrong_and_all_stop(shared_models, tmp_path, together, command):
