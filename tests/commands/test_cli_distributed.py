@@ -30,10 +30,11 @@ KILLED = "nufilt_jax.output.place:save_window:1:after"
 def together(spawn):
     """Runs a process for each command, but None; gives code, stdout and stderr of each.
 
-    Each may have a point of `killer.py`, by its number, or be given fewer seconds to wait for the others.
+    Each may have a point of `killer.py`, by its number, with one action, or
+    be given fewer seconds to wait for the others.
     """
 
-    def run(*commands, points=(), waiting=None):
+    def run(*commands, points=(), waiting=None, action="kill"):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -49,7 +50,7 @@ def together(spawn):
                 index,
             )
             point = dict(points).get(index)
-            hasty = ("-c", HASTY, waiting or 300, KILLER, point or NEVER, "kill")
+            hasty = ("-c", HASTY, waiting or 300, KILLER, point or NEVER, action)
             program = hasty if points or waiting else ("-m", "nufilt_jax.cli")
             if argv is not None:
                 started.append(spawn(*program, *argv, *how))
@@ -98,6 +99,16 @@ def test_one_that_never_comes_is_not_waited_for_for_ever(shared_models, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_vanishes_half_way_stops_all(shared_models, tmp_path, together, command):
+    partial = tmp_path / "out.partial"
+    argv = command(shared_models, tmp_path / "out", *FAST)
+    ends = together(argv, argv, points={0: "nufilt_jax.engine.hosts:Hosts.meet:begun:after"}, action=partial)
+    assert [(code, out) for code, out, _ in ends] == [(1, ""), (1, "")], ends
+    (line,) = [line for _, _, err in ends for line in err.splitlines()]
+    assert line.startswith(f"nufilt: {partial}: is not there, or not any more: ")
+    assert not (tmp_path / "out").exists()
+
+
 def test_one_says_what_is_wrong_and_all_stop(shared_models, tmp_path, together, command):
     other = tmp_path / "other"
     shutil.copytree(shared_models, other)
@@ -107,7 +118,9 @@ def test_one_says_what_is_wrong_and_all_stop(shared_models, tmp_path, together, 
     wrong = {
         "task beta: SHA-256 of model.safetensors is ": command(other, tmp_path / "out", *FAST),
         "--other-params is average here, and pretrained": [*argv, "--other-params", "average"],
-        f"{tmp_path / 'elsewhere.partial'}: is not there: ": command(shared_models, tmp_path / "elsewhere", *FAST),
+        f"{tmp_path / 'elsewhere.partial'}: is not there, or not any more: ": command(
+            shared_models, tmp_path / "elsewhere", *FAST
+        ),
         "--method: unknown method 'summ'": command(shared_models, tmp_path / "out", "--method", "summ"),
     }
     for said, theirs in wrong.items():
