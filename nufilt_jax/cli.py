@@ -11,6 +11,7 @@ from nufilt_jax.commands.failures import unforeseen
 from nufilt_jax.commands.interrupt import interruption, orderly_interrupts
 from nufilt_jax.commands.process import prepare_process
 from nufilt_jax.commands.streams import Output, ReaderGoneError, escaping
+from nufilt_jax.commands.watched import leave
 from nufilt_jax.errors import NufiltError, Problem, UsageError, summarised
 
 
@@ -23,7 +24,7 @@ def main(argv: list[str] | None = None, prog: str = "nufilt") -> int:
     """
     prepare_process()
     with escaping(sys.stdout, sys.stderr):
-        return _run(sys.argv[1:] if argv is None else argv, prog)
+        return leave(_run(sys.argv[1:] if argv is None else argv, prog))
 
 
 def _run(argv: list[str], prog: str) -> int:

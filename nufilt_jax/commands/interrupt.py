@@ -70,5 +70,6 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
 def _end(number: int) -> None:
     status, message = _ending(number)
     with contextlib.suppress(OSError):
-        os.write(2, ((_SHOW_CURSOR if os.isatty(2) else "") + message).encode())
+        stderr = sys.stderr.fileno()
+        os.write(stderr, ((_SHOW_CURSOR if os.isatty(stderr) else "") + message).encode())
     os._exit(status)

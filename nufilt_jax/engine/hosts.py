@@ -19,7 +19,8 @@ from nufilt_jax.engine.memory import free_memory
 from nufilt_jax.errors import ConfigError, NufiltError, Problem, raise_all
 
 _POLL = 1000  # milliseconds after which a process that waits looks whether another has stopped
-_HEARTBEAT = 30  # seconds without a sign of life after which JAX ends all processes
+WAITING = 300  # seconds after which JAX ends the processes that have come, if not all have
+_HEARTBEAT = 30  # seconds without a sign of life of one after which JAX ends all others
 _LONGEST = 24 * 3600  # seconds that a process waits at its end for others, each of which may be in the middle of a cell
 _FIX = "give every process the same command, the same files and the same versions"
 _STOPPED = "nufilt/stopped"
@@ -184,7 +185,12 @@ def _initialized(cluster: Cluster) -> Hosts:
         "process_id": _number(cluster.process, "JAX_PROCESS_ID"),
     }
     try:
-        jax.distributed.initialize(**how, heartbeat_timeout_seconds=_HEARTBEAT, shutdown_timeout_seconds=_LONGEST)
+        jax.distributed.initialize(
+            **how,
+            initialization_timeout=WAITING,
+            heartbeat_timeout_seconds=_HEARTBEAT,
+            shutdown_timeout_seconds=_LONGEST,
+        )
     except ValueError as error:
         what = f"finds no other processes: {error}"
         fix = (

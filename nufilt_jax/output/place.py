@@ -204,6 +204,8 @@ class OutputPlace:
         try:
             make_folder(self.partial)
             write_json(self.partial / RECIPE, recipe.as_seen_from(self.out).to_json())
+        except FileNotFoundError as error:  # it was there a moment ago
+            raise OutputError(self._vanished()) from error
         except OSError as error:
             raise output_error(self.partial, error) from error
 
@@ -214,9 +216,12 @@ class OutputPlace:
           OutputError: its folder is not there, or not any more.
         """
         if not (self.partial / RECIPE).is_file():
-            what = "is not there: the merge was begun in it, by another process"
-            fix = "give all processes one folder on a file system that they share, and leave it alone"
-            raise OutputError(Problem(str(self.partial), what, fix))
+            raise OutputError(self._vanished())
+
+    def _vanished(self) -> Problem:
+        what = "is not there, or not any more: the merge was begun in it"
+        fix = "leave it alone; give several processes one folder on a file system that they share"
+        return Problem(str(self.partial), what, fix)
 
     def keep(self, window: StoredWindow, arrays: Groups) -> StoredWindow:
         """Keeps a window of the merge under way, and gives it with its place.
@@ -226,6 +231,8 @@ class OutputPlace:
         """
         try:
             return save_window(self.state, window, arrays)
+        except FileNotFoundError as error:
+            raise OutputError(self._vanished()) from error
         except OSError as error:
             raise output_error(self.partial, error) from error
 

@@ -1,11 +1,14 @@
-"""Runs a command and kills it, or lets it wait, at a chosen point: python killer.py POINT ACTION ARGUMENT ...
+"""Runs a command and kills it, lets it wait, or takes a folder from it, at a chosen point.
+
+How to: python killer.py POINT ACTION ARGUMENT ...
 
 POINT is `MODULE:ATTRIBUTE:WHICH:WHEN`. WHICH is a number, of the call counted from 1, or a text that its arguments
-contain; WHEN is `before` or `after` the call. ACTION is `kill` or `wait`.
+contain; WHEN is `before` or `after` the call. ACTION is `kill`, `wait`, or the path of a folder to remove.
 """
 
 import importlib
 import os
+import shutil
 import signal
 import sys
 import time
@@ -23,6 +26,8 @@ def arm(point, action):
     def act():
         if action == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if action != "wait":
+            return shutil.rmtree(action)
         sys.stdout.write("waiting\n")
         sys.stdout.flush()
         for _ in range(1000):

@@ -15,13 +15,26 @@ from nufilt_jax.errors import ConfigError
 
 KILLER = Path(__file__).with_name("killer.py")
 FAST = ("--method", "weight_average")
+HASTY = f"""
+import runpy, sys
+from nufilt_jax.engine import hosts
+hosts.WAITING, hosts._HEARTBEAT = int(sys.argv[1]), 6
+sys.argv = sys.argv[2:]
+runpy.run_path({str(KILLER)!r}, run_name="__main__")
+"""
+NEVER = "nufilt_jax.output.place:save_window:1000:after"
+KILLED = "nufilt_jax.output.place:save_window:1:after"
 
 
 @pytest.fixture
 def together(spawn):
-    """Runs a process for each command, some with a point of `killer.py`; gives code, stdout and stderr of each."""
+    """Runs a process for each command, but None; gives code, stdout and stderr of each.
 
-    def run(*commands, points=()):
+    Each may have a point of `killer.py`, by its number, with one action, or
+    be given fewer seconds to wait for the others.
+    """
+
+    def run(*commands, points=(), waiting=None, action="kill"):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -37,8 +50,10 @@ def together(spawn):
                 index,
             )
             point = dict(points).get(index)
-            program = (KILLER, point, "kill") if point else ("-m", "nufilt_jax.cli")
-            started.append(spawn(*program, *argv, *how))
+            hasty = ("-c", HASTY, waiting or 300, KILLER, point or NEVER, action)
+            program = hasty if points or waiting else ("-m", "nufilt_jax.cli")
+            if argv is not None:
+                started.append(spawn(*program, *argv, *how))
         ends = [process.communicate(timeout=300) for process in started]
         return [(process.returncode, *end) for process, end in zip(started, ends, strict=True)]
 
@@ -53,10 +68,13 @@ def test_killed_half_way_and_gone_on_with_by_more(shared_models, tmp_path, nufil
     build.write(models / "base", build.tower(0), shards=3)
     assert nufilt(*command(models, tmp_path / "whole")).code == 0
     argv = command(models, tmp_path / "out", "--json")
-    killed, other = together(argv, argv, points={0: "nufilt_jax.output.place:save_window:1:after"}.items())
-    assert killed[0] == -signal.SIGKILL, killed[2]
-    assert other[0] != 0
-    assert not (tmp_path / "out").exists()
+    for victim in (1, 0):
+        ends = together(argv, argv, points={victim: KILLED})
+        assert ends[victim] == (-signal.SIGKILL, "", "")
+        code, out, err = ends[1 - victim]
+        assert (code, out, err.count("\n")) == (1, "", 1), err
+        assert err.startswith(f"nufilt: process {victim}: died, or cannot be reached any more (what was written is")
+        assert not (tmp_path / "out").exists()
     first, *others = together(argv, argv, argv)
     assert [code for code, _, _ in (first, *others)] == [0, 0, 0], (first, *others)
     assert [(out, err) for _, out, err in others] == [("", ""), ("", "")]
@@ -71,6 +89,26 @@ def test_killed_half_way_and_gone_on_with_by_more(shared_models, tmp_path, nufil
     assert nufilt("add", tmp_path / "out", "--task", f"delta={models / 'delta'}").code == 0
 
 
+def test_one_that_never_comes_is_not_waited_for_for_ever(shared_models, tmp_path, together, command):
+    argv = command(shared_models, tmp_path / "out", *FAST)
+    ends = together(argv, None, argv, waiting=4)
+    said = "nufilt: --distributed: not all processes have come within 4 s (start all of them"
+    for code, out, err in ends:
+        assert (code, out, err.count("\n")) == (1, "", 1), err
+        assert err.startswith(said)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_vanishes_half_way_stops_all(shared_models, tmp_path, together, command):
+    partial = tmp_path / "out.partial"
+    argv = command(shared_models, tmp_path / "out", *FAST)
+    ends = together(argv, argv, points={0: "nufilt_jax.engine.hosts:Hosts.meet:begun:after"}, action=partial)
+    assert [(code, out) for code, out, _ in ends] == [(1, ""), (1, "")], ends
+    (line,) = [line for _, _, err in ends for line in err.splitlines()]
+    assert line.startswith(f"nufilt: {partial}: is not there, or not any more: ")
+    assert not (tmp_path / "out").exists()
+
+
 def test_one_says_what_is_wrong_and_all_stop(shared_models, tmp_path, together, command):
     other = tmp_path / "other"
     shutil.copytree(shared_models, other)
@@ -80,7 +118,9 @@ def test_one_says_what_is_wrong_and_all_stop(shared_models, tmp_path, together, 
     wrong = {
         "task beta: SHA-256 of model.safetensors is ": command(other, tmp_path / "out", *FAST),
         "--other-params is average here, and pretrained": [*argv, "--other-params", "average"],
-        f"{tmp_path / 'elsewhere.partial'}: is not there: ": command(shared_models, tmp_path / "elsewhere", *FAST),
+        f"{tmp_path / 'elsewhere.partial'}: is not there, or not any more: ": command(
+            shared_models, tmp_path / "elsewhere", *FAST
+        ),
         "--method: unknown method 'summ'": command(shared_models, tmp_path / "out", "--method", "summ"),
     }
     for said, theirs in wrong.items():

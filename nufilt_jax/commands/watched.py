@@ -1,0 +1,131 @@
+"""A process whose end by JAX's coordination service is told in one line.
+
+When a process of a run dies, that service ends all others from a thread of its own, with pages of its log and SIGABRT;
+no exception is raised, and a callback in Python cannot be given (its argument has no Python type). So the work is done
+in a fork, and this process waits to say how it ended.
+"""
+
+import contextlib
+import os
+import re
+import signal
+import sys
+import threading
+from types import FrameType
+from typing import IO
+
+from nufilt_jax.commands.streams import Output
+from nufilt_jax.errors import NufiltError, Problem
+
+_FATAL = "the JAX distributed service detected fatal errors"
+_COMING = "CoordinationService/RegisterTask"  # the call by which a process joins the others
+_SILENT = re.compile(r"stopped sending heartbeats\):((?:\s+\d+)+)")
+_AGAIN = "what was written is kept: start all processes again with the same command; their number may be another"
+_MOST = 1 << 20  # bytes of foreign text that are kept in mind
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class _Fork:
+    is_here = False  # whether this process is the one that works
+
+
+class OtherDiedError(NufiltError, RuntimeError):
+    """Another process of the run is not there, or not any more."""
+
+
+def worked_elsewhere() -> int | None:
+    """Forks: gives None to the process that is to do the work, and its exit status to the one that has waited for it.
+
+    Before threads are started, and JAX with them. What Python writes on stderr goes there; what libraries write, when
+    the work has ended, unless it is that another process is gone.
+
+    Raises:
+      OtherDiedError: JAX's service has ended the work, as another process died or did not come.
+    """
+    if not hasattr(os, "fork") or sys.stdout is None or sys.stderr is None:
+        return None  # what JAX says is seen then
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    told, foreign = os.pipe()
+    alive, life = os.pipe()
+    worker = os.fork()
+    if worker:
+        os.close(foreign)
+        os.close(alive)
+        with open(told, "rb") as text:
+            return _ending(*_waited(worker, text))
+    os.close(told)
+    os.close(life)
+    _Fork.is_here = True
+    os.setpgid(0, 0)  # Ctrl-C comes from the process that waits, and once
+    _redirect(foreign)
+    threading.Thread(target=_end_with, args=(alive,), daemon=True).start()
+    return None
+
+
+def leave(status: int) -> int:
+    """Ends the process that works at once: what JAX has to say when it is taken down is of no use to anybody."""
+    if _Fork.is_here:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(status)
+    return status
+
+
+def _redirect(foreign: int) -> None:
+    """Python's stderr stays what it was; file descriptor 2, on which C++ writes, becomes another."""
+    old = sys.stderr
+    sys.stderr = open(os.dup(2), "w", encoding=old.encoding, errors=old.errors, buffering=1)  # noqa: SIM115
+    os.dup2(foreign, 2)
+    os.close(foreign)
+
+
+def _end_with(alive: int) -> None:
+    os.read(alive, 1)  # returns when the process that waits is gone
+    os._exit(1)
+
+
+def _waited(worker: int, text: IO[bytes]) -> tuple[int, str]:
+    """The exit status of the process that works, as `os.waitstatus_to_exitcode` gives it, and what libraries said."""
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        del frame
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(worker, number)
+
+    handlers = {number: signal.signal(number, hand_on) for number in _SIGNALS}
+    try:
+        said = bytearray()
+        while chunk := text.read1(1 << 16):  # type: ignore[attr-defined]
+            said += chunk
+            del said[:-_MOST]
+        status = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return status, said.decode(errors="replace")
+
+
+def _ending(status: int, said: str) -> int:
+    if status == -signal.SIGABRT and _FATAL in said:
+        raise OtherDiedError(_gone(said))
+    if said:
+        Output(sys.stderr, is_result=False).write(said)
+    if status < 0:  # as it ended, so does this one
+        if -status != signal.SIGKILL:
+            signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    return status
+
+
+def _gone(said: str) -> Problem:
+    if _COMING in said:
+        from nufilt_jax.engine.hosts import WAITING  # which imports JAX
+
+        what = f"not all processes have come within {WAITING} s"
+        return Problem("--distributed", what, "start all of them, and let each reach the first one's HOST:PORT")
+    found = _SILENT.search(said)
+    gone = found[1].split() if found else ["0"]  # of the first one the others know at once: it is the service
+    where = f"process {gone[0]}" if len(gone) == 1 else f"processes {', '.join(gone)}"
+    return Problem(where, "died, or cannot be reached any more", _AGAIN)
