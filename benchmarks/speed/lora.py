@@ -96,13 +96,14 @@ def write_models(folder: Path, model: Model, rank: int, tasks: int) -> None:
         write_adapter(folder / f"task{task}", model, rank, task)
 
 
-def in_factors(folder: Path, tasks: int, solver: str, out: Path) -> records.Json:
-    """The command, in a process of its own; compiling is told apart."""
+def in_factors(folder: Path, tasks: int, solver: str, cap: str, out: Path) -> records.Json:
+    """The command under a memory cap, in a process of its own; compiling is told apart."""
     names = [f"task{task}" for task in range(tasks)]
     given = [part for name in names for part in ("--task", f"{name}={folder / name}")]
     command = [*commands.MERGE, "--base", folder / "base", *given, "--out", out]
     [version] = commands.versions(None)
-    ran = commands.run([*command, "--output", "adapter", "--solver", solver, "--json"], version, folder / "cache")
+    options = ["--output", "adapter", "--solver", solver, "--max-memory", cap, "--json"]
+    ran = commands.run([*command, *options], version, folder / "cache")
     timings = [step["timings"] for step in ran.document["steps"][WARM_UP:]]
     return {
         "seconds": [one["solve"] - one.get("compile", 0.0) for one in timings],
@@ -138,14 +139,16 @@ def _alone(folder: Path, tasks: int, solver: str) -> records.Json:
     return {**ran.document, "peak": ran.peak}
 
 
-def run(model: Model, few: int, rank: int, tasks: int, folder: Path) -> tuple[list[list[Any]], list[records.Json]]:
+def run(
+    model: Model, few: int, rank: int, tasks: int, cap: str, folder: Path
+) -> tuple[list[list[Any]], list[records.Json]]:
     """The table's rows, and how many times faster factors are, by solver."""
     write_models(folder / "whole", model, rank, tasks)
     write_models(folder / "few", model._replace(blocks=few), rank, tasks)
     rows, ratios = [], []
     for solver in SOLVERS:
         script.say(f"{solver} in factors")
-        found = in_factors(folder / "whole", tasks, solver, folder / f"out-{solver}")
+        found = in_factors(folder / "whole", tasks, solver, cap, folder / f"out-{solver}")
         rows.append(_row(solver, "in factors, the command", model.blocks, found))
         script.say(f"{solver} materialised")
         dense = _alone(folder / "few", tasks, solver)
@@ -184,6 +187,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=script.at_least(1), default=11008, help="feed-forward (default: 11008)")
     parser.add_argument("--rank", type=script.at_least(1), default=16, help="of the adapters (default: 16)")
     parser.add_argument("--tasks", type=script.at_least(3), default=8, help="adapters; two are to warm up (default: 8)")
+    parser.add_argument("--max-memory", default="2GB", metavar="SIZE", help="of the command (default: 2GB)")
     parser.add_argument("--torch-layers", type=int, default=0, help="for PyTorch's ways (default: 0, none)")
     parser.add_argument("--alone", metavar="JSON", help="materialise in this process; the script calls itself so")
     options = parser.parse_args()
@@ -194,7 +198,7 @@ def main() -> None:
     environment, rates = measure.environment(), measure.machine_rates()
     model = Model(options.blocks, options.width, options.hidden)
     with tempfile.TemporaryDirectory(prefix="nufilt-lora-") as folder:
-        rows, ratios = run(model, options.few, options.rank, options.tasks, Path(folder))
+        rows, ratios = run(model, options.few, options.rank, options.tasks, options.max_memory, Path(folder))
         few, n_layers = model._replace(blocks=options.few), options.torch_layers
         args = (Path(folder) / "few", few, n_layers, options.rank, options.tasks)
         theirs = with_torch(*args) if n_layers else None
