@@ -154,7 +154,9 @@ def test_a_backend_that_there_is_not(shared_models, tmp_path, finish, command, p
 )
 def test_no_place_for_a_compile_cache(shared_models, tmp_path, finish, command, name, value):
     unset = dict.fromkeys(("XDG_CACHE_HOME", "NUFILT_CACHE", "JAX_COMPILATION_CACHE_DIR"), "")
-    result = finish("-m", "nufilt_jax.cli", *command(shared_models, tmp_path / "out", "--quiet"), env=unset | {name: value})
+    result = finish(
+        "-m", "nufilt_jax.cli", *command(shared_models, tmp_path / "out", "--quiet"), env=unset | {name: value}
+    )
     assert (result.code, result.err) == (0, "")
 
 
