@@ -12,7 +12,7 @@ import dataclasses
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -129,9 +129,12 @@ def line(points: Mapping[int, float], at: int) -> tuple[float, float]:
     return float(start + slope * at), float(np.max(100 * np.abs(values / (start + slope * sizes) - 1)))
 
 
-def tables(found: Mapping[Case, Found], stages: Mapping[str, float], main_cap: str, whole: int) -> list[records.Json]:
-    """What the commands took, and what a whole model would take."""
-    seconds, memory, per_block, estimated = [], [], [], []
+def tables(
+    found: Mapping[Case, Found], refused: Sequence[Case], stages: Mapping[str, float], main_cap: str, whole: int
+) -> list[records.Json]:
+    """What the commands took, what was refused, and what a whole model would take."""
+    seconds, per_block, estimated = [], [], []
+    memory: list[list[Any]] = [[*case.cells(), None, None, "refused", None] for case in refused]
     points = dict[str, dict[int, float]]()
     for case, (plan, run) in found.items():
         parts = split(run)
@@ -193,14 +196,18 @@ def spread_table(runs: Mapping[int, Run]) -> records.Json:
 def measure_all(options: argparse.Namespace, folder: Path) -> list[records.Json]:
     """Runs everything, size after size; of each only the models in use are on the disk, unless a folder is kept."""
     [version] = commands.versions(None)
-    config, found, spread = NufiltConfig(), dict[Case, Found](), dict[int, Run]()
+    config, found, spread, refused = NufiltConfig(), dict[Case, Found](), dict[int, Run](), list[Case]()
     wanted = cases(options.blocks, options.tasks, options.max_memory)
     for blocks in options.blocks:
         model, here = models.Llama(options.width, options.inner, blocks, options.vocabulary), folder / str(blocks)
         models.write_models(here, model, options.tasks)
         for case in (case for case in wanted if case.blocks == blocks):
             script.say(f"{case.blocks} blocks, {case.tasks} tasks, {case.cap}")
-            found[case] = measured(case, here, version)
+            try:
+                found[case] = measured(case, here, version)
+            except commands.FailedError as error:  # a cap below the least that works is refused before any work
+                script.say(str(error))
+                refused.append(case)
         if blocks == options.blocks[0]:
             spread = {n: spread_over(n, here, version) for n in options.devices}
         if options.folder is None:
@@ -213,7 +220,7 @@ def measure_all(options: argparse.Namespace, folder: Path) -> list[records.Json]
         script.say("a matrix of each shape, as published")
         others.append(eager_table(one_of_each(inputs), config, options.eager_steps))
     main_cap = options.max_memory[len(options.max_memory) // 2]
-    return [*tables(found, stages, main_cap, options.whole), *others]
+    return [*tables(found, refused, stages, main_cap, options.whole), *others]
 
 
 def main() -> None:

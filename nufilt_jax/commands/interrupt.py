@@ -19,10 +19,11 @@ class TerminatedError(KeyboardInterrupt):
 
 def interruption(error: KeyboardInterrupt) -> tuple[int, str]:
     """The exit status and the message of a run that was interrupted."""
-    return _ending(signal.SIGTERM if isinstance(error, TerminatedError) else signal.SIGINT)
+    return ending(signal.SIGTERM if isinstance(error, TerminatedError) else signal.SIGINT)
 
 
-def _ending(number: int) -> tuple[int, str]:
+def ending(number: int) -> tuple[int, str]:
+    """The exit status and the message of a run that a signal ended."""
     again = "the same command again goes on after the last finished step"
     return 128 + number, f"nufilt: {_TOLD[signal.Signals(number)]}; {again}\n"
 
@@ -68,7 +69,7 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
 
 
 def _end(number: int) -> None:
-    status, message = _ending(number)
+    status, message = ending(number)
     with contextlib.suppress(OSError):
         stderr = sys.stderr.fileno()
         os.write(stderr, ((_SHOW_CURSOR if os.isatty(stderr) else "") + message).encode())

@@ -14,6 +14,7 @@ import threading
 from types import FrameType
 from typing import IO
 
+from nufilt_jax.commands.interrupt import ending
 from nufilt_jax.commands.streams import Output
 from nufilt_jax.errors import NufiltError, Problem
 
@@ -87,12 +88,17 @@ def _end_with(alive: int) -> None:
 
 
 def _waited(worker: int, text: IO[bytes]) -> tuple[int, str]:
-    """The exit status of the process that works, as `os.waitstatus_to_exitcode` gives it, and what libraries said."""
+    """The exit status of the process that works, as `os.waitstatus_to_exitcode` gives it, and what was said.
+
+    A first signal is handed on, and a second one ends the work at once: JAX hears none while it waits for others.
+    """
+    struck: list[int] = []
 
     def hand_on(number: int, frame: FrameType | None) -> None:
         del frame
+        struck.append(number)
         with contextlib.suppress(ProcessLookupError):
-            os.kill(worker, number)
+            os.kill(worker, number if len(struck) == 1 else signal.SIGKILL)
 
     handlers = {number: signal.signal(number, hand_on) for number in _SIGNALS}
     try:
@@ -104,6 +110,8 @@ def _waited(worker: int, text: IO[bytes]) -> tuple[int, str]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+    if len(struck) > 1 and status == -signal.SIGKILL:
+        return ending(struck[-1])
     return status, said.decode(errors="replace")
 
 

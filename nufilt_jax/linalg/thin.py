@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from nufilt_jax.linalg.chunks import after
-from nufilt_jax.linalg.dense import eigh_descending, gram, matmul, orthonormalize, transpose, unit_scale
+from nufilt_jax.linalg.dense import eigh_descending, gram, matmul, transpose, unit_scale
 from nufilt_jax.linalg.stacks import joined
 from nufilt_jax.linalg.subspace import FULL_WIDTH, Directions, leading_by_svd, relative_gap
 
@@ -60,34 +60,38 @@ def _whole_span(x: Float[Array, "layers r n"]) -> Directions:
     """Orthonormal vectors that span all rows, several times as fast as a QR decomposition.
 
     Eigenvectors of X Xᵀ make the rows nearly orthogonal, whatever the squaring did to the small ones; then Cholesky-QR
-    of rows of length 1 does the rest.
+    of rows of length 1 does the rest, and one step of Newton-Schulz what that left. All of it with the vectors as rows.
     """
     unit = unit_scale(x)
-    _, w = eigh_descending(gram(transpose(unit * x)))
-    turned = matmul(transpose(w), unit * x)
-    lengths = jnp.linalg.norm(turned, axis=2, keepdims=True)
-    turned = turned / jnp.where(lengths > 0, lengths, 1)
+    x = unit * x
+    _, w = eigh_descending(gram(transpose(x)))
+    turned = matmul(transpose(w), x)
+    overlap = gram(transpose(turned))
+    lengths = jnp.sqrt(jnp.diagonal(overlap, axis1=1, axis2=2))
+    is_zero, scale = lengths == 0, 1 / jnp.where(lengths == 0, 1, lengths)
     identity = jnp.eye(x.shape[1], dtype=x.dtype)[None]
-    overlap = gram(transpose(turned)) + jnp.where(lengths > 0, jnp.zeros_like(lengths), 1) * identity
+    overlap = overlap * scale[:, :, None] * scale[:, None] + jnp.where(is_zero, 1, 0)[:, None] * identity
     lower = jnp.linalg.cholesky(overlap)
-    vectors = transpose(jax.scipy.linalg.solve_triangular(lower, turned, lower=True))
-    vectors = orthonormalize(jnp.where(jnp.isfinite(vectors), vectors, 0))
-    response = matmul(unit * x, vectors)
+    # Near the identity where it is of use: its inverse costs nothing, and a product is faster than a solve.
+    inverse = jax.scipy.linalg.solve_triangular(lower, jnp.broadcast_to(identity, lower.shape), lower=True)
+    rows = matmul(jnp.where(jnp.isfinite(inverse), inverse * scale[:, None], 0), turned)
+    rows = matmul(1.5 * identity - 0.5 * gram(transpose(rows)), rows)
+    response = matmul(x, transpose(rows))
     return Directions(
-        vectors=vectors,
+        vectors=transpose(rows),
         sizes=jnp.linalg.norm(response, axis=1) / unit[..., 0],
         gap=jnp.ones(len(x)),
-        certified=_spans(unit * x, vectors, response),
+        certified=_spans(x, rows, response),
     )
 
 
 def _spans(
-    x: Float[Array, "layers r n"], vectors: Float[Array, "layers n r"], response: Float[Array, "layers r r"]
+    x: Float[Array, "layers r n"], rows: Float[Array, "layers r n"], response: Float[Array, "layers r r"]
 ) -> Bool[Array, " layers"]:
-    """Whether X V Vᵀ is X, and the columns of V are orthonormal, or zero where X has rows of zeros."""
+    """Whether X V Vᵀ is X, and the rows Vᵀ are orthonormal, or zero where X has rows of zeros."""
     eps = float(jnp.finfo(x.dtype).eps) * x.shape[2] ** 0.5
-    missing = jnp.linalg.norm(x - matmul(response, transpose(vectors)), axis=(1, 2))
-    overlap = gram(vectors)
+    missing = jnp.linalg.norm(x - matmul(response, rows), axis=(1, 2))
+    overlap = gram(transpose(rows))
     skew = jnp.linalg.norm(overlap * (1 - jnp.eye(overlap.shape[1], dtype=x.dtype)[None]), axis=(1, 2))
     lengths = jnp.diagonal(overlap, axis1=1, axis2=2)
     is_unit = jnp.all((jnp.abs(lengths - 1) < _MOST_MISSING * eps) | (lengths == 0), axis=1)

@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 import socket
+import time
 from pathlib import Path
 
 import jax
@@ -24,6 +25,17 @@ runpy.run_path({str(KILLER)!r}, run_name="__main__")
 """
 NEVER = "nufilt_jax.output.place:save_window:1000:after"
 KILLED = "nufilt_jax.output.place:save_window:1:after"
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def is_listened_at(port):
+    with socket.socket() as probe:
+        return not probe.connect_ex(("127.0.0.1", port))
 
 
 @pytest.fixture
@@ -107,6 +119,21 @@ def test_a_folder_that_vanishes_half_way_stops_all(shared_models, tmp_path, toge
     (line,) = [line for _, _, err in ends for line in err.splitlines()]
     assert line.startswith(f"nufilt: {partial}: is not there, or not any more: ")
     assert not (tmp_path / "out").exists()
+
+
+def test_interrupted_twice_while_it_waits_for_others(shared_models, tmp_path, spawn, command):
+    """JAX waits in C++, where a first Ctrl-C is not heard."""
+    port = free_port()
+    how = ("--distributed", "--coordinator", f"127.0.0.1:{port}", "--processes", 2, "--process", 0)
+    process = spawn("-m", "nufilt_jax.cli", *command(shared_models, tmp_path / "out", *FAST), *how)
+    while not is_listened_at(port):
+        time.sleep(0.1)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+    out, err = process.communicate(timeout=60)
+    again = "the same command again goes on after the last finished step"
+    assert (process.returncode, out, err) == (130, "", f"nufilt: interrupted; {again}\n")
 
 
 def test_one_says_what_is_wrong_and_all_stop(shared_models, tmp_path, together, command):
