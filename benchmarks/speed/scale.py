@@ -119,12 +119,16 @@ def eager_seconds(inputs: Inputs, config: NufiltConfig, steps: int) -> dict[str,
 def line(points: Mapping[int, float], at: int) -> tuple[float, float]:
     """The value at `at` of the straight line through some points, and how far in per cent the worst of them is off it.
 
+    Of fewer than three points, which tell nothing of a line, the last one in proportion.
+
     >>> [round(x, 6) for x in line({2: 30.0, 4: 50.0, 8: 90.0}, 32)]
     [330.0, 0.0]
+    >>> line({1: 40.0, 2: 50.0}, 32)[0]
+    800.0
     """
     sizes, values = np.array(list(points)), np.array(list(points.values()))
-    if len(points) < 2:
-        return float(values[0] * at / sizes[0]), 0.0
+    if len(points) < 3:
+        return float(values[-1] * at / sizes[-1]), 0.0
     slope, start = np.polyfit(sizes, values, 1)
     return float(start + slope * at), float(np.max(100 * np.abs(values / (start + slope * sizes) - 1)))
 
@@ -168,7 +172,7 @@ def tables(
         records.table(PER_BLOCK, (*CASE, "read", *how, "write"), per_block),
         records.table(
             LINEAR,
-            ("seconds of", *sizes, f"{whole} blocks, by the line", "minutes", "worst off it, %"),
+            ("seconds of", *sizes, f"{whole} blocks, extrapolated", "minutes", "worst off the line, %"),
             rows,
         ),
         records.table(ESTIMATE, (*CASE, *commands.ESTIMATED), estimated),

@@ -43,7 +43,6 @@ def test_scale(monkeypatch, capsys, tmp_path):
         solved = row["decompose"] + row["adam"] + row["fuse"]
         assert solved == pytest.approx(whole["solve"] / whole["blocks"])
     command, second = records.rows(stored, scale.LINEAR)
-    small, large = (row["wall"] - row["compile"] for row in (one, two))
-    assert command["4 blocks, by the line"] == pytest.approx(3 * large - 2 * small)
-    assert second["minutes"] == pytest.approx(second["4 blocks, by the line"] / 60)
+    assert command["4 blocks, extrapolated"] == pytest.approx(2 * (two["wall"] - two["compile"]))
+    assert second["minutes"] == pytest.approx(second["4 blocks, extrapolated"] / 60)
     assert [row["devices"] for row in records.rows(stored, scale.SPREAD)] == [2]
