@@ -9,6 +9,7 @@ import pytest
 
 import nufilt_jax
 from nufilt_jax.checkpoints import flax_files
+from nufilt_jax.checkpoints.peft.expressions import EndlessError, matched
 from nufilt_jax.commands.arguments import Arguments
 from nufilt_jax.commands.failures import UnexpectedError, traceback_kept
 from nufilt_jax.commands.interrupt import TerminatedError
@@ -125,10 +126,18 @@ PROVOKED = {
     JsonError: lambda _: parse_object(b""),
     DamagedError: by_a_state,
     UnexpectedError: by_a_fault,
+    EndlessError: lambda _: matched([r"(\w+)+!"], ["w" * 99]),
     flax_files._Malformed: lambda _: by_msgpack(),
 }
 # Provoked over the command line, in tests/commands; and in test_hub.py, where the Hub does not answer.
-BY_COMMAND = {"StoppedError", "VerificationError", "EvaluationError", "_UnreachableError", "NotYetError"}
+BY_COMMAND = {
+    "StoppedError",
+    "OtherDiedError",
+    "VerificationError",
+    "EvaluationError",
+    "_UnreachableError",
+    "NotYetError",
+}
 
 
 @pytest.mark.parametrize("error", PROVOKED, ids=lambda error: error.__name__)

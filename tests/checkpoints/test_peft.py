@@ -115,6 +115,7 @@ CONFIGS = {
     "no rank": ({"r": None}, "r must be a whole number from 1, got None"),
     "alpha": ({"lora_alpha": float("nan")}, "lora_alpha must be a finite number, got nan"),
     "alphas": ({"alpha_pattern": {"fc1": "4"}}, "alpha_pattern fc1 must be a finite number, got '4'"),
+    "pattern": ({"rank_pattern": ["fc1"]}, "rank_pattern must be an object, got ['fc1']"),
     "endless": (
         {"target_modules": r"(\w+\.?)+!"},
         r"takes too long to match with the names of modules: '(\\w+\\.?)+!'",
