@@ -54,7 +54,8 @@ class ProgressWatcher:
     def cell(self, task: str, window: str, done: int, total: int) -> None:
         """A cell begins, after `done` of `total`."""
         self._task = f"{task}, {window} ({done + 1} of {total})" if window else f"{task} ({done + 1} of {total})"
-        self.progress.update(self._bar, description=self._task, completed=done, total=total)
+        # Drawn at once: a cell may be over before the bar would move by itself.
+        self.progress.update(self._bar, description=self._task, completed=done, total=total, refresh=True)
         if self._tells_lines and not self._tells_all and time.monotonic() - self._begun > QUIET_SECONDS:
             show_line(self._console, f"nufilt: {self._task}")
         self._tell(self._task)
