@@ -63,7 +63,7 @@ def mutated(name: str, data: bytes, most: int, seed: int) -> bytes:
     data = bytes(atheris.Mutate(data, most))
     end = data.rfind(b"}") + 1
     if name == "safetensors" and end > 8 and rng.random() < 0.7:
-        return (end - 8).to_bytes(8, "little") + data[8:end] + data[end:]
+        return (end - 8).to_bytes(8, "little") + data[8:]
     return data
 
 

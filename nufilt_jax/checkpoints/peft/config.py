@@ -100,13 +100,12 @@ class LoraConfig:
         """R of every module."""
         return {module: self.ranks.get(key, self.rank) for module, key in self._keys(self.ranks, modules).items()}
 
-    def scales_of(self, modules: Sequence[str]) -> dict[str, float]:
-        """S of every module, in W + s B A."""
-        keys, ranks = self._keys(self.alphas, modules), self.ranks_of(modules)
+    def scales_of(self, ranks: Mapping[str, int]) -> dict[str, float]:
+        """S of every module, in W + s B A, from its r."""
+        keys = self._keys(self.alphas, tuple(ranks))
         return {
-            module: self.alphas.get(key, self.alpha)
-            / (math.sqrt(ranks[module]) if self.is_rank_stabilised else ranks[module])
-            for module, key in keys.items()
+            module: self.alphas.get(keys[module], self.alpha) / (math.sqrt(r) if self.is_rank_stabilised else r)
+            for module, r in ranks.items()
         }
 
     def covered(self, modules: Sequence[str]) -> set[str]:

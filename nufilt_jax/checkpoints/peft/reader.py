@@ -51,12 +51,13 @@ def adapted(base: Checkpoint, adapter: Checkpoint) -> AdaptedCheckpoint:
     """
     config = LoraConfig.of(adapter.config, f"{adapter.source}/{CONFIG}")
     pairs, full, problems = _sorted(adapter)
-    problems += _rank_problems(adapter, pairs, config)
+    ranks = config.ranks_of(tuple(pairs))
+    problems += _rank_problems(pairs, ranks, config)
     raise_all(CheckpointError, problems)
     names = _canonical(base, adapter, pairs, full)
     problems += _unmatched(base, adapter, pairs, names)
     raise_all(CheckpointError, problems)
-    scales = config.scales_of(tuple(pairs))
+    scales = config.scales_of(ranks)
     factors = {
         names[module]: LoraFactors(
             factor_info(pair["a"], names[module], "A"),
@@ -110,8 +111,8 @@ def _foreign(info: TensorInfo, key: Key) -> Iterator[Problem]:
         yield Problem(str(info.file), f"belongs to {key.what}, which cannot be merged", _MERGE, info.stored_name)
 
 
-def _rank_problems(adapter: Checkpoint, pairs: Pairs, config: LoraConfig) -> Iterator[Problem]:
-    ranks, covered = config.ranks_of(tuple(pairs)), config.covered(tuple(pairs))
+def _rank_problems(pairs: Pairs, ranks: Mapping[str, int], config: LoraConfig) -> Iterator[Problem]:
+    covered = config.covered(tuple(pairs))
     for module, pair in pairs.items():
         one = next(iter(pair.values()))
         if len(pair) == 1:
