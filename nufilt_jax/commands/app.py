@@ -76,17 +76,16 @@ def merge(arguments: Arguments = NO_ARGUMENTS) -> int:
         from nufilt_jax.commands.method_help import show_methods
 
         return show_methods(arguments.method, _console(), as_json=arguments.json)
-    from nufilt_jax.commands.merge import check_usage, execute
-
     # A plan needs no device, and processes must find each other before any is used.
     if arguments.distributed and not arguments.plan:
         from nufilt_jax.commands.watched import worked_elsewhere
 
-        check_usage(arguments)
         if (status := worked_elsewhere()) is not None:
             return status
     elif not arguments.plan:
         _require_backend()
+    from nufilt_jax.commands.merge import execute
+
     return execute(arguments, _console(), _console(stderr=True))
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from rich.console import Console
 
 from nufilt_jax.commands import console as show
+from nufilt_jax.commands import watched
 from nufilt_jax.commands.arguments import Arguments
 from nufilt_jax.commands.backend import require_backend
 from nufilt_jax.commands.failures import traceback_beside, traceback_kept
@@ -62,6 +63,7 @@ def _plan(arguments: Arguments, scratch: Path, stdout: Console, stderr: Console)
 def _run(arguments: Arguments, stdout: Console, stderr: Console) -> None:
     with joined(cluster_of(arguments)) as hosts:
         if not hosts.is_alone:
+            watched.have_come()
             require_backend()
             hosts.start_devices()
         # Of several processes the first one speaks, but for the one that has something to refuse.

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import cast
 
 from nufilt_jax.checkpoints import open_checkpoint, parse_source
+from nufilt_jax.commands import watched
 from nufilt_jax.commands.arguments import Arguments, EvaluateArguments
 from nufilt_jax.commands.recipe_file import promised
 from nufilt_jax.commands.settings import DEFAULT_METHOD, changed_settings, read_evaluation, read_settings
@@ -89,7 +90,7 @@ def _cluster_problems(arguments: Arguments) -> list[Problem]:
 
 def cluster_of(arguments: Arguments) -> Cluster | None:
     """How the processes of a run find each other; None for one process alone."""
-    given = Cluster(arguments.coordinator, arguments.processes, arguments.process)
+    given = Cluster(arguments.coordinator, arguments.processes, arguments.process, watched.WAITING)
     return given if arguments.distributed else None
 
 

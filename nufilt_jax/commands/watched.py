@@ -8,11 +8,12 @@ in a fork, and this process waits to say how it ended.
 import contextlib
 import os
 import re
+import select
 import signal
 import sys
 import threading
+import time
 from types import FrameType
-from typing import IO
 
 from nufilt_jax.commands.interrupt import ending
 from nufilt_jax.commands.streams import Output
@@ -22,12 +23,16 @@ _FATAL = "the JAX distributed service detected fatal errors"
 _COMING = "CoordinationService/RegisterTask"  # the call by which a process joins the others
 _SILENT = re.compile(r"stopped sending heartbeats\):((?:\s+\d+)+)")
 _AGAIN = "what was written is kept: start all processes again with the same command; their number may be another"
+WAITING = 300  # seconds that the processes that have come wait for the others
+_GRACE = 60  # seconds in which a process that is to end by then has to
+_COME = b"\0"  # no log holds it
 _MOST = 1 << 20  # bytes of foreign text that are kept in mind
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class _Fork:
     is_here = False  # whether this process is the one that works
+    told = -1  # where it writes what is no text for Python's stderr
 
 
 class OtherDiedError(NufiltError, RuntimeError):
@@ -37,8 +42,8 @@ class OtherDiedError(NufiltError, RuntimeError):
 def worked_elsewhere() -> int | None:
     """Forks: gives None to the process that is to do the work, and its exit status to the one that has waited for it.
 
-    Before threads are started, and JAX with them. What Python writes on stderr goes there; what libraries write, when
-    the work has ended, unless it is that another process is gone.
+    Before threads are started, and so before JAX is imported. What Python writes on stderr goes there; what libraries
+    write, when the work has ended, unless it is that another process is gone.
 
     Raises:
       OtherDiedError: JAX's service has ended the work, as another process died or did not come.
@@ -53,8 +58,11 @@ def worked_elsewhere() -> int | None:
     if worker:
         os.close(foreign)
         os.close(alive)
-        with open(told, "rb") as text:
-            return _ending(*_waited(worker, text))
+        try:
+            return _ending(*_waited(worker, told))
+        finally:
+            os.close(told)
+            os.close(life)
     os.close(told)
     os.close(life)
     _Fork.is_here = True
@@ -62,6 +70,12 @@ def worked_elsewhere() -> int | None:
     _redirect(foreign)
     threading.Thread(target=_end_with, args=(alive,), daemon=True).start()
     return None
+
+
+def have_come() -> None:
+    """Tells the process that waits that no other one is waited for any more."""
+    if _Fork.is_here:
+        os.write(_Fork.told, _COME)
 
 
 def leave(status: int) -> int:
@@ -79,7 +93,7 @@ def _redirect(foreign: int) -> None:
     old = sys.stderr
     sys.stderr = open(os.dup(2), "w", encoding=old.encoding, errors=old.errors, buffering=1)  # noqa: SIM115
     os.dup2(foreign, 2)
-    os.close(foreign)
+    _Fork.told = foreign
 
 
 def _end_with(alive: int) -> None:
@@ -87,8 +101,11 @@ def _end_with(alive: int) -> None:
     os._exit(1)
 
 
-def _waited(worker: int, text: IO[bytes]) -> tuple[int, str]:
+def _waited(worker: int, told: int) -> tuple[int, str]:
     """The exit status of the process that works, as `os.waitstatus_to_exitcode` gives it, and what was said.
+
+    JAX's service has been seen to end nothing: a process that still waits for others when all should have come, or
+    that is there long after JAX has given up, is ended from here.
 
     A first signal is handed on, and a second one ends the work at once: JAX hears none while it waits for others.
     """
@@ -102,10 +119,7 @@ def _waited(worker: int, text: IO[bytes]) -> tuple[int, str]:
 
     handlers = {number: signal.signal(number, hand_on) for number in _SIGNALS}
     try:
-        said = bytearray()
-        while chunk := text.read1(1 << 16):  # type: ignore[attr-defined]
-            said += chunk
-            del said[:-_MOST]
+        said = _heard(worker, told)
         status = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
     finally:
         for number, handler in handlers.items():
@@ -115,8 +129,24 @@ def _waited(worker: int, text: IO[bytes]) -> tuple[int, str]:
     return status, said.decode(errors="replace")
 
 
+def _heard(worker: int, told: int) -> bytearray:
+    """What the process that works says until it ends, or is ended: then with JAX's own words for it."""
+    said, until, has_failed = bytearray(), time.monotonic() + WAITING + _GRACE, False
+    while select.select([told], [], [], max(until - time.monotonic(), 0) if until else None)[0]:
+        if not (chunk := os.read(told, 1 << 16)):
+            return said
+        if _COME in chunk:
+            until = 0
+        said += chunk.replace(_COME, b"")
+        del said[:-_MOST]
+        if not has_failed and _FATAL.encode() in said:
+            until, has_failed = time.monotonic() + _GRACE, True
+    os.kill(worker, signal.SIGKILL)
+    return said if has_failed else bytearray(f"{_FATAL}: {_COMING}".encode())
+
+
 def _ending(status: int, said: str) -> int:
-    if status == -signal.SIGABRT and _FATAL in said:
+    if status in (-signal.SIGABRT, -signal.SIGKILL) and _FATAL in said:
         raise OtherDiedError(_gone(said))
     if said:
         Output(sys.stderr, is_result=False).write(said)
@@ -129,8 +159,6 @@ def _ending(status: int, said: str) -> int:
 
 def _gone(said: str) -> Problem:
     if _COMING in said:
-        from nufilt_jax.engine.hosts import WAITING  # which imports JAX
-
         what = f"not all processes have come within {WAITING} s"
         return Problem("--distributed", what, "start all of them, and let each reach the first one's HOST:PORT")
     found = _SILENT.search(said)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, UInt32
 
-from nufilt_jax.linalg.dense import matmul
+from nufilt_jax.linalg.dense import inner, matmul
 from nufilt_jax.linalg.factored import Matrix, gathered, rows_of
 from nufilt_jax.linalg.grams import Gram
 
@@ -80,7 +80,7 @@ def reduced_objective(
       task: V1.
       unit: √c.
     """
-    pull = unit * matmul(rows_of(task_delta).T, gathered(task_delta, target))
+    pull = unit * inner(rows_of(task_delta), gathered(task_delta, target))
     return Objective(unit, gram.scaled((unit / gram.unit) ** 2), pull, jnp.sum(target**2), prior, task)
 
 
@@ -95,12 +95,12 @@ def loss_and_gradients(objective: Objective, adapter: Adapter) -> tuple[Float[Ar
     """The surrogate times c and its gradients, written out: they share G B, which is most of the work."""
     directions = jnp.concatenate([objective.prior, objective.task], axis=1)
     free = directions.shape[1] - objective.pull.shape[1]  # columns without a target
-    z = matmul(directions.T, adapter.at)  # transposed, as all that follows
+    z = inner(directions, adapter.at)  # transposed, as all that follows
     z_pulled = z[free:]
-    overlap = matmul(z.T, z)
+    overlap = inner(z, z)
     gb = objective.gram.times(adapter.b)
-    bgb = matmul(adapter.b.T, gb)
-    b_pull = matmul(objective.pull.T, adapter.b)
+    bgb = inner(adapter.b, gb)
+    b_pull = inner(objective.pull, adapter.b)
     # Near its minimum a small difference of large numbers, good to eps ‖C‖²: no gradient is taken through it.
     loss = objective.constant - 2 * jnp.sum(b_pull * z_pulled) + jnp.sum(bgb * overlap)
     grad_b = matmul(gb, 2 * overlap) - matmul(objective.pull, 2 * z_pulled)

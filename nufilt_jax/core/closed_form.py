@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from nufilt_jax.linalg.dense import matmul
+from nufilt_jax.linalg.dense import inner, matmul
 
 
 def smallest_correction(
@@ -35,7 +35,7 @@ def smallest_correction(
     """
     free = task
     for _ in range(2):  # P V1; done once, rounding would leave something of V2, and a small λ make much of it
-        free = free - matmul(prior, matmul(prior.T, free))
+        free = free - matmul(prior, inner(prior, free))
     # (S + λ I)⁻¹ = g (g S + (1 − g) I)⁻¹: a matrix with eigenvalues in [1 − g, 1], whatever λ is.
     gain, rest = _weights(ridge)
     answer = matmul(target, blended_inverse(free, ridge=ridge))
@@ -63,7 +63,7 @@ def blended_inverse(x: Float[Array, "n k"], *, ridge: Float[Array, ""] | float) 
     n_steps = jnp.maximum(jnp.ceil(squarings), 0).astype(int)
 
     def step(_: Int[Array, ""], y: Array) -> Array:
-        return 2 * y - matmul(y, gain * matmul(x.T, matmul(x, y)) + rest * y)
+        return 2 * y - matmul(y, gain * inner(x, matmul(x, y)) + rest * y)
 
     # 2 over the sum of the extreme eigenvalues, 1 and 1 − g: no other multiple of the identity starts as near.
     return jax.lax.fori_loop(0, n_steps, step, 2 / (2 - gain) * jnp.eye(x.shape[1], dtype=x.dtype))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from nufilt_jax.core.settings import RightFactor
-from nufilt_jax.linalg.dense import matmul
+from nufilt_jax.linalg.dense import inner, matmul
 from nufilt_jax.linalg.factored import Matrix, rows_of, spread, with_rows
 
 
@@ -52,7 +52,7 @@ def target(
         felt = matmul(rows, prior)
         return Target(-jnp.concatenate([spread(task_delta, felt), merged_response], axis=1), felt)
     # (I − F) V1, for F = P and F = 0. V2 (V2ᵀ V1) before τ: products with r_v columns, and no n × n projector.
-    missing = matmul(prior, matmul(prior.T, new)) if right_factor == "P + BA" else new
+    missing = matmul(prior, inner(prior, new)) if right_factor == "P + BA" else new
     return Target(spread(task_delta, matmul(rows, missing)) - merged_response, None)
 
 

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from nufilt_jax.core.adapt import Adapter
 from nufilt_jax.core.settings import RightFactor
-from nufilt_jax.linalg.dense import matmul, norm, product_norm
+from nufilt_jax.linalg.dense import inner, matmul, norm, product_norm
 from nufilt_jax.linalg.factored import Matrix, rows_of, with_rows
 
 
@@ -56,5 +56,5 @@ def fuse(
         removed=norm(removed),
         restored=product_norm(left, at),
         # (A V2) first: r_l rows, whatever n is.
-        felt=matmul(left, matmul(at.T, prior)),
+        felt=matmul(left, inner(at, prior)),
     )

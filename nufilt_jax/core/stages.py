@@ -15,7 +15,7 @@ from nufilt_jax.core.forecast import share
 from nufilt_jax.core.fuse import fuse
 from nufilt_jax.core.settings import RightFactor, SolveConfig
 from nufilt_jax.linalg import subspace
-from nufilt_jax.linalg.dense import matmul, norm, product_norm, unit_scale
+from nufilt_jax.linalg.dense import inner, matmul, norm, product_norm, unit_scale
 from nufilt_jax.linalg.factored import Factored, Matrix, plus_product, rows_of
 from nufilt_jax.linalg.grams import Gram, gram_of
 from nufilt_jax.linalg.stacks import MatrixStacks, bounds, joined, rows
@@ -152,7 +152,7 @@ def _correct_layer(
     scaled, right, losses = smallest_correction(part.target.wanted, objective.prior, objective.task, ridge=ridge)
     # E is linear in C, which was scaled. The losses stay so: `core.solve` judges them before large ones overflow.
     left = scaled / objective.unit
-    felt = matmul(left, matmul(right.T, objective.prior))
+    felt = matmul(left, inner(right, objective.prior))
     shares = _shares(task, part, norm(removed), product_norm(left, right), felt)
     return plus_product(filtered, left, right), shares, losses
 

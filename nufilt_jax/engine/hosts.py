@@ -19,7 +19,6 @@ from nufilt_jax.engine.memory import free_memory
 from nufilt_jax.errors import ConfigError, NufiltError, Problem, raise_all
 
 _POLL = 1000  # milliseconds after which a process that waits looks whether another has stopped
-WAITING = 300  # seconds after which JAX ends the processes that have come, if not all have
 _HEARTBEAT = 30  # seconds without a sign of life of one after which JAX ends all others
 _LONGEST = 24 * 3600  # seconds that a process waits at its end for others, each of which may be in the middle of a cell
 _FIX = "give every process the same command, the same files and the same versions"
@@ -37,11 +36,13 @@ class Cluster(NamedTuple):
       coordinator: HOST:PORT of the first process.
       processes: their number.
       process: the number of this one.
+      waiting: seconds after which JAX ends the processes that have come, if not all have.
     """
 
     coordinator: str | None = None
     processes: int | None = None
     process: int | None = None
+    waiting: int = 300
 
 
 class Hosts:
@@ -187,7 +188,7 @@ def _initialized(cluster: Cluster) -> Hosts:
     try:
         jax.distributed.initialize(
             **how,
-            initialization_timeout=WAITING,
+            initialization_timeout=cluster.waiting,
             heartbeat_timeout_seconds=_HEARTBEAT,
             shutdown_timeout_seconds=_LONGEST,
         )

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from nufilt_jax.linalg.dense import gram, matmul, scattered
+from nufilt_jax.linalg.dense import gram, inner, matmul, scattered
 
 # Root mean square angle, per direction, between certified and true directions, next to float32 rounding. Updates are
 # held to 5e-5 of those in float64 (tests/core/test_solve.py): directions have to be better.
@@ -209,5 +209,5 @@ def energy_outside(x: Float[Array, "m n"], block: Float[Array, "n b"], spectrum:
     block = jnp.where(spectrum.is_kept[None] | spectrum.full, block, 0)
     probes = scattered(x.shape[1], PROBES, x.dtype)  # the same for all layers: a result must not depend on the batch
     for _ in range(2):  # the second time for what rounding left
-        probes -= matmul(block, matmul(block.T, probes))
+        probes -= matmul(block, inner(block, probes))
     return jnp.sum(matmul(x, probes) ** 2) / PROBES

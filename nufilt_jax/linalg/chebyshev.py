@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from nufilt_jax.linalg.chunks import after
-from nufilt_jax.linalg.dense import gram, matmul, orthonormalize, scattered, transpose
+from nufilt_jax.linalg.dense import gram, inner, matmul, orthonormalize, scattered, transpose
 from nufilt_jax.linalg.grams import Gram
 
 # Vectors in the block beyond those wanted: a wider block converges in fewer products, each of which costs more.
@@ -220,7 +220,7 @@ def _look(times: Times, vectors: Float[Array, "layers n b"], edge: Float[Array, 
     image = times(vectors)
     quotients = jnp.maximum(jnp.sum(vectors * image, axis=1), 0)
     values, wanted = -jnp.sort(-quotients), quotients[:, :rank]
-    residual = image[:, :, :rank] - matmul(vectors, matmul(transpose(vectors), image[:, :, :rank]))
+    residual = image[:, :, :rank] - matmul(vectors, inner(vectors, image[:, :, :rank]))
     distance = jnp.maximum(wanted - values[:, -1:], eps * values[:, :1])
     distance = jnp.where(distance > 0, distance, 1)
     tangents = jnp.where(_used(values, rank), jnp.linalg.norm(residual, axis=1) / distance, 0)

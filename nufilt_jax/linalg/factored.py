@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from nufilt_jax.linalg.chunks import after
-from nufilt_jax.linalg.dense import matmul
+from nufilt_jax.linalg.dense import inner, matmul
 
 T = TypeVar("T")
 # What is left of a unit vector in a span that it belongs to: rounding, and by chance hardly ever as much as this.
@@ -84,7 +84,7 @@ def spread(x: Float[Matrix, "m n"], y: Float[Array, "r k"]) -> Float[Array, "m k
 
 def gathered(x: Float[Matrix, "m n"], y: Float[Array, "m k"]) -> Float[Array, "r k"]:
     """What Y is by the rows of X, QᵀY of a factored X and Y itself of any other: `rows_of(x).T` times it is XᵀY."""
-    return matmul(x.basis.T, y) if isinstance(x, Factored) else y
+    return inner(x.basis, y) if isinstance(x, Factored) else y
 
 
 def dense(x: Float[Matrix, "*batch m n"]) -> Float[Array, "*batch m n"]:
@@ -120,7 +120,7 @@ def plus(x: Float[Matrix, "m n"], y: Float[Matrix, "m n"], within: Float[Matrix,
     new = _beyond(x.basis, after(within.basis, y.rows))
     basis = jnp.concatenate([new, x.basis[:, :-r]], axis=1)
     old = jnp.concatenate([jnp.zeros((r, x.shape[-1]), x.dtype), x.rows[:-r]])
-    return Factored(basis, old + matmul(matmul(basis.T, y.basis), y.rows))
+    return Factored(basis, old + matmul(inner(basis, y.basis), y.rows))
 
 
 def _beyond(q: Float[Array, "m k"], v: Float[Array, "m r"]) -> Float[Array, "m r"]:
@@ -131,7 +131,7 @@ def _beyond(q: Float[Array, "m k"], v: Float[Array, "m r"]) -> Float[Array, "m r
     """
 
     def rest(v: Float[Array, "m r"]) -> Float[Array, "m r"]:
-        return v - matmul(q, matmul(q.T, v))
+        return v - matmul(q, inner(q, v))
 
     first, _ = jnp.linalg.qr(rest(v))
     second, sizes = jnp.linalg.qr(rest(first))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from nufilt_jax.linalg.dense import gram, matmul, transpose, unit_scale
+from nufilt_jax.linalg.dense import gram, inner, matmul, unit_scale
 from nufilt_jax.linalg.stacks import Stacks
 
 
@@ -55,7 +55,7 @@ class GramFactor(NamedTuple):
     def times(self, y: Float[Array, "*batch n k"]) -> Float[Array, "*batch n k"]:
         """C XᵀX Y."""
         # The unit between the products: m k numbers to scale, the fewest there are.
-        return matmul(transpose(self.factor), self.unit**2 * matmul(self.factor, y))
+        return inner(self.factor, self.unit**2 * matmul(self.factor, y))
 
     def scaled(self, by: Float[Array, "*batch 1 1"]) -> "GramFactor":
         """This, times a non-negative number."""

@@ -22,7 +22,7 @@ from nufilt_jax.linalg.certificate import (
     separated,
     spectrum_of,
 )
-from nufilt_jax.linalg.dense import eigh_descending, gram, matmul, orthonormalize, unit_scale
+from nufilt_jax.linalg.dense import eigh_descending, gram, inner, matmul, orthonormalize, unit_scale
 
 # Sweeps of rotations within the block. Between 64 directions of `eigh` and the next 32 of σ ∝ k^-1.5, n = 300, they
 # measure 8e-3, 4e-5 and 3e-6: the last is rounding. Between 8 and 24 of a flatter one the third was 5e-5 still.
@@ -138,8 +138,8 @@ def _correction(
 
     Both to first order, and derived at `certificate.corrected`. Null directions lack nothing.
     """
-    outside = unit * matmul(x.T, turned.response)
-    outside -= matmul(turned.block, matmul(turned.block.T, outside))
+    outside = unit * inner(x, turned.response)
+    outside -= matmul(turned.block, inner(turned.block, outside))
     # An outside direction of eigenvalue λ, 0 <= λ <= least, is missing by outside / (σ² − λ): take the middle for λ.
     floor = jnp.finfo(x.dtype).eps * spectrum.top
     middle, nearest = (jnp.maximum(spectrum.squares - part * spectrum.least, floor) for part in (0.5, 1))
@@ -168,13 +168,13 @@ def _sweep(
         scale = jnp.max(jnp.abs(near))
         _, u = eigh_descending(near / jnp.where(scale > 0, scale, 1))
         coupling = coupling.at[:, window].set(matmul(coupling[:, window], u))
-        coupling = coupling.at[window].set(matmul(u.T, coupling[window]))
+        coupling = coupling.at[window].set(inner(u, coupling[window]))
     tangent = _tangents(coupling, rank, threshold)
     # One factor for all: a common shorter step keeps its direction.
     size = jnp.linalg.norm(tangent)
     tangent *= jnp.minimum(1, MOST_ROTATION / jnp.maximum(size, jnp.finfo(size.dtype).eps))
     rotation = jnp.eye(b, dtype=coupling.dtype) + tangent - tangent.T
-    coupling = matmul(rotation.T, matmul(coupling, rotation))
+    coupling = inner(rotation, matmul(coupling, rotation))
     # The window's turn first, then the rotations.
     return rotation.at[window].set(matmul(u, rotation[window])), coupling
 

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from nufilt_jax.config import Decomposition
 from nufilt_jax.linalg.chebyshev import block_width, improved_block, leading_block
 from nufilt_jax.linalg.chunks import after
-from nufilt_jax.linalg.dense import eigh_descending, matmul, orthonormalize, thin_svd, transpose
+from nufilt_jax.linalg.dense import eigh_descending, inner, matmul, orthonormalize, thin_svd
 from nufilt_jax.linalg.grams import Gram
 from nufilt_jax.linalg.refine import refine
 from nufilt_jax.linalg.stacks import Stacks, bounds, joined, rows
@@ -90,7 +90,7 @@ def _set_apart(grams: Gram, vectors: Float[Array, "layers n b"], rank: int) -> F
     """Orthonormal columns, the leading ones decoupled from each other, their span unchanged."""
     vectors = orthonormalize(vectors)
     kept = vectors[:, :, :rank]
-    _, u = eigh_descending(matmul(transpose(kept), grams.times(kept)))
+    _, u = eigh_descending(inner(kept, grams.times(kept)))
     return jnp.concatenate([matmul(kept, u), vectors[:, :, rank:]], axis=2)
 
 

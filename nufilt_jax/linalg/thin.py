@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from nufilt_jax.linalg.chunks import after
-from nufilt_jax.linalg.dense import eigh_descending, gram, matmul, transpose, unit_scale
+from nufilt_jax.linalg.dense import eigh_descending, gram, inner, matmul, transpose, unit_scale
 from nufilt_jax.linalg.stacks import joined
 from nufilt_jax.linalg.subspace import FULL_WIDTH, Directions, leading_by_svd, relative_gap
 
@@ -65,7 +65,7 @@ def _whole_span(x: Float[Array, "layers r n"]) -> Directions:
     unit = unit_scale(x)
     x = unit * x
     _, w = eigh_descending(gram(transpose(x)))
-    turned = matmul(transpose(w), x)
+    turned = inner(w, x)
     overlap = gram(transpose(turned))
     lengths = jnp.sqrt(jnp.diagonal(overlap, axis1=1, axis2=2))
     is_zero, scale = lengths == 0, 1 / jnp.where(lengths == 0, 1, lengths)

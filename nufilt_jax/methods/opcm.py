@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from nufilt_jax.config import MethodConfig, number
-from nufilt_jax.linalg.dense import matmul, thin_svd, unit_scale
+from nufilt_jax.linalg.dense import inner, matmul, thin_svd, unit_scale
 from nufilt_jax.methods.matrices import each_layer, require_finite
 from nufilt_jax.methods.selection import every_tensor, is_linear_layer, n_copies
 from nufilt_jax.methods.stacked import Stacked, Stacks, TaskVector
@@ -117,7 +117,7 @@ def _projected(d: Float[Array, "m n"], t: Float[Array, "m n"], config: OpcmConfi
     if config.mask_diagonal:
         used = s > s[0] * max(d.shape) * jnp.finfo(d.dtype).eps  # null vectors are the SVD's own choice
         removed |= jnp.diag(used)
-    core = jnp.where(removed, matmul(matmul(u.T, t), vt.T), 0)
+    core = jnp.where(removed, matmul(inner(u, t), vt.T), 0)
     return t - matmul(matmul(u, core), vt)
 
 

@@ -18,12 +18,41 @@ KILLER = Path(__file__).with_name("killer.py")
 FAST = ("--method", "weight_average")
 HASTY = f"""
 import runpy, sys
-from nufilt_jax.engine import hosts
-hosts.WAITING, hosts._HEARTBEAT = int(sys.argv[1]), 6
-sys.argv = sys.argv[2:]
-runpy.run_path({str(KILLER)!r}, run_name="__main__")
+from nufilt_jax.cli import main
+from nufilt_jax.commands import watched
+
+_, waiting, point, action, *argv = sys.argv
+watched.WAITING = int(waiting)
+forked = watched.worked_elsewhere
+
+def armed():
+    assert "jax" not in sys.modules  # of a process with threads, a fork may hang
+    status = forked()
+    if status is None:
+        from nufilt_jax.engine import hosts
+        hosts._HEARTBEAT = 6
+        if point:
+            runpy.run_path({str(KILLER)!r})["arm"](point, action)
+    return status
+
+watched.worked_elsewhere = armed
+sys.exit(main(argv))
 """
-NEVER = "nufilt_jax.output.place:save_window:1000:after"
+STUCK = """
+import os, sys, time
+from nufilt_jax.commands import watched
+from nufilt_jax.errors import NufiltError
+
+watched.WAITING, watched._GRACE = 1, 1
+try:
+    status = watched.worked_elsewhere()
+except NufiltError as error:
+    sys.exit(str(error))
+if status is not None:
+    sys.exit(status)
+exec(sys.argv[1])
+time.sleep(100)
+"""
 KILLED = "nufilt_jax.output.place:save_window:1:after"
 
 
@@ -62,7 +91,7 @@ def together(spawn):
                 index,
             )
             point = dict(points).get(index)
-            hasty = ("-c", HASTY, waiting or 300, KILLER, point or NEVER, action)
+            hasty = ("-c", HASTY, waiting or 300, point or "", action)
             program = hasty if points or waiting else ("-m", "nufilt_jax.cli")
             if argv is not None:
                 started.append(spawn(*program, *argv, *how))
@@ -109,6 +138,20 @@ def test_one_that_never_comes_is_not_waited_for_for_ever(shared_models, tmp_path
         assert (code, out, err.count("\n")) == (1, "", 1), err
         assert err.startswith(said)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("does", "code", "said"),
+    [
+        ("", 1, "distributed not all processes have come within 1 s (start all of them"),
+        ("os.write(2, watched._FATAL.encode())", 1, "process 0: died, or cannot be reached any more"),
+        ("os.write(2, b'a line'); watched.have_come(); time.sleep(4); os._exit(7)", 7, "a line"),
+    ],
+    ids=["never told that all have come", "still there after JAX has given up", "all have come"],
+)
+def test_a_process_that_jax_does_not_end_is_ended(finish, does, code, said):
+    result = finish("-c", STUCK, does)
+    assert (result.code, result.out) == (code, "") and result.err.startswith(said), result.err
 
 
 def test_a_folder_that_vanishes_half_way_stops_all(shared_models, tmp_path, together, command):
