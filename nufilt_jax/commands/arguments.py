@@ -6,6 +6,7 @@ file, `nufilt init` and the reference of the command line take it from there.
 
 import dataclasses
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -171,6 +172,10 @@ class Arguments:
         """The options given that are settings of some method, by field name."""
         names = ("filter_rank", "adapter_rank", "task_rank", "steps", "learning_rate", "decomposition", "solver")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+# A description is one paragraph, which the help wraps anew.
+Arguments.__doc__ = re.sub(r"\n {8}", " ", Arguments.__doc__ or "")
 
 
 def _like_merge(name: str, *, left_out: tuple[str, ...], hidden: tuple[str, ...] = ()) -> Any:
