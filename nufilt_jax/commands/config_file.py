@@ -42,8 +42,18 @@ def options_from_file(app: App, commands: tuple[str, ...], arguments: ArgumentCo
     if not tokens:
         return
     path = Path(os.path.expanduser(tokens[-1].value))
+    _know_own_rule(arguments)
     values = read_options(path, "evaluate" if commands[-1:] == ("evaluate",) else "merge")
     Dict(values, source=str(path), use_commands_as_keys=False)(app, commands, arguments)
+
+
+def _know_own_rule(arguments: ArgumentCollection) -> None:
+    """Imports the rule that `--method MODULE:RULE` names on the command line; a recipe imports nothing."""
+    asked = [token.value for argument in arguments if "--method" in argument.names for token in argument.tokens]
+    if asked and ":" in asked[-1] and not asked[-1].startswith("help="):
+        from nufilt_jax.methods import load_own
+
+        load_own(asked[-1])
 
 
 def read_options(path: Path, command: str = "merge") -> Values:

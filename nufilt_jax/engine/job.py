@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nufilt_jax.config import ComputeType
-from nufilt_jax.errors import Problem
+from nufilt_jax.errors import ConfigError, OutputError, Problem
 from nufilt_jax.methods import find
 from nufilt_jax.output.place import OutputPlace
 from nufilt_jax.output.recipe import Model, Recipe, Settings
@@ -80,8 +80,16 @@ def read_recipe(document: Mapping[str, Any], folder: Path) -> Recipe:
     """The recipe in a folder.
 
     Raises:
-      OutputError: it is damaged, or of another version.
+      OutputError: it is damaged, of another version, or of a rule that nobody has imported.
     """
+    method = document.get("method")
+    if isinstance(method, str) and ":" in method:
+        try:
+            find(method)
+        except ConfigError as error:
+            what = f"was merged by {method}, and a recipe imports nothing"
+            fix = f"it is a rule of your own: say --method {method} with add or merge"
+            raise OutputError(Problem(str(folder), what, fix)) from error
     return Recipe.from_json(document, folder, lambda method: find(method).config)
 
 

@@ -183,6 +183,14 @@ def test_a_rule_of_ones_own_from_the_command_line(shared_models, tmp_path, nufil
     monkeypatch.setattr(nj.methods, "RULES", {name: nj.methods.RULES[name] for name in ("sum", "nufilt")})
     unknown = nufilt("add", "out", "--task", f"delta={paths['gamma']}")
     assert unknown.code == 1 and "it is a rule of your own: say --method my_rule_file:RULE" in unknown.err
+    pushed = nufilt("push", "out", "USER/NAME", "--dry-run")
+    assert pushed.code == 1 and "was merged by my_rule_file:RULE, and a recipe imports nothing" in pushed.err
+    assert "damaged" not in unknown.err + pushed.err
+    repeat = ("merge", "--config", "out/nufilt.json", "--out", "again")
+    assert nufilt(*repeat).code == 1 and not (tmp_path / "again").exists()
+    assert nufilt(*repeat, "--method", "my_rule_file:RULE").code == 0
+    again, out = (build.weights(tmp_path / name)[build.Q0] for name in ("again", "out"))
+    np.testing.assert_array_equal(again, out)
     for name, message in (
         ("my_rule_file:OTHER", "is a int, and not a nufilt_jax.methods.Rule"),
         ("my_rule_file:NONE", "cannot be imported"),
