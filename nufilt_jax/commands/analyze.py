@@ -175,12 +175,12 @@ def _show(console: Console, document: Mapping[str, Any], report: Path) -> None:
     """A row per step, and where the report is."""
     columns: dict[str, list[float | None]] = {}
     if found := document["accuracy"]:
-        columns["lost_by_earlier_tasks,_points"] = [None if x is None else 100 * x for x in found["lost"]]
+        columns["lost by earlier_tasks, points"] = [None if x is None else 100 * x for x in found["lost"]]
     if found := document["forecast"]:
-        columns["forecast drift"] = found["mean"]["drift"]
+        columns["forecast_drift"] = found["mean"]["drift"]
     if found := document["losses"]:
         steps = found["methods"][document["method"]]["relative"][WHOLE_MODEL]
-        columns |= {f"{name} loss": steps[name] for name in ("stability", "plasticity")}
+        columns |= {f"{name}_loss": steps[name] for name in ("stability", "plasticity")}
     names = document["tasks"]
     cells = {"step": [str(number) for number in range(1, len(names) + 1)], "task": list(names)}
     cells |= {head: ["" if x is None else f"{x:.4f}" for x in values] for head, values in columns.items()}
