@@ -13,7 +13,7 @@ from nbformat import NotebookNode
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent
-NAMES = ("merge_and_evaluate", "merge_lora", "subspace_alignment")
+NAMES = ("merge_and_evaluate", "merge_your_own", "merge_lora", "subspace_alignment")
 CELL_SECONDS = 300  # several times what the slowest cell takes
 
 

@@ -133,8 +133,8 @@ Image(as_png(plots.forecast_figure(values, layers, [step["task"] for step in ste
 # A model that arrives later is merged into the finished result, without the earlier ones. Here all tasks but the last
 # are merged from their folders or Hub ids, then the last is added. The result is that of the merge above.
 #
-# Your own checkpoints go the same way: `--base ORG/MODEL` and, once per fine-tune, `--task NAME=ORG/MODEL@REVISION`,
-# with folders in place of Hub ids where you have them. LoRA adapters too: `merge_lora.ipynb` is about them.
+# Your own checkpoints go the same way, and LoRA adapters too: `merge_your_own.ipynb` and `merge_lora.ipynb` are about
+# them.
 
 # %%
 import numpy as np

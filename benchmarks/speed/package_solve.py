@@ -16,7 +16,7 @@ from nufilt_jax.core import solve
 from nufilt_jax.engine import counts
 from nufilt_jax.engine.counts import Count
 from nufilt_jax.linalg import compiling
-from nufilt_jax.linalg.chunks import in_chunks, layers_at_once
+from nufilt_jax.linalg.chunks import in_chunks, layers_by_products
 from nufilt_jax.linalg.dispatch import run_alone
 from nufilt_jax.linalg.grams import GramFactor, gram_of
 from nufilt_jax.linalg.stacks import bounds
@@ -168,7 +168,12 @@ def _as_solved(function: Program) -> Program:
     """On a CPU a few layers at a time, as the package does."""
     if jax.default_backend() != "cpu":
         return function
-    return lambda *arrays: in_chunks(function, arrays, layers_at_once())
+
+    def chunked(*arrays: Any) -> Any:
+        numbers = max(leaf[0].size for leaf in jax.tree.leaves(arrays))
+        return in_chunks(function, arrays, layers_by_products(numbers))
+
+    return chunked
 
 
 def _stage_functions(config: NufiltConfig) -> dict[str, tuple[Program, Callable[[Task, list[Any]], tuple]]]:

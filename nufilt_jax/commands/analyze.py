@@ -96,7 +96,11 @@ def _measured(
     if rule.needs_data or rule.adds_parameters:
         missing["losses"] = f"{rule.name} needs {rule.needs}, and is not merged again"
     else:
-        how: dict[str, Any] = {"layers": settings.layers, "other_params": settings.other_params}
+        how: dict[str, Any] = {
+            "layers": settings.layers,
+            "other_params": settings.other_params,
+            "conv": settings.conv,
+        }
         rules[rule.name] = methods.get(rule.name, settings.config, seed=settings.seed, **how)
     try:
         base = open_checkpoint(recipe.base.source, revision=recipe.base.revision)

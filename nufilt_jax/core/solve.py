@@ -18,10 +18,10 @@ from nufilt_jax.core.forecast import Forecast
 from nufilt_jax.core.settings import SolveConfig
 from nufilt_jax.core.stages import correct, fuse_updates, prior_directions, reduce, task_directions, train
 from nufilt_jax.errors import ConfigError, Problem, raise_all
-from nufilt_jax.linalg.chunks import in_chunks, layers_at_once
+from nufilt_jax.linalg.chunks import in_chunks, layers_at_once, layers_by_products
 from nufilt_jax.linalg.compiling import Program
 from nufilt_jax.linalg.dispatch import is_traced, run_alone
-from nufilt_jax.linalg.factored import Matrix, after_all, all_finite, chosen, plus, rows_of
+from nufilt_jax.linalg.factored import Factored, Matrix, after_all, all_finite, chosen, plus, rows_of
 from nufilt_jax.linalg.grams import gram_of
 from nufilt_jax.linalg.stacks import MatrixStacks, bounds, joined
 
@@ -68,7 +68,7 @@ def solve_group(
 ) -> GroupSolution:
     """One step for all layers of one input width, as one program.
 
-    On CPU stack by stack and a few layers at a time (`chunks.layers_at_once`), elsewhere all layers at once.
+    On CPU stack by stack and a few layers at a time (`chunks.layers_by_products`), elsewhere all layers at once.
 
     Source: Eqs. (7)-(10) and (15)-(17), arXiv:2509.21413v2, in the reduced form of `core.adapt`.
 
@@ -117,7 +117,8 @@ def _solve_in_turn(
             return found.updates[0], found._replace(updates=())
 
         # The updates take the place of D's stack: nothing of its size is allocated.
-        updates, rest = in_chunks(one, (d, t, jnp.arange(i, j)), layers_at_once(), in_place=True)
+        size = layers_at_once() if isinstance(d, Factored) else layers_by_products(d[0].size)
+        updates, rest = in_chunks(one, (d, t, jnp.arange(i, j)), size, in_place=True)
         stacks.append(updates)
         parts.append(rest)
     return joined(parts)._replace(updates=tuple(stacks))

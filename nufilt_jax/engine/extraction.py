@@ -22,7 +22,7 @@ from nufilt_jax.checkpoints.writer import output_error
 from nufilt_jax.config import problem
 from nufilt_jax.durable import make_folder, move, sync_tree
 from nufilt_jax.errors import CheckpointError, ConfigError, OutputError, Problem, raise_all
-from nufilt_jax.linalg.chunks import after, chunk_size, layers_at_once
+from nufilt_jax.linalg.chunks import after, chunk_size, layers_by_products
 from nufilt_jax.linalg.compiling import Program
 from nufilt_jax.linalg.dense import matmul, norm
 from nufilt_jax.linalg.dispatch import run_alone
@@ -144,7 +144,7 @@ def _layers(base: Checkpoint, model: Checkpoint, layers: str | None) -> tuple[st
 def _chunks(base: Checkpoint, names: Sequence[str]) -> Iterator[tuple[str, ...]]:
     """A few layers of one shape at a time."""
     for members in stack_names({name: base.tensors[name].shape for name in names}, names):
-        size = chunk_size(len(members), layers_at_once())
+        size = chunk_size(len(members), layers_by_products(base.tensors[members[0]].size))
         yield from (members[i : i + size] for i in range(0, len(members), size))
 
 

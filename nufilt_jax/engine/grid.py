@@ -201,15 +201,20 @@ def restarted(stacks: Sequence[Stack], done: Callable[[str], int], most_bytes: f
 
 
 def cells(
-    rows: Sequence[Window], n_tasks: int, walk: Walk, n_looks: Callable[[int], int] = lambda task: 0
+    rows: Sequence[Window],
+    n_tasks: int,
+    walk: Walk,
+    n_looks: Callable[[int], int] = lambda task: 0,
+    whole: Sequence[Window] = (),
 ) -> Iterator[Cell]:
     """What is left to do, in order: window after window, or task after task.
 
     Args:
-      rows: all windows.
+      rows: the windows to walk over.
       n_tasks: number of columns.
       walk: in which order.
       n_looks: gives the number of looks before a column.
+      whole: all windows of the grid, where `rows` are a part of them.
 
     >>> rows = [Window(0, (), done=1), Window(1, ())]
     >>> [(cell.window.number, cell.task) for cell in cells(rows, 2, "columns")]
@@ -220,6 +225,6 @@ def cells(
             yield from (Cell(row, task) for task in range(row.done, n_tasks))
         return
     for task in range(n_tasks):
-        if all(row.done <= task for row in rows):  # once one is past it, what was looked at is gone
+        if all(row.done <= task for row in whole or rows):  # once one is past it, what was looked at is gone
             yield from (Cell(row, task, look) for look in range(n_looks(task)) for row in rows)
         yield from (Cell(row, task) for row in rows if row.done <= task)

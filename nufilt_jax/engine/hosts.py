@@ -83,8 +83,18 @@ class Hosts:
         """
         if self._client is None:
             return [told]
-        self._client.key_value_set(f"nufilt/{point}/{self.index}", json.dumps(told))
+        self.tell(point, told)
         return [json.loads(self._awaited(f"nufilt/{point}/{index}")) for index in range(self.count)]
+
+    def tell(self, point: str, told: Any = None) -> None:
+        """Tells what those who meet at a point will hear, and goes on without waiting for them.
+
+        Args:
+          point: as in `meet`.
+          told: what JSON can hold.
+        """
+        if self._client is not None:
+            self._client.key_value_set(f"nufilt/{point}/{self.index}", json.dumps(told))
 
     def _awaited(self, key: str) -> str:
         while True:

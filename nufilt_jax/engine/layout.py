@@ -1,5 +1,7 @@
 """Lays the grid out over a model: its stacks, what memory they take, and so its windows."""
 
+import math
+
 import jax
 
 from nufilt_jax.anatomy import shape_in
@@ -16,7 +18,7 @@ from nufilt_jax.engine.memory import (
     plan_windows,
     workspace,
 )
-from nufilt_jax.linalg.chunks import chunk_size, layers_at_once
+from nufilt_jax.linalg.chunks import chunk_size, layers_at_once, layers_by_products
 from nufilt_jax.methods import find
 from nufilt_jax.methods.selection import Selection
 from nufilt_jax.methods.stacked import stack_names
@@ -33,12 +35,15 @@ def lay_out(
     """
     rule, config = find(job.settings.method), job.settings.config
     shapes = {name: shape_in(base.tensors, name) for name in selection.layers + selection.other}
-    at_once, ranks = layers_at_once(), ranks_of(job, base, tasks, selection, stored)
+    ranks = ranks_of(job, base, tasks, selection, stored)
     stacks = list[Stack]()
     for names, is_solved in ((selection.layers, True), (selection.other, False)):
         for members in stack_names(shapes, names, ranks):
             shape, own = shapes[members[0]], ranks.get(members[0])
-            most, fewest = (at_once, 2) if is_solved and len(shape) == 2 else (1, 1)
+            most, fewest = (1, 1)
+            if is_solved and len(shape) == 2:
+                is_large = rule.by_products and own is None
+                most, fewest = layers_by_products(math.prod(shape)) if is_large else layers_at_once(), 2
             stacks.append(Stack(members, shape, chunk_size(len(members), most), most, fewest, is_solved, own))
     runs_model = job.evaluation is not None or rule.needs_data
     everything = [info for model in (base, *tasks) for info in model.stored]

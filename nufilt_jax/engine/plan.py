@@ -191,8 +191,8 @@ def _state_problems(recorded: Recorded | None, selection: Selection, n_tasks: in
 def _process_problems(job: Job) -> Iterator[Problem]:
     """A method that several processes cannot work on, each on its own windows."""
     rule = find(job.settings.method)
-    if job.agreed.processes > 1 and (rule.whole_model or rule.survey or rule.first_survey):
-        what = f"{rule.name} asks for numbers of the whole model at every step, and processes have a part each"
+    if job.agreed.processes > 1 and rule.whole_model:
+        what = f"{rule.name} works on the whole model at once, and processes have a part each"
         yield problem("distributed", what, "leave it out")
 
 

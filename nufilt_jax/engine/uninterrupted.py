@@ -3,15 +3,19 @@
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Seconds within which a second SIGTERM is the first one's echo: a scheduler strikes all processes of a job, and the one
+# that waits for this one hands on what it got.
+_ECHO = 1.0
 
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Puts a Ctrl-C or SIGTERM off until the end of the context; a second one is not put off.
+    """Puts a Ctrl-C or SIGTERM off until the end of the context; a second one is not put off, but for an echo.
 
     A program that writes the new D over the old cannot be stopped half way and leave either.
     """
@@ -19,12 +23,14 @@ def uninterrupted() -> Iterator[None]:
         yield
         return
     handlers = {int(number): handler for number in _SIGNALS if callable(handler := signal.getsignal(number))}
-    caught: list[tuple[int, FrameType | None]] = []
+    caught: list[tuple[int, FrameType | None, float]] = []
 
     def put_off(number: int, frame: FrameType | None) -> None:
-        if caught:
+        now = time.monotonic()
+        is_echo = caught and number == caught[-1][0] == signal.SIGTERM and now - caught[-1][2] < _ECHO
+        if caught and not is_echo:
             handlers[number](number, frame)
-        caught.append((number, frame))
+        caught.append((number, frame, now))
 
     for number in handlers:
         signal.signal(number, put_off)
@@ -34,5 +40,5 @@ def uninterrupted() -> Iterator[None]:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if caught:
-        number, frame = caught[0]
+        number, frame, _ = caught[0]
         handlers[number](number, frame)

@@ -3,7 +3,7 @@
 import dataclasses
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, cast
 
 from nufilt_jax.engine.ahead import ReadAhead
@@ -67,7 +67,8 @@ class Walk:
         self._state: MergeState | None = None  # of the row; None while a program is changing it
         self._since = time.perf_counter()
         self._write_rate = _WRITE_RATE
-        self._survey = Survey(plan, stored)
+        self._mine = plan.rows if hosts.is_alone else dealt(plan.rows, len(self._names), hosts.count)[hosts.index]
+        self._survey = Survey(plan, stored, hosts, self._mine)
 
     # What a run is.
 
@@ -78,13 +79,13 @@ class Walk:
           NufiltError: a solution is not finite, the state is damaged, or the disk is full.
         """
         plan, hosts = self._plan, self._hosts
-        mine = plan.rows if hosts.is_alone else dealt(plan.rows, len(self._names), hosts.count)[hosts.index]
-        pending = list(cells(mine, len(self._names), plan.walk, plan.n_looks))
+        pending = list(cells(self._mine, len(self._names), plan.walk, plan.n_looks, plan.rows))
         if hosts.is_first and (pending or not hosts.is_alone):
             self._place.record(self.recipe())  # whether the disk takes it is known before any work
         hosts.meet("begun")
         if not hosts.is_first:
             self._place.require_begun()
+        self._survey.begin(len(self._names))
         self._since = time.perf_counter()
         try:
             if not pending or (plan.recorded is not None and not plan.recorded.is_written):
@@ -108,14 +109,14 @@ class Walk:
             raise
         if not hosts.is_alone:
             hosts.meet("walked")
-            self._take_in(mine)
+            self._take_in()
 
-    def _take_in(self, mine: Sequence[Window]) -> None:
+    def _take_in(self) -> None:
         """Takes in what the other processes have done, from disk."""
         for window in self._place.windows():
             self._stored.add(window)
         for row in self.rows:
-            if row.window not in mine:
+            if row.window not in self._mine:
                 done = list(self._stored.records(row.window.layers))
                 row.records += done[len(row.records) :]
                 row.kept = self._stored.windows_of(row.window.layers)[0]
@@ -242,6 +243,7 @@ class Walk:
 
     def _look(self, cell: Cell, tasks: ReadAhead[Cell, Task], number: int, total: int) -> None:
         """Looks at a window, and leaves it."""
+        self._keep()  # what the column before has made of it
         with self._clock.spent_on("survey"):
             task = self._taken(cell, tasks, number, total)
             state, self._state = cast(MergeState, self._state), None

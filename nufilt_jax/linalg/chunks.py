@@ -11,6 +11,9 @@ from jaxtyping import Array, Float
 
 # Most matrices in one LAPACK call: large batches have corrupted the heap on many cores (jax issue 39292).
 LAPACK_BATCH = 64
+# Most numbers of the layers that are solved by products at a time, 256 MiB in float32: all cores share a large product,
+# so that more layers would take memory, several times their own, and no less time.
+MOST_NUMBERS = 2**26
 
 
 def after(x: Float[Array, "..."], *done: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -53,6 +56,15 @@ def layers_at_once() -> int:
     # Those this process may use, not all of the machine: `taskset` and batch systems give fewer.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, LAPACK_BATCH)
+
+
+def layers_by_products(numbers: int) -> int:
+    """As `layers_at_once`, of layers of so many numbers each on which nearly all work is products: few of large ones.
+
+    >>> layers_by_products(4096 * 11008)
+    1
+    """
+    return max(1, min(layers_at_once(), MOST_NUMBERS // numbers))
 
 
 def chunk_size(n_layers: int, most: int) -> int:

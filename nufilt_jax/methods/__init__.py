@@ -109,7 +109,7 @@ def find(name: str) -> Rule[Any]:
         fix = f"choose from {', '.join(RULES)}"
         if ":" in name:  # nothing is imported because a file says so
             fix = f"it is a rule of your own: say --method {name}"
-        raise ConfigError(problem("method", f"unknown method {name!r}", fix))
+        raise ConfigError(problem("method", f"{name!r} is not known", fix))
     return RULES[name]
 
 

@@ -34,4 +34,5 @@ RULE = Rule(
     in_factors=True,
     source="Qiu et al., arXiv:2509.21413v2, Table 4 row 2",
     spreads=True,
+    by_products=True,
 )

@@ -206,6 +206,7 @@ class Rule(Generic[C]):
       remembers: whether, with these settings, it keeps more from task to task than the merged model.
       workspace: memory that an update takes beside these, τ and what programs need for a few layers, in sizes of D.
       spreads: whether it solves layers one by one, so that several devices can share them.
+      by_products: whether it solves layers by `core.solve`, a few at a time that are fewer where they are large.
     """
 
     name: str
@@ -225,9 +226,13 @@ class Rule(Generic[C]):
     states: int = 1
     workspace: float = 0.0
     spreads: bool = False
+    by_products: bool = False
     in_factors: bool = False
     trains_adapter: bool = False
     remembers: Callable[[C], bool] = _never
+
+    def __repr__(self) -> str:
+        return f"Rule({self.name!r}: {self.update}; settings: {self.config.__name__})"
 
     @property
     def needs(self) -> str:

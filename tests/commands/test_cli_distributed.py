@@ -130,6 +130,31 @@ def test_killed_half_way_and_gone_on_with_by_more(shared_models, tmp_path, nufil
     assert nufilt("add", tmp_path / "out", "--task", f"delta={models / 'delta'}").code == 0
 
 
+@pytest.mark.parametrize("method", ["ties", "opcm"])
+def test_numbers_of_the_whole_model_are_found_together(shared_models, tmp_path, nufilt, together, command, method):
+    """Also where one dies between two columns, and where there are more processes than windows."""
+    assert nufilt(*command(shared_models, tmp_path / "whole", "--method", method)).code == 0
+    argv = command(shared_models, tmp_path / "out", "--method", method, "--json")
+    ends = together(argv, argv, points={1: "nufilt_jax.output.place:save_window:2:after"})
+    assert [code for code, _, _ in ends] == [1, -signal.SIGKILL], ends
+    ends = together(*[argv] * 3)
+    assert [code for code, _, _ in ends] == [0] * 3, ends
+    assert build.weight_bytes(tmp_path / "out") == build.weight_bytes(tmp_path / "whole")
+    n_windows = len(json.loads(ends[0][1])["windows"])
+    assert n_windows > 1
+    argv = command(shared_models, tmp_path / "many", "--method", method, "--json")
+    ends = together(*[argv] * (n_windows + 3))
+    assert {code for code, _, _ in ends} == {0}, ends
+    assert build.weight_bytes(tmp_path / "many") == build.weight_bytes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("method", ["wemoe"])
+def test_a_method_that_works_on_the_whole_model_is_refused(shared_models, tmp_path, together, command, method):
+    argv = command(shared_models, tmp_path / "out", "--method", method)
+    lines = [line for _, _, err in together(argv, argv) for line in err.splitlines()]
+    assert any("works on the whole model at once, and processes have a part each" in line for line in lines), lines
+
+
 def test_one_that_never_comes_is_not_waited_for_for_ever(shared_models, tmp_path, together, command):
     argv = command(shared_models, tmp_path / "out", *FAST)
     ends = together(argv, None, argv, waiting=4)
@@ -191,7 +216,7 @@ def test_one_says_what_is_wrong_and_all_stop(shared_models, tmp_path, together, 
         f"{tmp_path / 'elsewhere.partial'}: is not there, or not any more: ": command(
             shared_models, tmp_path / "elsewhere", *FAST
         ),
-        "--method: unknown method 'summ'": command(shared_models, tmp_path / "out", "--method", "summ"),
+        "--method: 'summ' is not known": command(shared_models, tmp_path / "out", "--method", "summ"),
     }
     for said, theirs in wrong.items():
         ends = together(argv, theirs)

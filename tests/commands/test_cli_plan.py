@@ -68,7 +68,7 @@ def test_what_is_refused_for_itself_is_not_told_again_for_being_other_than_the_m
     argv = command(shared_models, tmp_path / "out", n=2)
     assert nufilt(*argv, "--method", "weight_average").code == 0
     unknown = nufilt(*argv, "--plan", "--method", "summ")
-    assert (unknown.code, len(unknown.lines)) == (1, 1) and "unknown method 'summ'" in unknown.err
+    assert (unknown.code, len(unknown.lines)) == (1, 1) and "'summ' is not known" in unknown.err
 
 
 def test_a_device_with_little_memory_takes_windows(shared_models, tmp_path, nufilt, command, monkeypatch):

@@ -91,7 +91,7 @@ def test_base_without_config(models, tmp_path, refused, command):
 
 
 BAD_VALUES = {
-    "unknown method": (("--method", "ties2"), "--method: unknown method 'ties2'"),
+    "unknown method": (("--method", "ties2"), "--method: 'ties2' is not known"),
     "negative rank": (("--filter-rank", "-1"), "--filter-rank: must be at least 0, got -1"),
     "negative adapter rank": (("--adapter-rank", "-2"), "--adapter-rank: must be at least 0, got -2"),
     "negative steps": (("--steps", "-3"), "--steps: must be at least 0, got -3"),

@@ -4,12 +4,14 @@ import functools
 import json
 import signal
 
+import jax
 import model_builders as build
 import numpy as np
 import pytest
 
 from nufilt_jax.engine import walk
 from nufilt_jax.engine.walk import Walk
+from nufilt_jax.linalg import chunks
 
 SMALL = 5000  # bytes of a window: the towers' stacks of 16 x 16 and 24 x 16 make 3 of 2 to 5 layers
 
@@ -48,6 +50,19 @@ def test_windows_give_the_same_bits(shared_models, tmp_path, nufilt, command, in
     for mine, whole in zip(result.json["steps"], recipe(tmp_path / "whole")["steps"], strict=True):
         np.testing.assert_allclose(mine["losses"], whole["losses"], rtol=1e-6)
         assert mine["outside"] == whole["outside"]
+
+
+def test_large_layers_are_solved_one_by_one(shared_models, tmp_path, nufilt, command, in_windows, monkeypatch):
+    """In every window as in the whole model; `layers_by_products` says which are large."""
+    monkeypatch.setattr(chunks, "MOST_NUMBERS", 24 * 16)
+    jax.clear_caches()
+    assert nufilt(*command(shared_models, tmp_path / "whole")).code == 0
+    in_windows(0)
+    result = nufilt(*command(shared_models, tmp_path / "out", "--json"))
+    jax.clear_caches()
+    assert result.code == 0, result.err
+    assert max(row["layers"] for row in result.json["windows"]) == 2
+    assert build.weight_bytes(tmp_path / "out") == build.weight_bytes(tmp_path / "whole")
 
 
 SURVEYED = [("--method", "ties", "--method-args", "variant=text"), ("--method", "opcm")]

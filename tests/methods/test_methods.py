@@ -178,7 +178,7 @@ def test_misfitting_tasks_are_refused_with_every_tensor():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: methods.get("nufilter"), "method unknown method 'nufilter'"),
+        (lambda: methods.get("nufilter"), "method 'nufilter' is not known"),
         (lambda: methods.get("nufilt", SumConfig()), "nufilt takes a NufiltConfig, got a SumConfig"),
         (lambda: methods.get("sum", other_params="none"), "other_params must be one of pretrained, first, average"),
         (lambda: NufiltConfig(filter_rank=-1), "filter_rank must be at least 0, got -1"),

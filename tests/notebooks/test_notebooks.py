@@ -13,7 +13,7 @@ from nufilt_jax.commands.arguments import Arguments
 from nufilt_jax.commands.request import check_usage, new_job
 from nufilt_jax.presets import CLIP_BASES, FLAN_T5, LLAVA, MODELS, TINY
 
-N_PICTURES = {"merge_and_evaluate": 2, "merge_lora": 2, "subspace_alignment": 4}
+N_PICTURES = {"merge_and_evaluate": 2, "merge_your_own": 1, "merge_lora": 2, "subspace_alignment": 4}
 PRESETS = {
     "merge_and_evaluate": [name for name in MODELS if name != LLAVA],
     "merge_lora": [TINY, *CLIP_BASES],
@@ -75,7 +75,7 @@ def test_the_committed_outputs_know_nothing_of_one_machine(name):
     assert sys.prefix not in words
 
 
-@each
+@pytest.mark.parametrize("name", PRESETS)
 def test_one_variable_names_the_model(name):
     [(chosen, others)] = re.findall(r'^MODEL = "(.*)"  # or: (.*)$', text(name), re.MULTILINE)
     assert [chosen, *others.split()] == PRESETS[name]
