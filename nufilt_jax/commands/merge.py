@@ -51,8 +51,11 @@ def _plan(arguments: Arguments, scratch: Path, stdout: Console, stderr: Console)
 
     # A plan writes nothing: built-in checkpoints that are not in the cache yet are planned from a passing copy.
     zoo = None if default_folder().exists() else scratch
-    job = new_job(arguments, zoo) if arguments.add is None else continued_job(arguments, OutputPlace(arguments.add))
-    plan = make_plan(job, offline=arguments.offline, headers_only=True)
+    watcher = show.ProgressWatcher(stderr, quiet=arguments.quiet or arguments.json, verbose=arguments.verbose)
+    with watcher.progress:
+        watcher.phase("reading headers")
+        job = new_job(arguments, zoo) if arguments.add is None else continued_job(arguments, OutputPlace(arguments.add))
+        plan = make_plan(job, offline=arguments.offline, headers_only=True)
     show.show_warnings(stderr, plan.warnings)
     if arguments.json:
         show.show_json(stdout, show.plan_document(plan, estimate(plan)))
