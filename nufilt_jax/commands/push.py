@@ -5,7 +5,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from nufilt_jax.checkpoints.peft.config import CONFIG
 from nufilt_jax.checkpoints.upload import upload_folder
+from nufilt_jax.commands import console as show
 from nufilt_jax.commands import text
 from nufilt_jax.commands.arguments import PushArguments
 from nufilt_jax.engine.job import read_recipe
@@ -29,6 +31,7 @@ def push(folder: Path, repo: str, arguments: PushArguments, stdout: Console, std
         raise OutputError(Problem(str(folder), "holds no finished merge", "give the output folder of a merge"))
     recipe = read_recipe(read_json(place.out / RECIPE), place.out)
     sizes = _files(place.out, with_state=arguments.with_state)
+    show.show_warnings(stderr, _warnings(place.out))
     message = arguments.message or f"{recipe.settings.method}: {', '.join(recipe.task_names)}"
     document = {"out": str(place.out), "repo": repo, "files": sizes, "bytes": sum(sizes.values()), "message": message}
     if arguments.dry_run:
@@ -44,6 +47,19 @@ def push(folder: Path, repo: str, arguments: PushArguments, stdout: Console, std
         told = f"would be uploaded to {repo}" if url is None else f"uploaded: {url}"
         text.show_line(stdout, f"{document['bytes'] / 1e6:10.2f} MB in {len(sizes)} files {told}")
     return 0
+
+
+def _warnings(folder: Path) -> tuple[str, ...]:
+    """An adapter of a local base names it by its full path, as peft needs it on this machine and on no other."""
+    if not (folder / CONFIG).is_file():
+        return ()
+    base = read_json(folder / CONFIG).get("base_model_name_or_path")
+    if not isinstance(base, str) or not Path(base).is_absolute():
+        return ()
+    what = f"names its base by a folder of this machine, {base}"
+    return (
+        str(Problem(CONFIG, what, "nobody else has that: put the base's Hub id there, or merge with --base HUB_ID")),
+    )
 
 
 def _files(folder: Path, *, with_state: bool) -> dict[str, int]:

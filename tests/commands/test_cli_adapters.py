@@ -133,6 +133,18 @@ def test_an_adapter_comes_out(nufilt, stream, tmp_path, options):
     assert result.json["adapter"]["energy_lost"] == 0
 
 
+def test_push_warns_of_a_base_that_only_this_machine_has(nufilt, stream, tmp_path):
+    out = tmp_path / "out"
+    tasks = ("--base", stream / "base", "--task", f"one={stream / 'one'}", "--method", "sum")
+    assert nufilt("merge", *tasks, "--output", "adapter", "--out", out).code == 0
+    pushed = nufilt("push", out, "me/adapter", "--dry-run")
+    what = f"nufilt: warning: adapter_config.json: names its base by a folder of this machine, {stream / 'base'} ("
+    assert (pushed.code, len(pushed.lines)) == (0, 1) and pushed.err.startswith(what)
+    config = json.loads((out / "adapter_config.json").read_text())
+    (out / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "org/base"}))
+    assert nufilt("push", out, "me/adapter", "--dry-run").err == ""
+
+
 def test_a_lower_rank_loses_what_it_says(nufilt, stream, tmp_path):
     how = ("--method", "sum", "--output", "adapter", "--adapter-out-rank", 2)
     result = merge(nufilt, stream, tmp_path / "out", ["one", "two"], *how)
