@@ -58,7 +58,8 @@ class Survey:
         if self._hosts.is_alone:
             return [self._parts[place] for place in sorted(self._parts)]
         told = self._hosts.meet(point, [(place, _written(part)) for place, part in self._parts.items()])
-        return [_read(part) for _, part in sorted((entry for entries in told for entry in entries), key=_place)]
+        seen = dict(entry for entries in told for entry in entries)
+        return [_read(seen[place]) for place in sorted(seen)]
 
     def numbers(self, task: int, past: Sequence[str] = ()) -> Numbers | None:
         """What was found before a column, in this run or in an earlier one; None if nothing had to be.
@@ -74,10 +75,6 @@ class Survey:
 
 def _point(cell: Cell) -> str:
     return f"look/{cell.task}/{cell.look}"
-
-
-def _place(entry: Sequence[Any]) -> int:
-    return entry[0]
 
 
 def _written(numbers: Any) -> Any:
