@@ -24,7 +24,7 @@ ROOMS = {
     "evaluation": {"models"},
     "analysis": {"evaluation"},
     "zoo": {"evaluation", "checkpoints", "models"},  # training needs the forward pass
-    "output": {"checkpoints", "methods"},
+    "output": {"checkpoints", "linalg"},
     "engine": {
         "analysis",
         "checkpoints",

@@ -11,13 +11,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from nufilt_jax.checkpoints.folders import ADDED, is_pickle, is_small, is_weight_file
+from nufilt_jax.errors import Problem
 
 # An earlier merge's: true of it, not of its copy.
-_OWN_FILES = frozenset(
+OWN_FILES = frozenset(
     {"nufilt.json", "forecast.json", "evaluation.json", "accuracy_matrix.png", "analysis.json", "report.html"}
 )
 _RECIPE = "nufilt.json"
-_OWN_FOLDERS = frozenset({"state", "analysis"})
+OWN_FOLDERS = frozenset({"state", "analysis"})
 _NO_PART = re.compile(
     r"\.git|\.cache|\.huggingface|\.ipynb_checkpoints|__pycache__|original|onnx|openvino|coreml|gguf|tflite|metal"
     r"|(last-|tmp-)?checkpoint(-\d+)?|global_?step\d+",
@@ -53,7 +54,7 @@ def files_beside(names: Iterable[str]) -> list[str]:
 def _is_part(folder: str, files: Sequence[str], has_modules: bool) -> bool:
     """Whether a subfolder belongs to the model: not if all its weights are in other formats, or it is a merge."""
     parts = PurePosixPath(folder).parts
-    if any(_NO_PART.fullmatch(part) for part in parts) or parts[0] in _OWN_FOLDERS or _RECIPE in files:
+    if any(_NO_PART.fullmatch(part) for part in parts) or parts[0] in OWN_FOLDERS or _RECIPE in files:
         return False
     return bool(_weights_kept(folder, files, has_modules)) or not any(is_weight_file(file) for file in files)
 
@@ -70,12 +71,28 @@ def _weights_kept(folder: str, files: Sequence[str], has_modules: bool) -> list[
 
 
 def _is_left(folder: str, file: str) -> bool:
-    return not folder and (file in _OWN_FILES or file in _LEFT or _MISLEADING.fullmatch(file) is not None)
+    return not folder and (file in OWN_FILES or file in _LEFT or _MISLEADING.fullmatch(file) is not None)
 
 
 def is_wanted_of_task(name: str) -> bool:
     """Whether a file of a task's repository is fetched beside its weights: the small ones of its top folder."""
     return name == ADDED or ("/" not in name and is_small(name) and not is_weight_file(name))
+
+
+def foreign_links(root: Path) -> list[Problem]:
+    """The files beside a model that are links out of its folder: a copy would hold what is somewhere else.
+
+    A stranger's folder could name a private file so. The links of the Hub's cache lead to its own blobs.
+    """
+    found = []
+    within = Path(os.path.realpath(root))
+    for name in files_beside(names_below(root)):
+        target = Path(os.path.realpath(root / name))
+        is_blob = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+        if not is_blob and not target.is_relative_to(within):
+            what = f"is a link to {target}, outside the model's folder, and would be copied"
+            found.append(Problem(str(root / name), what, "put the file itself there, or remove the link"))
+    return found
 
 
 def names_below(root: Path) -> Iterator[str]:

@@ -138,7 +138,7 @@ class PassingTensors(Mapping[str, Any]):
         self._tensors, self._last = tensors, None
 
     def __getitem__(self, name: str) -> Any:
-        _drop_pages(self._last)
+        drop_pages(self._last)
         self._last = self._tensors[name]
         return self._last
 
@@ -149,7 +149,7 @@ class PassingTensors(Mapping[str, Any]):
         return len(self._tensors)
 
 
-def _drop_pages(array: Any) -> None:
+def drop_pages(array: Any) -> None:
     """Lets go of the pages of the file that an array is a view of, if it is one."""
     owner = array
     while isinstance(owner, np.ndarray):

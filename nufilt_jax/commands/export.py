@@ -72,7 +72,7 @@ def _write(recipe: Recipe, folder: Path, what: str, out: Path, step: int | None,
     if what == "tau":
         return export_tau(recipe, folder, step or len(recipe.steps), out, offline=offline)
     if what == "delta":
-        return export_delta(recipe, folder, out)
+        return export_delta(recipe, folder, out, offline=offline)
     if what == "forecast":
         return export_forecast(folder, step, out)
-    return export_solve(recipe, folder, out)
+    return export_solve(recipe, folder, out, offline=offline)

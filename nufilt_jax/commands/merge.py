@@ -20,9 +20,10 @@ from nufilt_jax.engine.estimate import estimate
 from nufilt_jax.engine.hosts import Hosts, joined
 from nufilt_jax.engine.inspection import inspect
 from nufilt_jax.engine.plan import Plan, make_plan
-from nufilt_jax.engine.records import facts
+from nufilt_jax.engine.records import facts, layers_as_begun
 from nufilt_jax.engine.run import run
 from nufilt_jax.engine.timing import Clock
+from nufilt_jax.linalg.chunks import at_once
 from nufilt_jax.output.documents import read_json
 from nufilt_jax.output.place import OutputPlace
 from nufilt_jax.presets import TINY
@@ -79,7 +80,7 @@ def _merge(arguments: Arguments, hosts: Hosts, stdout: Console, stderr: Console)
     place = OutputPlace(cast(Path, arguments.add or (job and job.out)))  # None is for plans, see check_usage
     watcher = show.ProgressWatcher(stderr, quiet=arguments.quiet or arguments.json, verbose=arguments.verbose)
     locked = place.locked() if hosts.is_first else contextlib.nullcontext()
-    with traceback_kept(traceback_beside(place.out)), locked, watcher.progress:
+    with traceback_kept(traceback_beside(place.out)), locked, at_once(layers_as_begun(place)), watcher.progress:
         clock, agreed = Clock(), hosts.agreed()
         with clock.spent_on("plan"):
             asked_for = job or continued_job(arguments, place)

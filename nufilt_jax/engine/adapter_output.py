@@ -79,7 +79,8 @@ def write_merged_adapter(plan: Plan, delta: Mapping[str, Any], told: Told, out: 
       The rank, the share of D's energy that a lower rank than that of the factors loses, and both by module.
     """
     most, pairs, whole = plan.settings.adapter_out_rank, dict[str, NewPair](), list[str]()
-    rows, lost, total = dict[str, dict[str, Any]](), 0.0, 0.0
+    energies = dict[str, tuple[float, float]]()  # by module, of what is written and of D; where a rank was cut
+    total = 0.0
     ranks = {name: stack.ranks for row in plan.rows for stack in row.stacks for name in stack.layers}
     for layer in plan.selection.layers + plan.selection.other:
         if layer not in told.modules:
@@ -88,22 +89,28 @@ def write_merged_adapter(plan: Plan, delta: Mapping[str, Any], told: Told, out: 
         if not _is_adapted(plan, layer, shape, known):
             whole.append(layer)
             continue
-        rank = min(sum(known), *shape) if known is not None else _dense_rank(plan, layer, shape)
-        if known is not None and (most is None or most >= rank):
+        rank = min(sum(known), *shape) if known is not None else _dense_rank(plan, layer, module, shape)
+        cut = rank if most is None else min(rank, most)
+        made = functools.partial(_cut, delta, layer, cut, module, energies)
+        if known is not None and cut == rank:
             total += 0.0 if most is None else float(np.sum(np.square(delta[layer].rows, dtype=np.float64)))
-            pairs[module] = NewPair(rank, shape, functools.partial(_factors, delta, layer, rank))
-            rows[module] = {"rank": rank, "energy_lost": 0.0}
-            continue
-        a, b, energies = truncated(delta[layer], min(rank, most or rank))
-        pairs[module] = NewPair(len(a), shape, functools.partial(lambda *pair: pair, a, b))
-        share = 1 - energies[0] / energies[1] if energies[1] > 0 else 0.0
-        rows[module] = {"rank": len(a), "energy_lost": round(max(share, 0.0), 9)}
-        lost, total = lost + energies[1] - energies[0], total + energies[1]
+            made = functools.partial(_factors, delta, layer, rank)
+        pairs[module] = NewPair(cut, shape, made)
     values = merged_tensors(plan.base.read(dict.fromkeys(map(tensor_of, whole))), delta)
     named = {_stored_name(told.modules[name], pairs): value for name, value in values.items()}
     write_adapter(out, pairs, plan.base, whole=named, settings=told.config, dtype=plan.settings.dtype)
-    share = max(lost, 0.0) / total if total > 0 else 0.0
+    rows = {
+        module: {"rank": pair.rank, "energy_lost": round(_lost(*energies.get(module, (0.0, 0.0))), 9)}
+        for module, pair in pairs.items()
+    }
+    held, of_cut = (sum(column) for column in zip((0.0, 0.0), *energies.values(), strict=True))
+    share = max(of_cut - held, 0.0) / (total + of_cut) if total + of_cut > 0 else 0.0
     return {"rank": max((row["rank"] for row in rows.values()), default=0), "energy_lost": share, "layers": rows}
+
+
+def _lost(held: float, of_all: float) -> float:
+    """The share of an energy that is not held."""
+    return max(1 - held / of_all, 0.0) if of_all > 0 else 0.0
 
 
 def _is_adapted(plan: Plan, layer: str, shape: tuple[int, ...], ranks: tuple[int, ...] | None) -> bool:
@@ -115,13 +122,15 @@ def _is_adapted(plan: Plan, layer: str, shape: tuple[int, ...], ranks: tuple[int
     return len(shape) == 2 and layer.endswith(".weight") and not is_whole
 
 
-def _dense_rank(plan: Plan, layer: str, shape: tuple[int, ...]) -> int:
-    """Of a layer so small that its D was kept whole."""
-    if plan.done:  # the ranks of tasks that are not at hand are not known
-        return min(shape)
+def _dense_rank(plan: Plan, layer: str, module: str, shape: tuple[int, ...]) -> int:
+    """Of a layer so small that its D was kept whole: the ranks of its tasks, or as many as there can be."""
+    before = 0
+    if len(plan.tasks) < len(plan.sources):  # tasks that are not at hand are in the adapter that is continued
+        recorded = plan.recorded.recipe.adapter.get("layers") if plan.recorded else None
+        before = min(shape) if recorded is None else recorded.get(module, {}).get("rank", 0)
     tasks = [task for task in plan.tasks.values() if isinstance(task, AdaptedCheckpoint)]
     ranks = (task.factors[layer].rank for task in tasks if layer in task.factors)
-    return min(sum(ranks), *shape)
+    return min(before + sum(ranks), *shape)
 
 
 def _stored_name(name: str, pairs: Mapping[str, NewPair]) -> str:
@@ -136,6 +145,14 @@ def _factors(delta: Mapping[str, Any], layer: str, rank: int) -> tuple[np.ndarra
     missing = max(0, rank - rows.shape[0])
     basis, rows = np.pad(basis, ((0, 0), (0, missing))), np.pad(rows, ((0, missing), (0, 0)))
     return rows[:rank], basis[:, :rank]
+
+
+def _cut(
+    delta: Mapping[str, Any], layer: str, rank: int, module: str, energies: dict[str, tuple[float, float]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """`truncated` of a layer, when it is written; its energies are told under its module."""
+    a, b, energies[module] = truncated(delta[layer], rank)
+    return a, b
 
 
 def truncated(delta: Any, rank: int) -> tuple[Float[np.ndarray, "k n"], Float[np.ndarray, "m k"], tuple[float, float]]:

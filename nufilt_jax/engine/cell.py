@@ -1,7 +1,6 @@
 """One cell of the grid: a window's part of a task is read, and merged by the rule for these layers."""
 
 import contextlib
-import hashlib
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from nufilt_jax.methods.adaptation import LearningConfig
 from nufilt_jax.methods.selection import Selection
 from nufilt_jax.methods.stacked import TaskVector, task_vector
 from nufilt_jax.methods.state import MergeState, Numbers
+from nufilt_jax.output.hashes import file_sha256
 
 
 class Task(NamedTuple):
@@ -128,5 +128,4 @@ def examples(plan: Plan, name: str, step: int) -> methods.TaskData | None:
 
 def file_entry(path: Path) -> dict[str, str]:
     """A file in the recipe, with its hash."""
-    with path.open("rb") as file:
-        return {"file": str(path), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"file": str(path), "sha256": file_sha256(path)}

@@ -21,7 +21,8 @@ Rows = list[dict[str, Any]]
 
 def coverage(plan: Plan, changes: Changes) -> tuple[Rows, Rows]:
     """What a plan merges, and what it leaves: `selected` and `left` of plan and recipe."""
-    return _selected(plan.base, plan.merged_layers), _left_rows(plan.base, plan.selection, changes)
+    before = plan.recorded.recipe.left if plan.recorded else []
+    return _selected(plan.base, plan.merged_layers), _left_rows(plan.base, plan.selection, changes, before)
 
 
 def outside_share(base: Checkpoint, selection: Selection, moved: Mapping[str, float]) -> float:
@@ -38,14 +39,17 @@ def _selected(base: Checkpoint, layers: Iterable[str]) -> Rows:
     return rows
 
 
-def _left_rows(base: Checkpoint, selection: Selection, changes: Changes) -> Rows:
+def _left_rows(base: Checkpoint, selection: Selection, changes: Changes, before: Rows) -> Rows:
     """The trained tensors that stay as the base has them, by pattern; with `changes`, those alone that a task moved.
 
-    `share` is by task the part of its squared change that is lost there.
+    `share` is by task the part of its squared change that is lost there; of tasks that are not at hand as `before`,
+    the rows of the recipe so far, has it.
     """
+    known = {row["pattern"]: row.get("share", {}) for row in before}
     rows = []
     for group in patterns(_left(base, selection)):
-        shares = {task: _share(group.names, moved) for task, moved in changes.items() if any(moved.values())}
+        shares = dict(known.get(group.pattern, {}))
+        shares |= {task: _share(group.names, moved) for task, moved in changes.items() if any(moved.values())}
         if not changes or any(shares.values()):
             row = _row(group, sum(base.tensors[name].size for name in group.names))
             rows.append(row | ({"share": {task: round(share, 6) for task, share in shares.items()}} if shares else {}))

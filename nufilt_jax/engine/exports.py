@@ -34,23 +34,24 @@ Shape = tuple[int, ...]
 ArrayOf = Callable[[str], np.ndarray]
 
 
-def export_delta(recipe: Recipe, folder: Path, out: Path) -> int:
+def export_delta(recipe: Recipe, folder: Path, out: Path, *, offline: bool = False) -> int:
     """Writes D = θ^m − θ0 of every layer that the merge touched, in float32, as safetensors.
 
     Args:
       recipe: of the merge.
       folder: where it stands.
       out: the file; there is none yet.
+      offline: use the local Hub cache alone.
 
     Returns:
       The number of tensors.
 
     Raises:
-      CheckpointError: the state is damaged.
+      CheckpointError: the state is damaged, or not there.
       OutputError: the file cannot be written.
     """
-    with Stored(stored_windows(folder / STATE)) as stored:
-        shapes = _shapes(recipe, folder, stored.layers)
+    with _state(recipe, folder) as stored:
+        shapes = _shapes(recipe, folder, stored.layers, offline=offline)
         told = {"what": "delta", "step": str(len(recipe.steps)), "task": recipe.task_names[-1]}
         _write(out, shapes, lambda layer: whole(stored.deltas([layer])[layer]), told)
     return len(shapes)
@@ -86,7 +87,7 @@ def export_tau(recipe: Recipe, folder: Path, step: int, out: Path, *, offline: b
             problems += _changes(model, opened[role].sha256_as(model.sha256 or {}), folder)
     raise_all(CheckpointError, problems)
     base = opened["base"]
-    layers = Stored(stored_windows(folder / STATE)).layers
+    layers = _state(recipe, folder).layers
     touched = tuple(dict.fromkeys(map(tensor_of, layers)))
     fitted = fit(base, opened["task"], touched, asked_for=recipe.settings.layers is not None)
     raise_all(CheckpointError, fitted.problems)
@@ -104,11 +105,21 @@ def _changes(model: Model, now: Mapping[str, str], folder: Path) -> list[Problem
     return list(model.changes(now, model.source, folder))
 
 
-def _shapes(recipe: Recipe, folder: Path, layers: list[str]) -> dict[str, Shape]:
+def _state(recipe: Recipe, folder: Path) -> Stored:
+    """The state of a merge, with all layers that its recipe tells of."""
+    stored = Stored(stored_windows(folder / STATE))
+    if (n_layers := len(stored.layers)) < max(1, recipe.n_layers):
+        what = f"holds {n_layers} of the {max(1, recipe.n_layers)} layers that were merged"
+        fix = "copy it from where the model was merged (push leaves it out without --with-state), or merge again"
+        raise CheckpointError(Problem(str(folder / STATE), what, fix))
+    return stored
+
+
+def _shapes(recipe: Recipe, folder: Path, layers: list[str], *, offline: bool) -> dict[str, Shape]:
     """Of layers, from the headers of the merged model, or of its base if it is an adapter."""
     is_adapter, base = recipe.settings.output == "adapter", recipe.base
     place = (base.source, base.revision) if is_adapter else (str(folder), None)
-    tensors = open_checkpoint(place[0], revision=place[1], role="base").tensors
+    tensors = open_checkpoint(place[0], revision=place[1], role="base", offline=offline).tensors
     what = "is in the state of the merge, and not in its model"
     unknown = [layer for layer in layers if tensor_of(layer) not in tensors]
     raise_all(CheckpointError, (Problem(str(folder), what, AGAIN, layer) for layer in unknown))
@@ -157,7 +168,7 @@ def export_forecast(folder: Path, step: int | None, out: Path) -> int:
     return len(rows)
 
 
-def export_solve(recipe: Recipe, folder: Path, out: Path) -> int:
+def export_solve(recipe: Recipe, folder: Path, out: Path, *, offline: bool = False) -> int:
     """Writes the solve of every stack of layers of one shape as StableHLO for each platform, with `solve.json`.
 
     A module takes D and τ, [layers, m, n], and A's start, [layers, r_l, n], and gives the updates, the losses
@@ -168,11 +179,13 @@ def export_solve(recipe: Recipe, folder: Path, out: Path) -> int:
       recipe: of the merge.
       folder: where it stands.
       out: the folder to make.
+      offline: use the local Hub cache alone.
 
     Returns:
       The number of modules.
 
     Raises:
+      CheckpointError: the state is not there.
       ConfigError: the method has no such solve.
       OutputError: the folder cannot be written.
     """
@@ -180,8 +193,9 @@ def export_solve(recipe: Recipe, folder: Path, out: Path) -> int:
     if not isinstance(config, SolveConfig):
         what = f"{recipe.settings.method} has no solve that is compiled by layers"
         raise ConfigError(Problem("--what", what, "export stablehlo of a merge by nufilt or adapter_only"))
-    layers = Stored(stored_windows(folder / STATE)).layers
-    shapes = {name: shape for name, shape in _shapes(recipe, folder, layers).items() if len(shape) == 2}
+    layers = _state(recipe, folder).layers
+    known = _shapes(recipe, folder, layers, offline=offline)
+    shapes = {name: shape for name, shape in known.items() if len(shape) == 2}
     modules = []
     with _writing(out), _new_folder(out) as draft:
         for members in stack_names(shapes, shapes):

@@ -15,7 +15,7 @@ from nufilt_jax.errors import Problem
 from nufilt_jax.linalg.factored import Factored
 from nufilt_jax.methods import find
 from nufilt_jax.methods.selection import Selection
-from nufilt_jax.methods.stacked import Ranks, Stacked, stacked, total_rank
+from nufilt_jax.methods.stacked import Ranks, Stacked, stacked
 from nufilt_jax.output.recipe import Settings
 from nufilt_jax.output.stored import Stored
 
@@ -110,7 +110,7 @@ def kept(delta: Stacked, stacks: tuple[Stack, ...], done: int) -> tuple[dict[str
     Returns:
       The groups of arrays, and the rank of every factored layer.
     """
-    ranks = {layer: total_rank(found[:done]) for layer, found in window_ranks(stacks).items()}
+    ranks = {layer: sum(found[:done]) for layer, found in window_ranks(stacks).items()}
     groups: dict[str, dict[str, Any]] = {"delta": {}, "basis": {}, "rows": {}}
     for name, found in delta.items():
         x: Any = found

@@ -15,6 +15,7 @@ from nufilt_jax.checkpoints.peft.adapted import weight_of
 from nufilt_jax.engine.memory import READERS
 from nufilt_jax.engine.plan import Plan
 from nufilt_jax.errors import CheckpointError, Problem, raise_all
+from nufilt_jax.output.model import Model
 
 _NONFINITE = "has NaN or infinite numbers"
 
@@ -122,7 +123,10 @@ def _replaced(plan: Plan, base_sha256: Mapping[str, str], hashes: Mapping[str, M
     """The models that are not what they were when an earlier run began this merge, or another that it repeats."""
     if plan.recorded is None:
         base, *tasks = plan.promised
-        known = [(plan.base, base, base_sha256), *((plan.tasks[t.name], t, hashes[t.name]) for t in tasks)]
+        known = [
+            (plan.base, base, _as_promised(plan, base, base_sha256)),
+            *((plan.tasks[t.name], t, hashes[t.name]) for t in tasks),
+        ]
         for checkpoint, then, now in known:
             if then.sha256 is not None:
                 yield from then.changes(now, checkpoint.source)
@@ -132,6 +136,12 @@ def _replaced(plan: Plan, base_sha256: Mapping[str, str], hashes: Mapping[str, M
     pairs += [(plan.tasks[t.name], t, hashes[t.name]) for t in recipe.tasks if t.name in plan.tasks]
     for checkpoint, then, now in pairs:
         yield from then.changes(now, checkpoint.source, folder)
+
+
+def _as_promised(plan: Plan, base: Model, now: Mapping[str, str]) -> Mapping[str, str]:
+    """The base's hashes as another recipe holds them: of its header, if that merge's output was an adapter."""
+    is_alike = base.sha256 is None or not now.keys().isdisjoint(base.sha256)
+    return now if is_alike else plan.base.sha256_as(base.sha256 or {})
 
 
 def _nonfinite_problems(tensors: Iterable[TensorInfo], touched: set[str]) -> tuple[list[Problem], list[Problem]]:

@@ -53,8 +53,7 @@ class Recorded:
         """Number of tasks merged into all layers."""
         if self.is_written:
             return len(self.recipe.steps)
-        is_whole = len(self.stored.layers) >= sum(row["layers"] for row in self.recipe.windows)
-        return self.stored.least if is_whole else 0
+        return self.stored.least if len(self.stored.layers) >= self.recipe.n_layers else 0
 
     @property
     def has_begun(self) -> bool:

@@ -68,6 +68,7 @@ def lay_out(
         job.max_memory,
         stored.done,
         stored.next_number,
+        n_tasks=len(job.sources),
         free=agreed.free,
         at_least=agreed.processes,
     )

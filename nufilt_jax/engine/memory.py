@@ -192,6 +192,7 @@ def plan_windows(
     done: Callable[[str], int],
     first: int,
     *,
+    n_tasks: int,
     free: int | None = None,
     at_least: int = 1,
 ) -> tuple[list[Window], Memory]:
@@ -204,6 +205,7 @@ def plan_windows(
       cap: bytes allowed; None for half of what is free.
       done: gives the number of tasks that are merged into a layer.
       first: number of the first window.
+      n_tasks: number of all tasks; a window that has them all is not worked on.
       free: bytes allowed where no cap is given; None for half of what is free.
       at_least: so many windows, if the method works in windows and there can be so many.
 
@@ -229,8 +231,17 @@ def plan_windows(
         raise ConfigError(_too_large(least, reach))
     most = whole if reach.whole_model else min(most, reach.on_device, math.ceil(whole / at_least))
     rows = restarted(stacks, done, most, first)
-    largest = max((row.n_bytes for row in rows), default=0)
-    planned = sizes.peak(largest, len(rows), reach, read_ahead=read_ahead)
+    largest = max((row.n_bytes for row in rows if row.done < n_tasks), default=0)
+
+    def taken(*, read_ahead: bool) -> int:
+        return sizes.peak(largest, len(rows), reach, read_ahead=read_ahead)
+
+    if cap is not None and taken(read_ahead=read_ahead) > allowed:
+        # What an earlier run has left of a stack may not divide as finely.
+        read_ahead = False
+        if (needed := taken(read_ahead=False)) > allowed:
+            raise ConfigError(_impossible(cap, needed, reach))
+    planned = taken(read_ahead=read_ahead)
     return rows, Memory(allowed, cap is not None, planned, read_ahead)
 
 

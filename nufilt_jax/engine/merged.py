@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from nufilt_jax.checkpoints.tensors import drop_pages
 from nufilt_jax.linalg.factored import Factored
 from nufilt_jax.methods.stacked import Array, Params
 from nufilt_jax.methods.state import joined, merged_tensor
@@ -36,6 +37,7 @@ class MergedTensor:
             rows = slice(start, start + n_rows)
             part = delta.outputs(rows) if isinstance(delta, Factored) else delta[rows]
             result[rows] = merged_tensor(self._base[rows], part, self.dtype)
+        drop_pages(self._base)  # else a model that is written would be in memory at its end
         return result
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:

@@ -11,6 +11,7 @@ import numpy as np
 
 from nufilt_jax.anatomy import shape_in, tensor_of
 from nufilt_jax.checkpoints import Checkpoint, fit, open_checkpoint, open_task, quantised_problems
+from nufilt_jax.checkpoints.beside import foreign_links
 from nufilt_jax.checkpoints.dtypes import OUTPUT_DTYPES, numpy_dtype
 from nufilt_jax.checkpoints.folders import FLAX
 from nufilt_jax.checkpoints.names import has_flax_form
@@ -71,7 +72,9 @@ class Plan:
         """The selected layers, but for those that stay the base's because no task has them in the base's size."""
         tensors, tasks = self.base.tensors, self.tasks.values()
         stay = {n for n in self.selection.touched if tasks and all(task.tensors[n] is tensors[n] for task in tasks)}
-        return tuple(layer for layer in self.selection.layers if tensor_of(layer) not in stay)
+        before = self.recorded.stored if self.recorded and len(tasks) < len(self.sources) else None
+        # Of tasks that are not at hand, the ranks tell.
+        return tuple(x for x in self.selection.layers if tensor_of(x) not in stay or (before and before.rank(x) != 0))
 
     @property
     def done(self) -> int:
@@ -271,6 +274,8 @@ def _output_problems(base: Checkpoint, settings: Settings, place: OutputPlace | 
     if kind == FLAX != base.format and not has_flax_form(base.config):
         what = f"{base.source} is a {base.config.get('model_type')!r} model, which has no Flax form"
         return [problem("format", what, "use safetensors")]
+    if base.is_local and settings.output != "adapter" and (links := foreign_links(base.path)):
+        return links
     plan_shards(base, kind, OUTPUT_DTYPES[settings.dtype] if settings.dtype else None)
     root = os.path.realpath(base.path)
     if place is not None and base.is_local and os.path.realpath(place.out).startswith(root + os.sep):

@@ -18,10 +18,13 @@ from nufilt_jax.core.forecast import Forecast
 from nufilt_jax.engine.adapter_output import told_of
 from nufilt_jax.engine.coverage import coverage
 from nufilt_jax.engine.inspection import Inspection
+from nufilt_jax.engine.job import Recorded, recorded_in
 from nufilt_jax.engine.plan import Plan
-from nufilt_jax.linalg.chunks import layers_at_once
+from nufilt_jax.errors import NufiltError
+from nufilt_jax.linalg.chunks import LAPACK_BATCH, layers_at_once
 from nufilt_jax.methods import find
 from nufilt_jax.methods.state import LayerReport
+from nufilt_jax.output.place import OutputPlace
 from nufilt_jax.output.recipe import Model, Recipe, Step
 
 _LIBRARIES = ("jax", "jaxlib", "optax", "orbax-checkpoint", "safetensors", "numpy")
@@ -33,6 +36,7 @@ def new_recipe(plan: Plan, inspection: Inspection) -> Recipe:
     several = f", {plan.devices} of them" if plan.devices > 1 and find(plan.settings.method).spreads else ""
     selected, left = coverage(plan, inspection.changes)
     recorded = plan.recorded.recipe if plan.recorded else None
+    versions, device = version_entry(), device_entry() + several
     return Recipe(
         base=_opened("base", plan.base, inspection.base_sha256),
         tasks=tuple(
@@ -46,10 +50,9 @@ def new_recipe(plan: Plan, inspection: Inspection) -> Recipe:
         left=left,
         steps=tuple(step.as_resumed() for step in (recorded.steps if recorded else ())),
         windows=recorded.windows if recorded else [],
-        versions=version_entry(),
-        device=device_entry() + several,
-        host=_host(recorded) if not plan.is_finished or recorded is None else recorded.host,
-        files=recorded.files if plan.is_finished and recorded is not None else {},
+        versions=versions,
+        device=device,
+        host=_host(plan.recorded, versions, device),
         memory=plan.memory.to_json(),
         adapter=told_of(plan).to_json() if plan.settings.output == "adapter" else {},
     )
@@ -76,12 +79,34 @@ def host_entry() -> dict[str, Any]:
     return {"machine": platform.machine(), "processor": _processor(), "layers_at_once": layers_at_once()}
 
 
-def _host(recorded: Recipe | None) -> dict[str, Any]:
-    """The host; `is_mixed` tells that earlier steps were merged on another one."""
+def layers_then(host: Mapping[str, Any]) -> int:
+    """How many layers were solved at a time, by a recipe's `host`; as many as here, where it does not tell."""
+    told = host.get("layers_at_once")
+    return told if type(told) is int and 0 < told <= LAPACK_BATCH else layers_at_once()
+
+
+def layers_as_begun(place: OutputPlace) -> int:
+    """How many layers to solve at a time, so that a merge that stands here goes on in its bits.
+
+    On another processor they cannot, and all cores are used.
+    """
+    with contextlib.suppress(NufiltError):  # which is told where the merge is gone on with
+        recorded = recorded_in(place)
+        if recorded is not None and recorded.has_begun:
+            host = recorded.recipe.host
+            if {**host, "is_mixed": False} == {**host_entry(), "layers_at_once": layers_then(host), "is_mixed": False}:
+                return layers_then(host)
+    return layers_at_once()
+
+
+def _host(recorded: Recorded | None, versions: Mapping[str, str], device: str) -> dict[str, Any]:
+    """The host; `is_mixed` tells that something was merged on another one, by other versions or on another device."""
     here = host_entry()
-    if recorded is None or not recorded.steps:
+    if recorded is None or not recorded.has_begun:
         return here
-    is_mixed = {**recorded.host, "is_mixed": False} != {**here, "is_mixed": False} or recorded.host.get("is_mixed")
+    then = recorded.recipe
+    now = {**here, "is_mixed": False}, versions, device
+    is_mixed = ({**then.host, "is_mixed": False}, then.versions, then.device) != now or then.host.get("is_mixed")
     return {**here, "is_mixed": True} if is_mixed else here
 
 

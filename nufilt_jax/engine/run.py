@@ -12,7 +12,7 @@ from nufilt_jax.engine.inspection import Inspection
 from nufilt_jax.engine.memory import peak_memory
 from nufilt_jax.engine.merged import merged_tensors
 from nufilt_jax.engine.plan import Plan
-from nufilt_jax.engine.records import new_recipe
+from nufilt_jax.engine.records import device_entry, host_entry, new_recipe
 from nufilt_jax.engine.timing import Clock, CompileLog
 from nufilt_jax.engine.walk import Walk
 from nufilt_jax.engine.watching import Evaluation, Watcher
@@ -52,9 +52,12 @@ def run(
       NufiltError: a solution is not finite, the state is damaged, or the disk is full.
     """
     hosts = hosts or Hosts()
+    if plan.recorded is not None and plan.is_finished:
+        return plan.recorded.recipe.as_resumed()
     recipe = new_recipe(plan, inspection)
-    if plan.is_finished:
-        return dataclasses.replace(recipe, memory=plan.recorded.recipe.memory if plan.recorded else {})
+    told = hosts.meet("host", [host_entry(), device_entry()])
+    if any(other != told[0] for other in told):
+        recipe = dataclasses.replace(recipe, host={**recipe.host, "is_mixed": True})
     compiled = CompileLog(watcher.compiling)
     outside = {name: outside_share(plan.base, plan.selection, moved) for name, moved in inspection.changes.items()}
     try:

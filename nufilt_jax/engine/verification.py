@@ -10,13 +10,13 @@ from nufilt_jax.checkpoints import open_checkpoint
 from nufilt_jax.engine.inspection import inspect
 from nufilt_jax.engine.job import Job
 from nufilt_jax.engine.plan import make_plan
-from nufilt_jax.engine.records import host_entry, version_entry
+from nufilt_jax.engine.records import host_entry, layers_then, version_entry
 from nufilt_jax.engine.run import run
 from nufilt_jax.engine.sameness import Comparison, compare
 from nufilt_jax.engine.timing import Clock
 from nufilt_jax.engine.watching import Watcher
 from nufilt_jax.errors import NufiltError, Problem, gathering
-from nufilt_jax.linalg.chunks import at_once, layers_at_once
+from nufilt_jax.linalg.chunks import at_once
 from nufilt_jax.output.hashes import changed_files
 from nufilt_jax.output.place import CARD, OutputPlace
 from nufilt_jax.output.recipe import Model, Recipe
@@ -134,7 +134,7 @@ def verify_numbers(
         data=_examples(recipe, scratch),
     )
     place = OutputPlace(scratch / "again")
-    with at_once(recipe.host.get("layers_at_once", layers_at_once())), place.locked():
+    with at_once(layers_then(recipe.host)), place.locked():
         plan = make_plan(job, offline=offline)
         run(plan, inspect(plan), place, watcher, Clock())
     return compare(folder, place.out, plan.base, len(recipe.tasks), watcher.phase, is_exact=is_exact)

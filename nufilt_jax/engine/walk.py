@@ -230,14 +230,15 @@ class Walk:
         data = examples(self._plan, name, cell.task + 1)
         past = next((row.window.layers for row in self.rows if len(row.records) > cell.task), ())
         numbers = self._survey.numbers(cell.task, past)
+        # Before anything can stop the run: what is kept of the step has it.
+        self._tell(name, outside=self._outside.get(name))
+        if self._plan.examples:
+            self._tell(name, examples=file_entry(self._plan.examples[name]))
         with uninterrupted():
             state, self._state = cast(MergeState, self._state), None
             self._state = state = update(self._rule, state, task, self._watcher, data, numbers)
             step = step_of(name, time.perf_counter() - start, state.report, task.clock.as_dict())
             row.records.append(CellRecord(step, forecast_entry(state.report)))
-        self._tell(name, outside=self._outside.get(name))
-        if self._plan.examples:
-            self._tell(name, examples=file_entry(self._plan.examples[name]))
         del task, state  # before the next one is read
         release_memory()
 

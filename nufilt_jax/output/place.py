@@ -15,6 +15,7 @@ from nufilt_jax.durable import atomic_write, make_folder, move, sync, sync_tree
 from nufilt_jax.errors import OutputError, Problem
 from nufilt_jax.output.documents import read_json, write_json
 from nufilt_jax.output.hashes import folder_sha256
+from nufilt_jax.output.links import carry_over, link_tree
 from nufilt_jax.output.recipe import Recipe
 from nufilt_jax.output.state import Groups, StoredWindow, save_window, stored_windows
 
@@ -146,6 +147,9 @@ class OutputPlace:
             lock.close()
 
     def _recover(self) -> None:
+        if not self._is_ours():
+            what = "is not of a merge: nothing is overwritten"
+            raise OutputError(Problem(str(self.partial), what, "move it, or choose another --out"))
         if self._previous.exists() and not self.out.exists():
             move(self._previous, self.out)
         shutil.rmtree(self._previous, ignore_errors=True)
@@ -154,8 +158,19 @@ class OutputPlace:
 
     def _tidy(self) -> None:
         """Removes a partial folder in which nothing was recorded."""
-        if self.partial.exists() and not (self.partial / RECIPE).exists():
+        if self.partial.exists() and not (self.partial / RECIPE).exists() and self._is_ours():
             self.discard()
+
+    def _is_ours(self) -> bool:
+        """Whether what stands in the place of the partial folder is one, as far as names tell, or nothing."""
+        try:
+            names = {path.name for path in self.partial.iterdir()}
+        except NotADirectoryError:
+            return False
+        except OSError:  # there is none, or what may be wrong with it is told where it is written
+            return True
+        parts = {path.name for path in (self.state, self.staging, self._previous)}
+        return RECIPE in names or all(name in parts or name.startswith(f".{RECIPE}.") for name in names)
 
     def discard(self) -> None:
         """Gives up the merge under way; what stands in the output folder stays."""
@@ -253,16 +268,17 @@ class OutputPlace:
         Raises:
           OutputError: something foreign has come to stand there, or the disk is full.
         """
-        self.finished()
+        replaced = self.finished() or {}
         try:
             write_json(self.staging / FORECAST, dict(forecast))
             atomic_write(self.staging / CARD, card.encode())
             for number, window in enumerate(windows):
                 # Linked, not moved: should the swap be cut short, the state still stands where it did.
                 target = self.staging / STATE / window._replace(number=number).named()
-                _link_tree(window.folder, target)
+                link_tree(window.folder, target)
             recipe = dataclasses.replace(recipe, files=folder_sha256(self.staging, without=REWRITTEN))
             write_json(self.staging / RECIPE, recipe.as_seen_from(self.out).to_json())
+            carry_over(self.out, self.staging, replaced.get("files", {}), CARD)
             sync_tree(self.staging)
             if self.out.exists():
                 move(self.out, self._previous)
@@ -280,19 +296,3 @@ def _is_shared(lock: TextIO) -> bool:
     except OSError:
         return False
     return True
-
-
-def _link_tree(source: Path, target: Path) -> None:
-    """Gives a folder's files a second place; `shutil.copytree` would tell of a full disk once for each."""
-    for here, _, names in os.walk(source):
-        there = target / Path(here).relative_to(source)
-        there.mkdir(parents=True)
-        for name in names:
-            _link(Path(here, name), there / name)
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without links
-        shutil.copyfile(source, target)

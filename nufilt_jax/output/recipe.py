@@ -257,6 +257,15 @@ class Recipe:
         tasks, steps = (tuple(part.moved(place) for part in parts) for parts in (self.tasks, self.steps))
         return dataclasses.replace(self, base=self.base.moved(place), tasks=tasks, steps=steps)
 
+    def as_resumed(self) -> Self:
+        """The same, all its steps done by an earlier run."""
+        return dataclasses.replace(self, steps=tuple(step.as_resumed() for step in self.steps))
+
+    @property
+    def n_layers(self) -> int:
+        """Number of layers that the merge touches."""
+        return sum(row["layers"] for row in self.windows)
+
     @property
     def task_names(self) -> list[str]:
         """Of all tasks, in order."""

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from nufilt_jax.checkpoints.dtypes import Array
-from nufilt_jax.errors import CheckpointError, Problem
-from nufilt_jax.methods.stacked import Factored
+from nufilt_jax.errors import CheckpointError, OutputError, Problem
+from nufilt_jax.linalg.factored import Factored
 from nufilt_jax.output.arrays import ArrayFile
 from nufilt_jax.output.recipe import Step
 from nufilt_jax.output.spread import SpreadArrays
@@ -148,9 +148,12 @@ def forecast_of(layers: Iterable[str], parts: Iterable[Mapping[str, Any]]) -> di
 
 @contextlib.contextmanager
 def _failures(folder: Path) -> Iterator[None]:
-    """Turns what a damaged state raises into one line."""
+    """Turns what a damaged state raises into one line; one that cannot be read now is left as it is."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except OSError as error:
+        what = f"the state of the merge cannot be read: {error.strerror or error}"
+        raise OutputError(Problem(str(error.filename or folder), what, "nothing of it is lost: try again")) from error
+    except (ValueError, KeyError, RuntimeError) as error:
         what = f"the state of the merge cannot be read: {error}"
         raise CheckpointError(Problem(str(folder), what, AGAIN)) from error

@@ -98,3 +98,25 @@ def test_a_diffusers_pipeline_names_its_components(tmp_path, model):
     [problem] = caught.value.problems
     assert problem.what.startswith("is a diffusers pipeline")
     assert problem.fix.endswith(str(tmp_path / model.split("/")[0]) if model else "unet/ or text_encoder/")
+
+
+def test_a_link_out_of_the_folder_is_not_copied(tmp_path, nufilt, refused):
+    """A stranger's model could name a private file; the Hub's cache has links to its own blobs."""
+    base = tmp_path / "models--org--base" / "snapshots" / "abc"
+    base.mkdir(parents=True)
+    save_file(PART, base / "model.safetensors")
+    (base / "config.json").write_text("{}")
+    blob = base.parents[1] / "blobs" / "0123"
+    blob.parent.mkdir()
+    blob.write_text("vocabulary")
+    (base / "vocab.txt").symlink_to("../../blobs/0123")
+    (base / "same.txt").symlink_to("vocab.txt")
+    task = ("merge", "--base", base, "--task", f"a={base}", "--layers", ".", "--method", "sum")
+    assert nufilt(*task, "--out", tmp_path / "out").code == 0
+    assert (tmp_path / "out" / "vocab.txt").read_text() == (tmp_path / "out" / "same.txt").read_text() == "vocabulary"
+    (tmp_path / "key").write_text("private")
+    (base / "tokenizer.json").symlink_to(tmp_path / "key")
+    [line] = refused(*task, "--out", tmp_path / "none")
+    assert "tokenizer.json: is a link to " in line and "outside the model's folder" in line
+    with pytest.raises(CheckpointError, match="is a link to"):
+        save(load(str(base)), tmp_path / "saved", like=str(base))

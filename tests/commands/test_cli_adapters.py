@@ -227,3 +227,41 @@ def test_a_recipe_of_an_adapter_is_merged_again(nufilt, stream, tmp_path):
     again = nufilt("merge", "--config", tmp_path / "out" / "nufilt.json", "--out", tmp_path / "again")
     assert again.code == 0, again.err
     assert build.weight_bytes(tmp_path / "again") == build.weight_bytes(tmp_path / "out")
+
+
+def test_a_finished_adapter_again(nufilt, stream, tmp_path):
+    """The same command tells what the recipe does."""
+    given = ("merge", "--base", stream / "base", "--task", f"one={stream / 'one'}", "--method", "sum")
+    how = (*given, "--output", "adapter", "--out", tmp_path / "out")
+    first = nufilt(*how, "--json").json
+    again = nufilt(*how)
+    assert again.code == 0 and "all is done" in again.out and "adapter of rank 2" in again.out, again.err
+    told = nufilt(*how, "--json").json
+    assert all(told[key] == first[key] for key in ("adapter", "selected", "left", "versions", "memory"))
+
+
+@pytest.mark.parametrize("rank", [2, 7])
+def test_an_added_adapter_may_have_other_modules(nufilt, stream, tmp_path, rank):
+    """Its ranks are those of a merge of both, whether D is kept in factors or not."""
+    base = build.tower(0)
+    given = ("--task", f"one={adapters.write(tmp_path / 'one', adapters.factors(base, 1, rank, adapters.MODULES[:2]))}")
+    added = ("--task", f"two={adapters.write(tmp_path / 'two', adapters.factors(base, 2, rank, adapters.MODULES[1:]))}")
+    how = ("--base", stream / "base", "--method", "sum", "--output", "adapter", "--out", tmp_path / "out")
+    assert nufilt("merge", *given, *how).code == 0
+    assert nufilt("add", tmp_path / "out", *added).code == 0
+    assert nufilt("merge", *given, *added, *how[:-1], tmp_path / "both").code == 0
+    recipes = [json.loads((tmp_path / name / "nufilt.json").read_text()) for name in ("out", "both")]
+    assert recipes[0]["adapter"] == recipes[1]["adapter"]
+    verified = nufilt("verify", tmp_path / "out")
+    assert verified.code == 0, verified.err
+
+
+@pytest.mark.parametrize("outputs", [("adapter", "model"), ("model", "adapter")], ids=" then ".join)
+def test_a_recipe_is_merged_again_with_another_output(nufilt, stream, tmp_path, outputs):
+    merge(nufilt, stream, tmp_path / "out", ["one", "two"], "--method", "sum", "--output", outputs[0])
+    recipe = ("--config", tmp_path / "out" / "nufilt.json")
+    again = nufilt("merge", *recipe, "--output", outputs[1], "--out", tmp_path / "again")
+    assert again.code == 0, again.err
+    build.write(tmp_path / "other", build.tower(5))
+    other = nufilt("merge", *recipe, "--output", outputs[1], "--base", tmp_path / "other", "--out", tmp_path / "none")
+    assert other.code == 0, other.err  # another base was never promised

@@ -119,3 +119,13 @@ def test_another_type_may_be_asked_for_while_nothing_is_written(folder, nufilt):
     assert done.code == 0 and [step["resumed"] for step in done.json["steps"]] == [True, True]
     other = nufilt(*arguments(folder, "inside", "huge"), "--dtype", "float32")
     assert other.code == 1 and "--dtype: is 'bfloat16'" in other.err
+
+
+def test_what_earlier_tasks_moved_elsewhere_stays_told(folder, nufilt):
+    """A task is added, of which nothing is left out; and the finished merge again."""
+    assert nufilt(*arguments(folder, "head")).code == 0
+    told = nufilt("add", folder / "out", "--task", f"inside={folder / 'inside'}", "--json").json
+    [row] = told["left"]
+    assert row["pattern"] == "lm_head" and row["share"]["head"] > 0.1 and row["share"]["inside"] == 0
+    again = nufilt("add", folder / "out", "--json").json
+    assert all(again[key] == told[key] for key in ("selected", "left", "memory", "versions"))

@@ -139,3 +139,12 @@ def test_a_task_that_changed_gives_no_task_vector(models, tmp_path, nufilt, comm
     result = nufilt("export", out, "--what", "stablehlo", "--out", tmp_path / "x")
     assert result.code == 1 and "--what: sum has no solve that is compiled by layers" in result.err
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("what", ["tau", "delta", "stablehlo"])
+def test_what_needs_the_state_is_refused_without_it(merged, tmp_path, refused, what):
+    """As in a folder that was pushed."""
+    shutil.copytree(merged, tmp_path / "copy", ignore=shutil.ignore_patterns("state"))
+    [line] = refused("export", tmp_path / "copy", "--what", what, "--out", tmp_path / "part")
+    assert f"state: holds 0 of the {len(build.SELECTED)} layers that were merged (" in line
+    assert not (tmp_path / "part").exists()

@@ -1,13 +1,18 @@
 """The same command again, --add, and what keeps either from going on."""
 
+import errno
 import json
+import os
 import shutil
+import signal
 
 import model_builders as build
 import numpy as np
 import pytest
 
 from nufilt_jax.engine import run as engine_run
+from nufilt_jax.engine import walk
+from nufilt_jax.output import arrays
 
 
 def add(models, out, *names, options=()):
@@ -330,3 +335,66 @@ def test_damaged_state(shared_models, tmp_path, nufilt, command, damage):
 def test_losses_of_a_resumed_step_stay(shared_models, finished, nufilt, command):
     result = nufilt(*command(shared_models, finished, "--json"))
     assert np.isfinite(result.json["steps"][1]["losses"]).all() and len(result.json["steps"][1]["losses"]) == 5
+
+
+def test_a_state_that_cannot_be_read_now_is_kept(shared_models, tmp_path, nufilt, command, stop_before, monkeypatch):
+    out = tmp_path / "out"
+    go_on = stop_before("gamma")
+    assert nufilt(*command(shared_models, out)).code == 130
+    go_on()
+    before = build.snapshot(tmp_path / "out.partial" / "state")
+    with monkeypatch.context() as patched:
+        patched.setattr(arrays, "stream_spans", failing)
+        result = nufilt(*command(shared_models, out))
+    assert (result.code, len(result.lines)) == (1, 1)
+    assert "cannot be read: Input/output error (nothing of it is lost: try again)" in result.err
+    assert build.snapshot(tmp_path / "out.partial" / "state") == before
+    assert resumed(nufilt(*command(shared_models, out, "--json"))) == [True, True, False]
+
+
+def failing(*_):
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_a_step_that_was_solved_when_the_run_was_stopped_is_whole(
+    shared_models, tmp_path, nufilt, command, monkeypatch
+):
+    """Ctrl-C during a solve waits for it; the recipe then has all that it has of an undisturbed run."""
+    update = walk.update
+
+    def stopped(rule, state, task, *others):
+        found = update(rule, state, task, *others)
+        if task.name == "beta":
+            signal.raise_signal(signal.SIGINT)
+        return found
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(walk, "update", stopped)
+        assert nufilt(*command(shared_models, out)).code == 130
+    result = nufilt(*command(shared_models, out, "--json"))
+    assert resumed(result) == [True, True, False]
+    whole = nufilt(*command(shared_models, tmp_path / "whole", "--json"))
+    assert [step["outside"] for step in result.json["steps"]] == [step["outside"] for step in whole.json["steps"]]
+
+
+def test_what_a_user_adds_to_a_merge_stays(shared_models, tmp_path, nufilt, command):
+    """When a task is added, as far as nothing new stands in its place; an edited model card gets another name."""
+    out = tmp_path / "out"
+    assert nufilt(*command(shared_models, out, "--method", "sum", n=1)).code == 0
+    mine = {"notes.txt": "mine", ".git/config": "[core]", "README.md": "edited"}
+    for name, text in mine.items():
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text(text)
+    (out / "link").symlink_to("notes.txt")
+    assert nufilt(*add(shared_models, out, "beta")).code == 0
+    assert {name: (out / name).read_text() for name in ("notes.txt", ".git/config", "link", "README.old.md")} == {
+        "notes.txt": "mine",
+        ".git/config": "[core]",
+        "link": "mine",
+        "README.old.md": "edited",
+    }
+    assert "edited" not in (out / "README.md").read_text()
+    assert nufilt("verify", out, "--quick").code == 0
+    assert nufilt(*add(shared_models, out, "gamma")).code == 0
+    assert (out / "README.old.md").read_text() == "edited" and not (out / "README.old1.md").exists()

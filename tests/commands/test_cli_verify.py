@@ -203,13 +203,35 @@ def test_bits_are_those_of_the_merge_whatever_the_cores(shared_models, tmp_path,
     assert told.code == 0 and told.json["recomputed"]["worst"] < 2 * TOLERANCE, told.err
 
 
-def test_a_merge_of_two_hosts_is_called_one(shared_models, tmp_path, nufilt, command, monkeypatch):
-    from nufilt_jax.engine import records
-
+@pytest.mark.parametrize("other", ["processor", "version", "device"])
+def test_a_merge_of_two_hosts_is_called_one(shared_models, tmp_path, nufilt, command, monkeypatch, other):
     out = tmp_path / "out"
     assert nufilt(*command(shared_models, out, *SUM, n=1)).code == 0
-    monkeypatch.setattr(records, "_processor", lambda: "another")
+    recipe = recipe_of(out)
+    then = {
+        "processor": {"host": recipe["host"] | {"processor": "another"}},
+        "version": {"versions": recipe["versions"] | {"jax": "0.1"}},
+        "device": {"device": "gpu: another"},
+    }
+    (out / "nufilt.json").write_text(json.dumps(recipe | then[other]))
     assert nufilt("add", out, "--task", f"gamma={shared_models / 'gamma'}").code == 0
     assert recipe_of(out)["host"]["is_mixed"]
     told = nufilt("verify", out, "--json")
     assert told.code == 0 and [row["what"] for row in told.json["differences"]] == ["hosts"]
+
+
+def test_a_merge_goes_on_with_as_many_layers_at_a_time(shared_models, tmp_path, nufilt, command, monkeypatch):
+    """On the same kind of processor, so that the bits are those of one run; on another they cannot be."""
+    from nufilt_jax.engine import records
+    from nufilt_jax.linalg import chunks
+
+    out, here = tmp_path / "out", chunks.layers_at_once()
+    added = ("add", out, "--task", f"gamma={shared_models / 'gamma'}")
+    with chunks.at_once(here + 1):
+        assert nufilt(*command(shared_models, out, n=2)).code == 0
+    assert nufilt(*added).code == 0
+    assert recipe_of(out)["host"] == records.host_entry() | {"layers_at_once": here + 1}
+    assert nufilt("verify", out).code == 0
+    monkeypatch.setattr(records, "_processor", lambda: "another")
+    assert nufilt("add", out, "--task", f"delta={shared_models / 'delta'}").code == 0
+    assert recipe_of(out)["host"]["layers_at_once"] == here and recipe_of(out)["host"]["is_mixed"]

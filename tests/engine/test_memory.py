@@ -52,7 +52,7 @@ LAYERS = Reach()
 
 
 def planned(cap, reach=LAYERS):
-    return plan_windows([STACK], SIZES, reach, cap, lambda _: 0, 0)
+    return plan_windows([STACK], SIZES, reach, cap, lambda _: 0, 0, n_tasks=2)
 
 
 def test_a_model_that_fits_is_one_window():
@@ -114,3 +114,21 @@ def test_windows_fit_on_the_device():
 def test_a_device_that_is_too_small_is_refused(reach):
     with pytest.raises(ConfigError, match=r"device: its memory takes 0\.\d+ GB of D at a time, and .* have 0\.\d+ GB"):
         planned(RUNTIME + 10 * STACK.total, reach)
+
+
+def test_what_an_earlier_run_has_left_may_divide_too_coarsely():
+    """Twelve layers in chunks of four make no two windows; of all 24 eight would be a window's most."""
+    stack = Stack(tuple(f"layer{i:02}" for i in range(24)), (5 * MB,), 4, 4, 2)
+    half = {name: 2 for name in stack.layers[:12]}
+
+    def planned(cap, done):
+        return plan_windows([stack], SIZES, LAYERS, cap, lambda layer: done.get(layer, 0), 0, n_tasks=3)
+
+    cap = SIZES.peak(8 * 20 * MB, 2, LAYERS, read_ahead=False)
+    assert planned(cap, {})[1].planned <= cap
+    with pytest.raises(ConfigError, match="GB are too little") as caught:
+        planned(cap, half)
+    enough = parse_size(caught.value.problems[0].fix.split("--max-memory ")[1].rstrip(")"))
+    assert planned(enough, half)[1].planned <= enough
+    # Windows that have all tasks are not worked on.
+    assert planned(cap, dict.fromkeys(stack.layers, 3))[1].planned <= cap

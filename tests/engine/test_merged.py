@@ -82,3 +82,12 @@ def _resident(path):
     lines = Path("/proc/self/smaps").read_text().splitlines()
     at = next(i for i, line in enumerate(lines) if line.endswith(str(path)))
     return next(int(line.split()[1]) << 10 for line in lines[at:] if line.startswith("Rss:"))
+
+
+def test_pages_of_a_tensor_that_is_made_are_gone(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    save_file({name: np.ones((1024, 1024), np.float32) for name in "abcd"}, tmp_path / "model.safetensors")
+    base = open_checkpoint(str(tmp_path)).read()
+    for tensor in merged_tensors(base, {name: np.zeros((1024, 1024), np.float32) for name in base}).values():
+        tensor.made()
+        assert _resident(tmp_path / "model.safetensors") < 1 << 20

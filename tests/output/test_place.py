@@ -67,3 +67,16 @@ def fails(number):
         raise OSError(number, "fails")
 
     return fail
+
+
+def test_a_foreign_folder_in_the_place_of_the_partial_one_is_left_alone(out):
+    foreign = out.with_name("out.partial")
+    (foreign / "output").mkdir(parents=True)
+    (foreign / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"out\.partial: is not of a merge"), OutputPlace(out).locked():
+        pass
+    assert (foreign / "notes.txt").read_text() == "mine" and (foreign / "output").is_dir()
+    (foreign / "notes.txt").unlink()  # what is left has the names of ours
+    with OutputPlace(out).locked():
+        pass
+    assert not foreign.exists()
