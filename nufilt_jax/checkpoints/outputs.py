@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -24,6 +25,15 @@ from nufilt_jax.checkpoints.tensors import TensorInfo, map_tensors, stream_bytes
 from nufilt_jax.errors import CheckpointError, Problem
 
 _CHUNK = 1 << 22  # elements cast and checked at once
+
+
+@runtime_checkable
+class MadeInParts(Protocol):
+    """A tensor that may be made in the type to be written, some rows at a time."""
+
+    def in_parts(self, dtype: np.dtype) -> Iterator[tuple[Array, bool]] | None:
+        """The parts, and whether a finite number of each became infinite; None where it is to be made as a whole."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,19 +120,31 @@ def stored_bytes(target: Target, value: AnyArray | None, lost: list[Problem]) ->
     if value is None and (target.dtype, target.axes) == (info.dtype, info.axes):
         yield from stream_bytes(info)
         return
-    canonical = map_tensors([info])[info.name] if value is None else np.asarray(value)
-    flat = np.ascontiguousarray(canonical.transpose(target.to_stored)).reshape(-1)
     dtype = numpy_dtype(target.dtype)
     if dtype is None:
         raise TypeError(f"{target.name}: nothing can be cast to {target.dtype}")
     is_lost = False
+    for rounded, is_part_lost in _rounded(target, value, dtype):
+        is_lost |= is_part_lost
+        yield rounded.reshape(-1).view(np.uint8).data
+    if is_lost:
+        lost.append(range_problem(info, target.dtype, target.name))
+
+
+def _rounded(target: Target, value: AnyArray | None, dtype: np.dtype) -> Iterator[tuple[Array, bool]]:
+    """The numbers to write, in their type and order, in parts; and of each, whether it has lost any."""
+    if isinstance(value, MadeInParts) and target.to_stored == tuple(range(len(target.shape))):
+        parts = value.in_parts(dtype)
+        if parts is not None:
+            yield from parts
+            return
+    info = target.info
+    canonical = map_tensors([info])[info.name] if value is None else np.asarray(value)
+    flat = np.ascontiguousarray(canonical.transpose(target.to_stored)).reshape(-1)
     for start in range(0, flat.size, _CHUNK):
         piece: Array = flat[start : start + _CHUNK]
         rounded = cast(piece, dtype)
-        is_lost |= overflows(piece, rounded) if target.dtype in FLOATS else not is_exact(piece, rounded)
-        yield rounded.view(np.uint8).data
-    if is_lost:
-        lost.append(range_problem(info, target.dtype, target.name))
+        yield rounded, overflows(piece, rounded) if target.dtype in FLOATS else not is_exact(piece, rounded)
 
 
 def range_problem(info: TensorInfo, dtype: str, name: str) -> Problem:

@@ -1,17 +1,24 @@
 """The merged model for those who write it: each tensor is made when it is asked for, so that one is in memory."""
 
+import functools
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from nufilt_jax.checkpoints.tensors import drop_pages
-from nufilt_jax.linalg.factored import Factored
+from nufilt_jax.linalg.factored import Factored, dense
 from nufilt_jax.methods.stacked import Array, Params
 from nufilt_jax.methods.state import joined, merged_tensor
 from nufilt_jax.output.stored import Stored
 
 _ROWS_BYTES = 1 << 24  # of what is made at once
+_LARGE = 1 << 22  # numbers of a tensor from which on a program that is compiled for it pays
+_TYPES = (np.float32, np.float16, ml_dtypes.bfloat16)
 
 
 class MergedTensor:
@@ -40,9 +47,66 @@ class MergedTensor:
         drop_pages(self._base)  # else a model that is written would be in memory at its end
         return result
 
+    def in_parts(self, dtype: np.dtype) -> Iterator[tuple[np.ndarray, bool]] | None:
+        """A large matrix in the type to be written, some rows at a time, as `checkpoints.outputs` takes it.
+
+        A compiled program adds and rounds on all cores, the next rows while those before are written; numbers so small
+        that float32 has them with fewer digits become 0 there. None of what numpy does as well.
+        """
+        types = [np.dtype(x) for x in _TYPES]
+        cpu = _cpu()
+        if cpu is None or len(self.shape) != 2 or math.prod(self.shape) < _LARGE:
+            return None
+        return self._rounded(dtype, cpu) if self._base.dtype in types and dtype in types else None
+
+    def _rounded(self, dtype: np.dtype, cpu: Any) -> Iterator[tuple[np.ndarray, bool]]:
+        delta = joined(self._delta, self._name, self._base)
+        n_rows = _divisor(self.shape[0], max(1, _ROWS_BYTES // (4 * self.shape[1])))
+        if isinstance(delta, Factored):
+            delta = Factored(delta.basis, jax.device_put(delta.rows, cpu))
+        coming: list[tuple[jax.Array, jax.Array]] = []
+        for start in range(0, self.shape[0], n_rows):
+            part = slice(start, start + n_rows)
+            rows = Factored(delta.basis[part], delta.rows) if isinstance(delta, Factored) else delta[part]
+            with jax.default_device(cpu):
+                coming.append(_summed(self._base[part], rows, dtype=dtype))
+            if len(coming) > 1:
+                yield _fetched(*coming.pop(0))
+        yield _fetched(*coming.pop())
+        drop_pages(self._base)
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """For numpy."""
         return self.made().astype(dtype or self.dtype, copy=False)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _summed(base: jax.Array, delta: Any, *, dtype: np.dtype) -> tuple[jax.Array, jax.Array]:
+    """θ0 + D in float32, rounded once; and by row the largest number before that."""
+    total = base.astype(jnp.float32) + (dense(delta) if isinstance(delta, Factored) else delta)
+    finite = jnp.where(jnp.isfinite(total), jnp.abs(total), 0)
+    return total.astype(dtype), jnp.max(finite, axis=1)
+
+
+def _fetched(rounded: jax.Array, largest: jax.Array) -> tuple[np.ndarray, bool]:
+    found = np.asarray(rounded)
+    with np.errstate(over="ignore"):
+        return found, bool(np.isinf(np.max(np.asarray(largest)).astype(found.dtype)))
+
+
+@functools.cache
+def _cpu() -> Any:
+    """The CPU as a device; None if JAX is kept from it."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
+
+
+def _divisor(n: int, most: int) -> int:
+    """The largest divisor of n up to `most`, so that one program serves all parts; if it is small, `most` itself."""
+    found = max(x for x in range(1, min(n, most) + 1) if n % x == 0)
+    return found if 4 * found >= min(n, most) else most
 
 
 def merged_tensors(base: Params, delta: Mapping[str, Array]) -> dict[str, MergedTensor]:

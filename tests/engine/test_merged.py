@@ -13,6 +13,7 @@ from nufilt_jax.checkpoints import open_checkpoint, outputs, write_checkpoint
 from nufilt_jax.checkpoints.tensors import PassingTensors
 from nufilt_jax.engine import merged
 from nufilt_jax.engine.merged import MergedTensor, merged_tensors
+from nufilt_jax.linalg.factored import Factored
 from nufilt_jax.methods.state import merged_tensor
 
 
@@ -91,3 +92,49 @@ def test_pages_of_a_tensor_that_is_made_are_gone(tmp_path):
     for tensor in merged_tensors(base, {name: np.zeros((1024, 1024), np.float32) for name in base}).values():
         tensor.made()
         assert _resident(tmp_path / "model.safetensors") < 1 << 20
+
+
+@pytest.mark.parametrize("kind", ["dense", "factored"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_a_large_tensor_is_rounded_by_a_program(monkeypatch, kind, dtype):
+    """To the bits that numpy gives; in parts of the same number of rows where there can be some."""
+    monkeypatch.setattr(merged, "_LARGE", 1)
+    monkeypatch.setattr(merged, "_ROWS_BYTES", 5 * 4 * 6)
+    rng = np.random.default_rng(0)
+    base = rng.standard_normal((12, 6)).astype(np.float16).astype(dtype)
+    basis, rows = (rng.integers(-3, 4, shape).astype(np.float32) for shape in ((12, 2), (2, 6)))
+    delta = Factored(basis, rows) if kind == "factored" else basis @ rows
+    tensor = MergedTensor("x", base, {"x": delta})
+    parts = list(tensor.in_parts(np.dtype(dtype)))
+    assert [len(part) for part, _ in parts] == [4, 4, 4] and not any(is_lost for _, is_lost in parts)
+    expected = merged_tensor(base, basis @ rows, np.dtype(dtype))
+    assert np.concatenate([part for part, _ in parts]).tobytes() == np.asarray(expected).tobytes()
+
+
+def test_a_program_tells_of_numbers_out_of_range(monkeypatch):
+    monkeypatch.setattr(merged, "_LARGE", 1)
+    base = np.array([[65504.0, 1.0]], np.float32)
+    for added, is_lost in ((0.0, False), (15.0, False), (16.0, True), (np.inf, False)):
+        tensor = MergedTensor("x", base, {"x": np.array([[added, 0.0]], np.float32)})
+        assert [lost for _, lost in tensor.in_parts(np.dtype(np.float16))] == [is_lost]
+
+
+def test_what_no_program_rounds(monkeypatch):
+    monkeypatch.setattr(merged, "_LARGE", 4)
+    small, wide, cube = (np.zeros(shape, dtype) for shape, dtype in (((1, 3), "f4"), ((2, 2), "f8"), ((2, 2, 2), "f4")))
+    for base in (small, wide, cube):
+        assert MergedTensor("x", base, {"x": np.zeros(base.shape, np.float32)}).in_parts(np.dtype(np.float32)) is None
+    monkeypatch.setattr(merged, "_cpu", lambda: None)
+    fits = MergedTensor("x", np.zeros((2, 2), np.float32), {"x": np.zeros((2, 2), np.float32)})
+    assert fits.in_parts(np.dtype(np.float32)) is None
+
+
+def test_parts_have_as_many_rows_as_divide_them():
+    assert [merged._divisor(n, most) for n, most in ((4096, 1024), (11008, 1024), (4096, 381), (7, 3), (5, 9))] == [
+        1024,
+        688,
+        256,
+        1,
+        5,
+    ]
+    assert merged._divisor(8191, 100) == 100
