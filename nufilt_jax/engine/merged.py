@@ -16,7 +16,7 @@ from nufilt_jax.methods.stacked import Array, Params
 from nufilt_jax.methods.state import joined, merged_tensor
 from nufilt_jax.output.stored import Stored
 
-_ROWS_BYTES = 1 << 24  # of what is made at once
+_ROWS_BYTES = 1 << 23  # of what is made at once: larger arrays the C library fetches anew from the system, page by page
 _LARGE = 1 << 22  # numbers of a tensor from which on a program that is compiled for it pays
 _TYPES = (np.float32, np.float16, ml_dtypes.bfloat16)
 
