@@ -15,8 +15,8 @@ import numpy as np
 from scipy import fft  # jax depends on scipy
 
 from nufilt_jax.core.adapt import draw_start
-from nufilt_jax.methods.nufilt import adapter_keys
 from nufilt_jax.methods.stacked import Group, group_layers
+from nufilt_jax.methods.starts import adapter_keys
 
 Shape = tuple[int, int]
 

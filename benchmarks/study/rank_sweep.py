@@ -13,9 +13,10 @@ from nufilt_jax.config import problem
 from nufilt_jax.core.adapt import draw_start
 from nufilt_jax.errors import ConfigError
 from nufilt_jax.methods.matrices import require_finite
-from nufilt_jax.methods.nufilt import NufiltConfig, adapter_keys
+from nufilt_jax.methods.nufilt import NufiltConfig
 from nufilt_jax.methods.selection import select
 from nufilt_jax.methods.stacked import Array, Params, Stacked, stack_names, task_vector
+from nufilt_jax.methods.starts import adapter_keys
 from nufilt_jax.methods.state import MergeState
 
 _WIDTH = 768  # of the tower that the paper's ranks are for

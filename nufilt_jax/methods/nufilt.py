@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -25,7 +24,7 @@ from nufilt_jax.linalg.spread import spread
 from nufilt_jax.linalg.stacks import MatrixStacks, bounds, joined, rows
 from nufilt_jax.methods.selection import published_layers
 from nufilt_jax.methods.stacked import Array, Group, Stacked, TaskVector, groups_of
-from nufilt_jax.methods.starts import given_starts
+from nufilt_jax.methods.starts import adapter_keys, given_starts
 from nufilt_jax.methods.state import Advance, Context, LayerReport, MergeState, OnStack, Rule, as_it_is
 
 # The text's θ_1 (Algorithm 1), or what the program makes of it; which one Table 4 was measured with is open.
@@ -206,16 +205,6 @@ def _starts(group: Group, step: int, context: Context[SolveConfig]) -> np.ndarra
     if context.adapter_start is not None:
         return given_starts(context.adapter_start, group, context.config.trained_rank)
     return adapter_keys(context.seed, step, tuple(name.removesuffix(FLAT) for name in group.names))
-
-
-def adapter_keys(seed: int, step: int, names: tuple[str, ...]) -> UInt32[np.ndarray, "layers 2"]:
-    """Raw threefry keys of the adapters' starts, from (seed, step, canonical name) alone.
-
-    So that grouping, batching, sharding and the order of files never change a result.
-    """
-    # A raw threefry key is two words of 32 bits: the first 8 bytes, in one order on all machines.
-    digests = [hashlib.sha256(f"{seed}\0{step}\0{name}".encode()).digest()[:8] for name in names]
-    return np.frombuffer(b"".join(digests), dtype="<u4").reshape(-1, 2).astype(np.uint32)
 
 
 RULE = Rule(

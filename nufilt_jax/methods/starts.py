@@ -1,15 +1,27 @@
 """Where the trained corrections start: drawn for each layer, or given."""
 
+import hashlib
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import UInt32
 
 from nufilt_jax.anatomy import FLAT
 from nufilt_jax.core import adapt
 from nufilt_jax.errors import ConfigError, Problem, raise_all
 from nufilt_jax.methods.stacked import Array, Group
+
+
+def adapter_keys(seed: int, step: int, names: tuple[str, ...]) -> UInt32[np.ndarray, "layers 2"]:
+    """Raw threefry keys of the adapters' starts, from (seed, step, canonical name) alone.
+
+    So that grouping, batching, sharding and the order of files never change a result.
+    """
+    # A raw threefry key is two words of 32 bits: the first 8 bytes, in one order on all machines.
+    digests = [hashlib.sha256(f"{seed}\0{step}\0{name}".encode()).digest()[:8] for name in names]
+    return np.frombuffer(b"".join(digests), dtype="<u4").reshape(-1, 2).astype(np.uint32)
 
 
 def given_starts(starts: Mapping[str, Array], group: Group, rank: int) -> np.ndarray:
@@ -56,6 +68,4 @@ def draw_start(seed: int, step: int, name: str, rank: int, width: int) -> jax.Ar
     >>> draw_start(0, 2, "model.layers.0.mlp.up_proj.weight", 4, 16).shape
     (4, 16)
     """
-    from nufilt_jax.methods.nufilt import adapter_keys  # which knows the layers' programs
-
     return adapt.draw_start(jnp.asarray(adapter_keys(seed, step, (name,))[0]), rank, width)

@@ -20,8 +20,8 @@ from nufilt_jax.linalg.dense import thin_svd
 from nufilt_jax.methods.adaptation import WHOLE_MODEL, LearningConfig, adapt, model_params
 from nufilt_jax.methods.elementwise import blend
 from nufilt_jax.methods.matrices import each_layer, split
-from nufilt_jax.methods.nufilt import adapter_keys
 from nufilt_jax.methods.stacked import Array, Params, Stacked, TaskVector
+from nufilt_jax.methods.starts import adapter_keys
 from nufilt_jax.methods.state import Advance, Context, MergeState, Rule
 
 

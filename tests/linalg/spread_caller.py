@@ -13,7 +13,8 @@ import numpy as np
 import nufilt_jax as nj
 from nufilt_jax.compile_cache import enable_compile_cache
 from nufilt_jax.linalg.spread import AXIS, laid_out, layer_mesh, spread_program
-from nufilt_jax.methods.nufilt import _stack_by_stack, adapter_keys
+from nufilt_jax.methods.nufilt import _stack_by_stack
+from nufilt_jax.methods.starts import adapter_keys
 
 N_LAYERS = 11  # on eight devices two each, and none on the last two
 COLLECTIVE = re.compile(r"= .*?\b(all-gather|all-reduce|all-to-all|collective-\w+|reduce-scatter|send|recv)[-\w]*\(")
