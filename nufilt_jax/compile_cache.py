@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from nufilt_jax.errors import ConfigError, Problem
+from nufilt_jax.user_cache import user_cache
 
 
 def enable_compile_cache(folder: str | Path | None = None) -> Path:
@@ -34,8 +35,8 @@ def enable_compile_cache(folder: str | Path | None = None) -> Path:
 
 
 def default_folder() -> str | None:
-    """The command line's: below `NUFILT_CACHE`, or the user's cache; None where this user has no home folder."""
-    if chosen := os.environ.get("NUFILT_CACHE"):
-        return os.path.join(os.path.expanduser(chosen), "xla")
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return os.path.join(cache, "nufilt_jax", "xla") if os.path.isabs(cache) else None
+    """The command line's: in this user's cache; None where that has no place of its own."""
+    cache = user_cache()
+    if cache is None or not (cache.is_absolute() or os.environ.get("NUFILT_CACHE")):
+        return None  # below the current folder each run would have another
+    return str(cache / "xla")

@@ -13,6 +13,7 @@ ComputeType = Literal["float32", "bfloat16"]  # of a forward pass
 OtherParams = Literal["pretrained", "first", "average"]
 OutputKind = Literal["model", "adapter"]
 Variant = Literal["code", "text"]
+ENTRY_POINTS = "nufilt_jax.methods"  # group of the rules that other packages bring
 
 
 def number(

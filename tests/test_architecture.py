@@ -45,9 +45,10 @@ ROOMS = {
     "strict_json": set(),
     "anatomy": set(),
     "patterns": set(),
+    "user_cache": set(),
 }
 SHELLS = {"api", "commands", "cli", "merge", "__init__", "__main__"}
-OPEN_TO_ALL = {"__version__", "anatomy", "config", "durable", "errors", "patterns", "strict_json"}
+OPEN_TO_ALL = {"__version__", "anatomy", "config", "durable", "errors", "patterns", "strict_json", "user_cache"}
 CORE_LIBRARIES = {"jax", "optax", "chex", "jaxtyping", "numpy", "scipy", "threadpoolctl"}
 
 

@@ -13,7 +13,7 @@ from nufilt_jax.analysis.document import Measured, make_document
 from nufilt_jax.analysis.layers import WHOLE_MODEL
 from nufilt_jax.analysis.pictures import draw_pictures
 from nufilt_jax.analysis.report import Told, report_page
-from nufilt_jax.checkpoints import Checkpoint, open_checkpoint, open_task
+from nufilt_jax.checkpoints import Checkpoint, fit, open_checkpoint, open_task
 from nufilt_jax.commands import console as show
 from nufilt_jax.commands.arguments import AnalyzeArguments
 from nufilt_jax.commands.failures import traceback_beside, traceback_kept
@@ -35,8 +35,9 @@ from nufilt_jax.errors import (
 from nufilt_jax.evaluation import accuracy_matrix
 from nufilt_jax.evaluation.clip.images import TaskImages, read_task_images
 from nufilt_jax.evaluation.specs import Spec, load_specs
+from nufilt_jax.methods.stacked import Params
 from nufilt_jax.models import parse_vision_config
-from nufilt_jax.output.documents import read_forecast, read_json, write_json
+from nufilt_jax.output.documents import read_forecast, read_json, read_scores, write_json
 from nufilt_jax.output.place import FORECAST, RECIPE, OutputPlace
 from nufilt_jax.output.recipe import Model, Recipe
 from nufilt_jax.zoo import draw
@@ -93,21 +94,20 @@ def _measured(
     """Affinities, and the losses of the same merge done again; or why there are none."""
     settings, missing = recipe.settings, dict[str, str]()
     rule, rules = methods.find(settings.method), {}
+    how: dict[str, Any] = {"layers": settings.layers, "other_params": settings.other_params, "conv": settings.conv}
     if rule.needs_data or rule.adds_parameters:
         missing["losses"] = f"{rule.name} needs {rule.needs}, and is not merged again"
     else:
-        how: dict[str, Any] = {
-            "layers": settings.layers,
-            "other_params": settings.other_params,
-            "conv": settings.conv,
-        }
         rules[rule.name] = methods.get(rule.name, settings.config, seed=settings.seed, **how)
     try:
         base = open_checkpoint(recipe.base.source, revision=recipe.base.revision)
         images = _images(recipe.task_names, base, specs, n_images)
-        models = [open_task(task.source, base, revision=task.revision) for task in recipe.tasks]
-        _require_unchanged([(recipe.base, base), *zip(recipe.tasks, models, strict=True)], folder)
-        return measure(base.read(), [model.read() for model in models], base.config, images, rules), missing
+        tasks = [open_task(task.source, base, revision=task.revision) for task in recipe.tasks]
+        _require_unchanged([(recipe.base, base), *zip(recipe.tasks, tasks, strict=True)], folder)
+        params = base.read()
+        touched = methods.select(params, scope=rule.scope, **how).touched
+        models = [_as_merged(params, base, task, touched, asked_for=settings.layers is not None) for task in tasks]
+        return measure(params, models, base.config, images, rules), missing
     except NufiltError as error:  # the rest of the report needs none of this
         reason = "; ".join(f"{found.where}: {found.what}" for found in error.problems)
         return None, {"affinity": reason, "losses": reason}
@@ -115,8 +115,22 @@ def _measured(
 
 def _require_unchanged(models: Iterable[tuple[Model, Checkpoint]], folder: Path) -> None:
     """Refuses models that are no longer what was merged."""
-    changes = (then.changes(now.sha256(), then.source, folder) for then, now in models)
+    changes = (then.changes(now.sha256_as(then.sha256 or {}), then.source, folder) for then, now in models)
     raise_all(CheckpointError, (problem for found in changes for problem in found))
+
+
+def _as_merged(
+    params: Params, base: Checkpoint, task: Checkpoint, touched: Sequence[str], *, asked_for: bool
+) -> dict[str, Any]:
+    """A task's tensors as the merge read them, in the base's names; those that it lacks are the base's.
+
+    Raises:
+      CheckpointError: it does not fit the base.
+    """
+    fitted = fit(base, task, touched, asked_for=asked_for)
+    raise_all(CheckpointError, fitted.problems)
+    theirs = [name for name, info in fitted.task.tensors.items() if name in params and info.shape == params[name].shape]
+    return {**params, **fitted.task.read(theirs)}
 
 
 def _images(names: Sequence[str], base: Checkpoint, specs: Mapping[str, Spec], n_images: int) -> Sequence[TaskImages]:
@@ -153,10 +167,8 @@ def _compared(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
     """The models that were evaluated on the merge's tasks, from `evaluation.json`; none if there is no such file."""
     if not (folder / EVALUATION).is_file():
         return []
-    found = read_json(folder / EVALUATION)
-    known = {"name", "accuracy", "acc", "bwt"}
-    rows = [row for row in found.get("models", []) if isinstance(row, dict) and known <= row.keys()]
-    return rows if found.get("tasks") == recipe.task_names else []
+    found = read_scores(folder / EVALUATION)
+    return found["models"] if found["tasks"] == recipe.task_names else []
 
 
 def _told(recipe: Recipe, compared: Sequence[Mapping[str, Any]]) -> Told:

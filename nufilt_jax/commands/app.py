@@ -21,6 +21,7 @@ from nufilt_jax.commands.arguments import (
 )
 from nufilt_jax.commands.config_file import options_from_file
 from nufilt_jax.commands.extract_arguments import ExtractArguments
+from nufilt_jax.commands.interrupt import begins
 from nufilt_jax.commands.streams import Output
 from nufilt_jax.errors import NufiltError, Problem, UsageError
 
@@ -76,6 +77,7 @@ def merge(arguments: Arguments = NO_ARGUMENTS) -> int:
         from nufilt_jax.commands.method_help import show_methods
 
         return show_methods(arguments.method, _console(), as_json=arguments.json)
+    begins(goes_on=not arguments.plan)
     # A plan needs no device, and processes must find each other before any is used.
     if arguments.distributed and not arguments.plan:
         from nufilt_jax.commands.watched import worked_elsewhere
@@ -246,6 +248,7 @@ def dispatch(argv: list[str], prog: str) -> int:
     runner = app
     if prog != app.name[0]:
         runner = App(name=prog, default_command=merge, version=__version__, **_BARE)
+    begins(goes_on=False)  # all but merging
     try:
         console = Console(file=cast(TextIO, Output(sys.stdout, is_result=True)))
         result = runner(argv, console=console, exit_on_error=False, print_error=False)

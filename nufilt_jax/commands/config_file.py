@@ -16,13 +16,13 @@ from cyclopts import App, ArgumentCollection
 from cyclopts.config import Dict
 
 from nufilt_jax.commands.arguments import Arguments, EvaluateArguments
+from nufilt_jax.commands.spelling import KINDS, spelt
 from nufilt_jax.errors import ConfigError, Problem, raise_all
 from nufilt_jax.strict_json import JsonError, parse_object, shown
 
 Values = dict[str, Any]
 
 TASKS = "tasks"  # the table; the option is --task
-_KINDS: Mapping[Any, str] = {bool: "true or false", int: "a whole number", float: "a number"}
 # Of one run or one process, not of a merge.
 NOT_IN_FILES = ("config", "json", "quiet", "verbose", "plan", "add")
 NOT_IN_FILES += ("distributed", "coordinator", "processes", "process")
@@ -181,9 +181,9 @@ def _fault(key: str, value: Any, kind: Any) -> str:
     if kind is tuple:
         return "" if isinstance(value, list) and all(isinstance(x, str) for x in value) else "a list of texts"
     if kind is bool:
-        return "" if isinstance(value, bool) else _KINDS[bool]
+        return "" if isinstance(value, bool) else KINDS[bool]
     if kind in (int, float):
-        return "" if _reads_as(kind, value) else _KINDS[kind]
+        return "" if _reads_as(kind, value) else KINDS[kind]
     # A number too, where an option is a number or a word: order, devices.
     is_plain = isinstance(value, str) or (key in _NUMBERS_OR_WORDS and _reads_as(int, value))
     return "" if is_plain else "a text"
@@ -204,18 +204,17 @@ def _values(document: Values, folder: Path) -> Values:
     values = {key: value for key, value in document.items() if key not in (TASKS, "method_args")}
     values |= {key: str(folder / os.path.expanduser(values[key])) for key in _PLACES if key in values}
     values |= {key: located(values[key], folder) for key in _MODELS if key in values}
-    pairs = [text.partition("=") for text in values.pop("task", ())]
-    tasks: Any = document.get(TASKS, {})
+    tasks: Any = document.get(TASKS, {})  # or as a list, what the option takes
+    pairs = [text.partition("=") for text in [*values.pop("task", ()), *(tasks if isinstance(tasks, list) else ())]]
     if isinstance(tasks, dict):
         pairs += [(name, "=", source) for name, source in tasks.items()]
     found = [name + sign + (located(source, folder) if source else "") for name, sign, source in pairs]
-    found += tasks if isinstance(tasks, list) else []
     values |= {"task": found} if found else {}
     settings: Any = document.get("method_args", {})
     if isinstance(settings, dict):  # an option's own name takes the option: what the command line says then wins
         options = _kinds(Arguments)
         values |= {key: value for key, value in settings.items() if key in options and value is not None}
-        settings = [f"{key}={_spelt(value)}" for key, value in settings.items() if key not in options]
+        settings = [f"{key}={spelt(value)}" for key, value in settings.items() if key not in options]
     return values | ({"method_args": settings} if settings else {})
 
 
@@ -225,7 +224,3 @@ def located(source: str, folder: Path) -> str:
     if text and (text.startswith(("./", "../", "/")) or (folder / text).is_dir()):
         return os.path.normpath(folder / text)
     return source
-
-
-def _spelt(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -30,6 +30,13 @@ class ProgressWatcher:
     """A bar on stderr with the cell, the stack just solved and its loss; in a log, a line per cell of a long run."""
 
     def __init__(self, console: Console, *, quiet: bool, verbose: bool = False) -> None:
+        """Takes stderr.
+
+        Args:
+          console: is written to.
+          quiet: show neither the bar nor the lines of a long run.
+          verbose: tell of everything in a line of its own, quiet or not.
+        """
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -41,7 +48,7 @@ class ProgressWatcher:
         self._console = console
         # In a log a line for each cell takes the place of the bar, if the run is long enough for somebody to look.
         self._tells_lines, self._begun = not console.is_terminal and not quiet, time.monotonic()
-        self._tells_all = verbose and not quiet
+        self._tells_all = verbose
         self._bar = self.progress.add_task("reading", total=None)
         self._task = "reading"
 
@@ -173,7 +180,7 @@ def show_plan(console: Console, plan: Plan, estimate: Mapping[str, Any]) -> None
 
 
 def show_result(console: Console, recipe: Recipe, out: str) -> None:
-    """What was merged and what was left, the steps as a table, and where the model is."""
+    """What was merged and what was left, the steps as a table, the memory that took, and where the model is."""
     for line in map(printable, coverage_lines(recipe.selected, recipe.left)):
         show_line(console, line)
     is_done = bool(recipe.steps) and all(step.resumed for step in recipe.steps)
@@ -188,6 +195,9 @@ def show_result(console: Console, recipe: Recipe, out: str) -> None:
     show_table(console, columns, texts=("task",))
     if held := recipe.adapter:
         show_line(console, f"adapter of rank {held['rank']}: {held['energy_lost']:.2%} of the merge's energy is lost")
+    peak, planned = (recipe.memory.get(what) for what in ("peak", "planned"))
+    if not is_done and peak and planned:  # no system but Linux tells
+        show_line(console, f"memory  {peak / 1e9:.2f} GB at most, {planned / 1e9:.2f} GB planned")
     show_line(console, f"{'all is done: ' if is_done else ''}merged model: {out}")
 
 
@@ -200,7 +210,7 @@ def show_scores(console: Console, evaluation: Mapping[str, Any]) -> None:
     columns = {"": rows}
     for row in models:
         cells = [f"{100 * row['accuracy'][task]:.1f}" for task in evaluation["tasks"]]
-        compiling = None if row["seconds"] is None else row.get("compile") or 0.0
+        compiling = None if row.get("seconds") is None else row.get("compile") or 0.0
         solving = None if compiling is None else row["seconds"] - compiling
         cells += [f"{100 * row['acc']:.1f}", "" if row["bwt"] is None else f"{100 * row['bwt']:+.1f}"]
         cells += ["" if x is None else f"{x:.2f}" for x in (compiling, solving)]

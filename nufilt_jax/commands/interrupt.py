@@ -10,11 +10,22 @@ from types import FrameType
 from typing import Any
 
 _TOLD = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+_GOES_ON = "; the same command again goes on after the last finished step"
+_ANEW = "; the same command again begins anew"
 _SHOW_CURSOR = "\x1b[?25h"  # a progress bar hides it
+
+
+class _Command:
+    again = ""  # what the same one does again, once it is known which that is
 
 
 class TerminatedError(KeyboardInterrupt):
     """The run was asked to end by SIGTERM; it ends as Ctrl-C ends it."""
+
+
+def begins(*, goes_on: bool) -> None:
+    """Says of the command of this process whether it keeps what it has done for the same command again."""
+    _Command.again = _GOES_ON if goes_on else _ANEW
 
 
 def interruption(error: KeyboardInterrupt) -> tuple[int, str]:
@@ -24,8 +35,7 @@ def interruption(error: KeyboardInterrupt) -> tuple[int, str]:
 
 def ending(number: int) -> tuple[int, str]:
     """The exit status and the message of a run that a signal ended."""
-    again = "the same command again goes on after the last finished step"
-    return 128 + number, f"nufilt: {_TOLD[signal.Signals(number)]}; {again}\n"
+    return 128 + number, f"nufilt: {_TOLD[signal.Signals(number)]}{_Command.again}\n"
 
 
 @contextlib.contextmanager
@@ -36,6 +46,7 @@ def orderly_interrupts() -> Iterator[None]:
     garbage collector) it is printed and lost. Ending at once loses nothing: all files are written beside their place
     and renamed, and the system releases the lock.
     """
+    _Command.again = ""
     if threading.current_thread() is not threading.main_thread():  # where no handler can be set
         yield
         return

@@ -24,7 +24,6 @@ from nufilt_jax.engine.records import facts, layers_as_begun
 from nufilt_jax.engine.run import run
 from nufilt_jax.engine.timing import Clock
 from nufilt_jax.linalg.chunks import at_once
-from nufilt_jax.output.documents import read_json
 from nufilt_jax.output.place import OutputPlace
 from nufilt_jax.presets import TINY
 
@@ -51,8 +50,8 @@ def _plan(arguments: Arguments, scratch: Path, stdout: Console, stderr: Console)
     from nufilt_jax.zoo.store import default_folder
 
     # A plan writes nothing: built-in checkpoints that are not in the cache yet are planned from a passing copy.
-    zoo = None if default_folder().exists() else scratch
-    watcher = show.ProgressWatcher(stderr, quiet=arguments.quiet or arguments.json, verbose=arguments.verbose)
+    zoo = None if arguments.model != TINY or default_folder().exists() else scratch
+    watcher = _watcher(arguments, stderr)
     with watcher.progress:
         watcher.phase("reading headers")
         job = new_job(arguments, zoo) if arguments.add is None else continued_job(arguments, OutputPlace(arguments.add))
@@ -78,7 +77,7 @@ def _run(arguments: Arguments, stdout: Console, stderr: Console) -> None:
 def _merge(arguments: Arguments, hosts: Hosts, stdout: Console, stderr: Console) -> None:
     job = None if arguments.add is not None else new_job(arguments)
     place = OutputPlace(cast(Path, arguments.add or (job and job.out)))  # None is for plans, see check_usage
-    watcher = show.ProgressWatcher(stderr, quiet=arguments.quiet or arguments.json, verbose=arguments.verbose)
+    watcher = _watcher(arguments, stderr)
     locked = place.locked() if hosts.is_first else contextlib.nullcontext()
     with traceback_kept(traceback_beside(place.out)), locked, at_once(layers_as_begun(place)), watcher.progress:
         clock, agreed = Clock(), hosts.agreed()
@@ -107,6 +106,12 @@ def _merge(arguments: Arguments, hosts: Hosts, stdout: Console, stderr: Console)
             show.show_scores(stdout, scores)
 
 
+def _watcher(arguments: Arguments, stderr: Console) -> show.ProgressWatcher:
+    """What shows how it goes on: nothing with --quiet, and with --json what --verbose asks for."""
+    verbose = arguments.verbose and not arguments.quiet
+    return show.ProgressWatcher(stderr, quiet=arguments.quiet or arguments.json, verbose=verbose)
+
+
 def _evaluation(plan: Plan, watcher: show.ProgressWatcher, *, is_study: bool) -> "Evaluation | None":
     """What scores the model after every step; None if that is not wanted, or nothing is left to merge."""
     if plan.evaluation is None or plan.is_finished:
@@ -122,11 +127,11 @@ def _evaluation(plan: Plan, watcher: show.ProgressWatcher, *, is_study: bool) ->
 
 
 def _scores(plan: Plan, place: OutputPlace, watcher: show.ProgressWatcher) -> dict[str, Any] | None:
-    """What `evaluation.json` holds; a merge that had been finished without it is evaluated now."""
+    """What `evaluation.json` holds; a merge that was finished without it, or asked otherwise, is evaluated now."""
     if plan.evaluation is None:
         return None
-    from nufilt_jax.engine.evaluation import EVALUATION, evaluate_folder
+    from nufilt_jax.engine.evaluation import evaluate_folder, evaluation_there
 
-    if (place.out / EVALUATION).is_file():
-        return read_json(place.out / EVALUATION)
-    return evaluate_folder(place.out, (), plan.evaluation, watcher.phase)
+    names = [source.name for source in plan.sources]
+    there = evaluation_there(place.out, names, plan.evaluation)
+    return there or evaluate_folder(place.out, (), plan.evaluation, watcher.phase)

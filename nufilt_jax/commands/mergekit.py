@@ -18,7 +18,6 @@ _PARAMETERS = {
     "task_arithmetic": ("weight", "normalize", "lambda", "int8_mask"),
     "ties": ("weight", "density", "normalize", "lambda", "int8_mask"),
 }
-_NO_EFFECT = ("int8_mask", "name")  # on what comes out
 _BASE_TOKENIZER = (None, "base")
 _TIES = (
     "trims every tensor for itself and elects signs over all models at once, which ties here does not: it takes one "

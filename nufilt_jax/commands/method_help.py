@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from nufilt_jax.commands import text
+from nufilt_jax.commands.spelling import spelt
+from nufilt_jax.config import ENTRY_POINTS
 
-ENTRY_POINTS = "nufilt_jax.methods"  # group of the rules that other packages bring; as `methods.registry` has it
 _WIDEST = 27  # cells of a formula in the table
 _TOLD = ("update", "touches", "needs", "cost", "source")
 
@@ -101,9 +102,5 @@ def _document(rule: Any) -> dict[str, Any]:
 def _lines(document: dict[str, Any]) -> list[str]:
     """The same as text, with a line per setting."""
     lines = [document["name"], *(f"  {key:<9}{document[key]}" for key in _TOLD)]
-    settings = [f"  {key}={_spelt(value)}" for key, value in document["settings"].items()]
+    settings = [f"  {key}={spelt(value)}" for key, value in document["settings"].items()]
     return [*lines, "settings, for --method-args" if settings else "no settings", *settings]
-
-
-def _spelt(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar, get_args
 
 from nufilt_jax.commands.arguments import Arguments, EvaluateArguments
+from nufilt_jax.commands.spelling import KINDS
 from nufilt_jax.config import ComputeType, MethodConfig, OtherParams, OutputKind, option, problem
 from nufilt_jax.engine.job import EvaluationOptions
 from nufilt_jax.errors import ConfigError, Problem, gathering
@@ -20,7 +21,6 @@ _DTYPES = {name: name for name in ("float32", "bfloat16", "float16")}
 _COMPUTE_DTYPES: Mapping[str, ComputeType] = {name: name for name in get_args(ComputeType)}
 _OTHER_PARAMS: Mapping[str, OtherParams] = {name: name for name in get_args(OtherParams)}
 _OUTPUTS: Mapping[str, OutputKind] = {name: name for name in get_args(OutputKind)}
-_KINDS: Mapping[Any, str] = {bool: "true or false", int: "a whole number", float: "a number"}
 _FLAGS = {option(field.name) for field in dataclasses.fields(Arguments)}
 
 
@@ -160,7 +160,7 @@ def _parsed(method: str, pairs: tuple[str, ...], problems: list[Problem]) -> dic
             try:
                 values[key] = _read(fields[key].type, text)
             except ValueError:
-                problems.append(problem("method_args", f"{key} must be {_KINDS[fields[key].type]}, got {shown(text)}"))
+                problems.append(problem("method_args", f"{key} must be {KINDS[fields[key].type]}, got {shown(text)}"))
     return values
 
 

@@ -17,6 +17,7 @@ from types import FrameType
 
 from nufilt_jax.commands.interrupt import ending
 from nufilt_jax.commands.streams import Output
+from nufilt_jax.engine.uninterrupted import SIGNALS
 from nufilt_jax.errors import NufiltError, Problem
 
 _FATAL = "the JAX distributed service detected fatal errors"
@@ -27,7 +28,6 @@ WAITING = 300  # seconds that the processes that have come wait for the others
 _GRACE = 60  # seconds in which a process that is to end by then has to
 _COME = b"\0"  # no log holds it
 _MOST = 1 << 20  # bytes of foreign text that are kept in mind
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class _Fork:
@@ -117,7 +117,7 @@ def _waited(worker: int, told: int) -> tuple[int, str]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(worker, number if len(struck) == 1 else signal.SIGKILL)
 
-    handlers = {number: signal.signal(number, hand_on) for number in _SIGNALS}
+    handlers = {number: signal.signal(number, hand_on) for number in SIGNALS}
     try:
         said = _heard(worker, told)
         status = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])

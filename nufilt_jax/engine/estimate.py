@@ -74,7 +74,7 @@ def plan_seconds(plan: Plan, n_bytes: Mapping[str, int], rate: float) -> dict[st
         merging = solved * _flops(shapes, config) / (_SHARE_OF_PRODUCTS * rate) + n_left * state / _CHECKED
         widths = {stack.shape[-1] for stack in plan.stacks}
         compiling = _COMPILED * len(widths) if solved > 0 else 0.0
-    elif find(plan.settings.method).workspace == 0:
+    elif find(plan.settings.method).elementwise:
         merging, compiling = n_left * state / _MERGED, 1.0
     else:
         merging, compiling = None, None

@@ -27,7 +27,7 @@ from nufilt_jax.evaluation.ready import OnBatch
 from nufilt_jax.evaluation.specs import Spec, load_specs
 from nufilt_jax.evaluation.suite import EvaluatedModel, Suite, open_tasks, spec_problems
 from nufilt_jax.evaluation.tokenizer import open_tokenizer
-from nufilt_jax.output.documents import read_json, write_json
+from nufilt_jax.output.documents import read_json, read_scores, write_json
 from nufilt_jax.output.place import RECIPE
 from nufilt_jax.output.recipe import Recipe, Step
 from nufilt_jax.zoo import default_folder
@@ -175,10 +175,29 @@ def evaluate_folder(folder: Path, names: Sequence[str], options: EvaluationOptio
         earlier = [_comparable(step, options) for step in recorded.steps[:-1]]
         row = merged_row(recorded.settings.method, [*earlier, accuracy], names, *_seconds(recorded.steps))
     document = _head(names, options) | {"models": [row]}
-    with contextlib.suppress(OutputError):  # there is none, or it is broken
-        document = _with_others(document, read_json(folder / EVALUATION))
+    if there := evaluation_there(folder, names, options):
+        rows = {other["name"]: other for other in there["models"]} | {row["name"]: row}
+        document |= {"models": list(rows.values())}
     write_json(folder / EVALUATION, document)
     return document
+
+
+def evaluation_there(folder: Path, names: Sequence[str], options: EvaluationOptions) -> dict[str, Any] | None:
+    """What a folder's `evaluation.json` holds, if it is of these tasks, examples and type.
+
+    Args:
+      folder: of a model.
+      names: of the tasks, in order.
+      options: how it is to be evaluated.
+
+    Returns:
+      None if there is none, it is damaged, or it answers another question.
+    """
+    with contextlib.suppress(OutputError):
+        document = read_scores(folder / EVALUATION)
+        if all(document[key] == value for key, value in _head(names, options).items()):
+            return document
+    return None
 
 
 @contextlib.contextmanager
@@ -193,15 +212,6 @@ def _evaluating() -> Iterator[None]:
 def _head(names: Sequence[str], options: EvaluationOptions) -> dict[str, Any]:
     """What all rows of an `evaluation.json` have in common."""
     return {"tasks": list(names), "limit": options.limit, "dtype": options.dtype}
-
-
-def _with_others(document: dict[str, Any], there: Mapping[str, Any]) -> dict[str, Any]:
-    """A document of one row, with the comparable rows of another."""
-    [row] = document["models"]
-    if any(there.get(key) != value for key, value in document.items() if key != "models"):
-        return document
-    rows = {other["name"]: other for other in there["models"]} | {row["name"]: row}
-    return document | {"models": list(rows.values())}
 
 
 def _comparable(step: Step, options: EvaluationOptions) -> Mapping[str, float]:

@@ -1,6 +1,8 @@
 """Two outputs of one recipe compared, tensor by tensor: bit for bit, or within what another machine may change."""
 
 import dataclasses
+import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,8 @@ class Comparison:
     Attributes:
       tensors: how many were compared, those of the state included.
       identical: how many of these are the same in every bit.
-      worst: the largest difference of a tensor, as a share of the norm of its update.
+      worst: the largest difference of a tensor, as a share of the norm of its update; infinite where there is no
+        update, or a number is not finite.
       worst_tensor: which; empty if all are identical.
       problems: the tensors that are too far from each other, or in one output alone.
     """
@@ -47,8 +50,8 @@ class Comparison:
     problems: list[Problem] = dataclasses.field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """Without the problems."""
-        told = dataclasses.asdict(self)
+        """Without the problems; JSON has no infinite number, and `worst` is null then."""
+        told = dataclasses.asdict(self) | {"worst": self.worst if math.isfinite(self.worst) else None}
         del told["problems"]
         return told | {"tolerance": {"update": TOLERANCE, "near_equal_cuts": TOLERANCE_AT_NEAR_EQUAL_CUTS}}
 
@@ -56,7 +59,7 @@ class Comparison:
 def compare(
     folder: Path, again: Path, base: Checkpoint, n_tasks: int, phase: Callable[[str], None], *, is_exact: bool
 ) -> Comparison:
-    """Compares the weights, the added parameters and the state of two output folders.
+    """Compares the weights, the added parameters and the state of two output folders; no state if the first has none.
 
     Args:
       folder: the output to be verified.
@@ -81,6 +84,8 @@ def compare(
     _compare_models(found, folder, again, base, tolerance)
     where = str(folder)
     _compare_arrays(found, where, "added", read_added(folder), read_added(again), tolerance)
+    if not has_state(folder):
+        return found
     phase("comparing the states")
     with Stored(stored_windows(folder / STATE)) as old, Stored(stored_windows(again / STATE)) as new:
         if set(old.layers) != set(new.layers):
@@ -94,6 +99,11 @@ def compare(
         for group in sorted({*ours, *theirs} - {"numbers"}):  # which merges in one window have no need of
             _compare_arrays(found, where, f"state: {group}", ours.get(group, {}), theirs.get(group, {}), tolerance)
     return found
+
+
+def has_state(folder: Path) -> bool:
+    """Whether anything stands where the state of a merge does: of a pushed one it is left out."""
+    return os.path.lexists(folder / STATE)
 
 
 def _near_equal(folder: Path) -> set[str]:
@@ -166,12 +176,14 @@ def _judge(found: Comparison, where: str, name: str, old: Any, new: Any, start: 
       tolerance: of the norm of the update; rounding to the type stored comes on top where a model is compared.
     """
     squares = np.zeros(3)
-    for mine, theirs, origin in _rows(old, new, start):
-        squares += [np.square(x).sum() for x in (mine - theirs, theirs - origin, theirs)]
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is told of below
+        for mine, theirs, origin in _rows(old, new, start):
+            squares += [np.square(x).sum() for x in (mine - theirs, theirs - origin, theirs)]
     difference, update, size = np.sqrt(squares)
-    share = float(difference / update) if update else float("inf")
+    is_share = update and np.isfinite(squares).all()
+    share = float(difference / update) if is_share else math.inf
     rounding = 0.0 if start is None or not tolerance else float(ml_dtypes.finfo(old.dtype).eps) * size
-    if not share <= found.worst:
+    if share > found.worst:
         found.worst, found.worst_tensor = share, name
     if not difference <= tolerance * update + rounding:
         what = (

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM)  # by which a user or a scheduler ends a run in order
 # Seconds within which a second SIGTERM is the first one's echo: a scheduler strikes all processes of a job, and the one
 # that waits for this one hands on what it got.
 _ECHO = 1.0
@@ -22,7 +22,7 @@ def uninterrupted() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # which gets no signals
         yield
         return
-    handlers = {int(number): handler for number in _SIGNALS if callable(handler := signal.getsignal(number))}
+    handlers = {int(number): handler for number in SIGNALS if callable(handler := signal.getsignal(number))}
     caught: list[tuple[int, FrameType | None, float]] = []
 
     def put_off(number: int, frame: FrameType | None) -> None:

@@ -12,13 +12,13 @@ from nufilt_jax.engine.job import Job
 from nufilt_jax.engine.plan import make_plan
 from nufilt_jax.engine.records import host_entry, layers_then, version_entry
 from nufilt_jax.engine.run import run
-from nufilt_jax.engine.sameness import Comparison, compare
+from nufilt_jax.engine.sameness import Comparison, compare, has_state
 from nufilt_jax.engine.timing import Clock
 from nufilt_jax.engine.watching import Watcher
 from nufilt_jax.errors import NufiltError, Problem, gathering
 from nufilt_jax.linalg.chunks import at_once
 from nufilt_jax.output.hashes import changed_files
-from nufilt_jax.output.place import CARD, OutputPlace
+from nufilt_jax.output.place import CARD, STATE, OutputPlace
 from nufilt_jax.output.recipe import Model, Recipe
 
 _RESTORE = "restore the files: the merge cannot be verified without them"
@@ -67,11 +67,18 @@ def verify_hashes(recipe: Recipe, folder: Path, *, offline: bool = False) -> Ver
       folder: where it stands.
       offline: use the local Hub cache alone.
     """
-    found = Verification(files=len(recipe.files))
+    files = dict(recipe.files)
+    found = Verification()
     if not recipe.files:
         what = "its recipe holds no hashes of its files"
         found.problems.append(Problem(str(folder), what, "it was made by an earlier version: merge again"))
-    for problem in changed_files(folder, recipe.files):
+    if not has_state(folder):
+        files = {name: digest for name, digest in files.items() if not name.startswith(f"{STATE}/")}
+        found.notes.append(
+            f"{STATE}/ is not there, as in a folder that was pushed without it: the model alone is verified"
+        )
+    found.files = len(files)
+    for problem in changed_files(folder, files):
         if problem.where == str(folder / CARD):
             found.notes.append(f"{CARD} {problem.what}: a model card is its user's to edit")
         else:

@@ -11,8 +11,8 @@ from typing import Any, get_args
 from jax.sharding import Mesh
 
 from nufilt_jax.anatomy import shape_in
+from nufilt_jax.config import ENTRY_POINTS, OtherParams, problem
 from nufilt_jax.config import MethodConfig as MethodConfig
-from nufilt_jax.config import OtherParams, problem
 from nufilt_jax.config import number as number
 from nufilt_jax.errors import ConfigError, Problem, raise_all
 from nufilt_jax.methods import (
@@ -71,7 +71,6 @@ RULES: dict[str, Rule[Any]] = {
 
 
 ALIASES = {"iso": "iso_c", "tsvm": "tsv_m"}  # the names in their authors' programs
-ENTRY_POINTS = "nufilt_jax.methods"  # group of the rules that other packages bring
 
 
 def register(rule: Rule[Any]) -> Rule[Any]:

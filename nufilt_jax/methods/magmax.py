@@ -77,6 +77,7 @@ RULE = Rule(
     update="θ0 + λ M: M are the entries of largest magnitude of all tasks",
     touches="every tensor",
     cost="O(mn)",
+    elementwise=True,
     source="Marczak et al., arXiv:2407.06322",
     states=2,
     workspace=1.0,

@@ -205,6 +205,7 @@ class Rule(Generic[C]):
       trains_adapter: whether it trains a low-rank correction, whose start can be given.
       remembers: whether, with these settings, it keeps more from task to task than the merged model.
       workspace: memory that an update takes beside these, τ and what programs need for a few layers, in sizes of D.
+      elementwise: whether merging costs no more than moving every number of D.
       spreads: whether it solves layers one by one, so that several devices can share them.
       by_products: whether it solves layers by `core.solve`, a few at a time that are fewer where they are large.
     """
@@ -225,6 +226,7 @@ class Rule(Generic[C]):
     first_survey: tuple[Look[C], ...] = ()
     states: int = 1
     workspace: float = 0.0
+    elementwise: bool = False
     spreads: bool = False
     by_products: bool = False
     in_factors: bool = False

@@ -28,6 +28,7 @@ RULE = Rule(
     update="θ + τ",
     touches="the blocks' linear layers",
     cost="O(mn)",
+    elementwise=True,
     in_factors=True,
     source="Qiu et al., arXiv:2509.21413v2, Table 4 row 1",
 )

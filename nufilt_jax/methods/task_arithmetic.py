@@ -38,6 +38,7 @@ RULE = Rule(
     update="θ + λ τ",
     touches="every tensor",
     cost="O(mn)",
+    elementwise=True,
     in_factors=True,
     source="Ilharco et al., arXiv:2212.04089",
 )

@@ -29,6 +29,7 @@ RULE = Rule(
     update="running mean of the models",
     touches="every tensor",
     cost="O(mn)",
+    elementwise=True,
     in_factors=True,
     source="Wortsman et al., arXiv:2203.05482",
 )

@@ -6,8 +6,8 @@ from typing import Any
 
 from nufilt_jax.durable import atomic_write
 from nufilt_jax.errors import OutputError, Problem
-from nufilt_jax.output.kinds import FORECAST_DOCUMENT, require
-from nufilt_jax.strict_json import JsonError, read_object
+from nufilt_jax.output.kinds import EVALUATION_DOCUMENT, FORECAST_DOCUMENT, require
+from nufilt_jax.strict_json import JsonError, read_object, shown
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -39,9 +39,28 @@ def read_forecast(path: Path) -> list[dict[str, Any]]:
     Raises:
       OutputError: it cannot be read, or is damaged.
     """
+    return _read(path, FORECAST_DOCUMENT, "merge again")["steps"]
+
+
+def read_scores(path: Path) -> dict[str, Any]:
+    """The content of an `evaluation.json`: rows of scores on the same tasks.
+
+    Raises:
+      OutputError: it cannot be read, or is damaged.
+    """
+    fix = "remove it, and evaluate again"
+    document = _read(path, EVALUATION_DOCUMENT, fix)
+    for row in document["models"]:
+        if lacking := [name for name in document["tasks"] if name not in row["accuracy"]]:
+            what = f"is damaged: {shown(row['name'])} has no accuracy of {shown(lacking[0])}"
+            raise OutputError(Problem(str(path), what, fix))
+    return document
+
+
+def _read(path: Path, kind: Any, fix: str) -> dict[str, Any]:
     document = read_json(path)
     try:
-        require(document, FORECAST_DOCUMENT)
+        require(document, kind)
     except ValueError as error:
-        raise OutputError(Problem(str(path), f"is damaged: {error}", "merge again")) from error
-    return document["steps"]
+        raise OutputError(Problem(str(path), f"is damaged: {error}", fix)) from error
+    return document

@@ -53,6 +53,9 @@ RECIPE_MAY_HAVE = {
 }
 WINDOW = {"layers": [str], "cells": [{**STEP, "forecast": _FORECAST}]}
 FORECAST_DOCUMENT = {"steps": [{"task": str, **_FORECAST}]}
+_SCORES = {"name": str, "accuracy": {str: NUMBER}, "acc": NUMBER, "bwt": _MAYBE_NUMBER}
+_SCORES |= {"seconds": _MAYBE_NUMBER, "compile": _MAYBE_NUMBER}
+EVALUATION_DOCUMENT = {"tasks": [str], "limit": (int, type(None)), "dtype": str, "models": [_SCORES]}
 
 
 def require(value: Any, kind: Any, may_have: Mapping[str, Any] | None = None) -> None:

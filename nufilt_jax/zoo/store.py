@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Mapping
 from importlib import resources
@@ -19,6 +17,7 @@ from safetensors import numpy as safetensors
 from nufilt_jax.durable import atomic_write, make_folder, sync, sync_tree
 from nufilt_jax.errors import CheckpointError, ConfigError, OutputError, Problem
 from nufilt_jax.evaluation import Task
+from nufilt_jax.user_cache import user_cache
 from nufilt_jax.zoo.draws import CLASS_NAMES, TASK_NAMES, Split, draw
 from nufilt_jax.zoo.families import IMAGE_MEAN, IMAGE_STD, PREPROCESSOR, TINY, Family
 
@@ -157,16 +156,17 @@ def materialise(folder: Path | str | None = None) -> TinyZoo:
 
 
 def default_folder(family: Family = TINY) -> Path:
-    """A family's folder below `$NUFILT_CACHE`, or below `nufilt_jax` in the platform's cache folder of this user."""
-    if chosen := os.environ.get("NUFILT_CACHE"):
-        return Path(chosen).expanduser() / family.name
-    if sys.platform == "darwin":
-        cache = Path.home() / "Library" / "Caches"
-    elif sys.platform == "win32":
-        cache = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    else:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "nufilt_jax" / family.name
+    """A family's folder in this user's cache; see `user_cache`.
+
+    Raises:
+      ConfigError: this user has no home folder.
+    """
+    cache = user_cache()
+    if cache is None:
+        raise ConfigError(
+            Problem("NUFILT_CACHE", "is not set, and this user has no home folder", "name a folder by it")
+        )
+    return cache / family.name
 
 
 def _contents() -> dict[str, bytes]:

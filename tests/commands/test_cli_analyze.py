@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 
+import adapter_builders as adapters
 import image_models
 import model_builders as build
 import numpy as np
@@ -175,6 +176,41 @@ def test_data_sets_are_read_where_they_are_described(with_data, tmp_path, nufilt
     assert len(found["losses"]["layers"]) == 5 and as_array(losses["stability"])[0, 1].min() > 0
     np.testing.assert_allclose(as_array(losses["plasticity"])[0], 0, atol=1e-9)
     assert found["forecast"] is None and found["accuracy"] is None
+
+
+def measured(nufilt, study, out, tasks, *options):
+    given = [part for name, folder in tasks.items() for part in ("--task", f"{name}={folder}")]
+    merged = nufilt("merge", "--base", study / "base", *given, "--out", out, "--method", "sum", *options)
+    assert merged.code == 0, merged.err
+    result = nufilt("analyze", out, "--tasks-file", study / "tasks.json", "--images", "4", "--json")
+    assert result.code == 0 and result.json["missing"] == {}, result.err
+    return result.json
+
+
+def test_a_task_is_read_as_the_merge_read_it(with_data, tmp_path, nufilt):
+    """Its names begin otherwise than the base's."""
+    plain = measured(nufilt, with_data, tmp_path / "plain", {name: with_data / name for name in ("alpha", "beta")})
+    wrapped = {f"module.{name}": x for name, x in build.weights(with_data / "beta").items()}
+    vision = json.loads((with_data / "beta" / "config.json").read_text())
+    image_models.write_model(tmp_path / "beta", wrapped, vision)
+    tasks = {"alpha": with_data / "alpha", "beta": tmp_path / "beta"}
+    found = measured(nufilt, with_data, tmp_path / "out", tasks)
+    assert (found["losses"], found["affinity"]) == (plain["losses"], plain["affinity"])
+
+
+def test_an_adapter_whose_base_was_not_read(with_data, tmp_path, nufilt):
+    whole = image_models.params()
+    modules = [f"vision_model.encoder.layers.0.{name}" for name in ("self_attn.q_proj", "mlp.fc1")]
+    tasks = {}
+    for seed, name in enumerate(("alpha", "beta")):
+        pairs = adapters.factors(whole, seed, modules=modules)
+        tasks[name] = adapters.write(tmp_path / name, pairs, base_model_name_or_path=str(with_data / "base"))
+    found = measured(nufilt, with_data, tmp_path / "out", tasks, "--output", "adapter")
+    assert all(
+        name.endswith("#header")
+        for name in json.loads((tmp_path / "out" / "nufilt.json").read_text())["base"]["sha256"]
+    )
+    assert np.nanmax(as_array(found["losses"]["methods"]["sum"]["plasticity"])[0]) < 1e-6
 
 
 def test_without_images_the_report_has_the_rest(shared_models, tmp_path, nufilt, command):

@@ -59,6 +59,16 @@ def written(models):
     return write
 
 
+@pytest.mark.parametrize("key", ["task", "tasks"])
+def test_a_list_of_tasks_is_found_from_the_file_too(key, written, models):
+    text = f'base = "base"\n{key} = ["beta=./beta", "alpha=alpha", "hub=someone/model", "bare"]'
+    assert read_options(written("merge.toml", text))["task"] == (
+        [f"beta={models / 'beta'}", f"alpha={models / 'alpha'}", "hub=someone/model", "bare"]
+    )
+    (models / "own.toml").write_text(f'{key} = ["alpha"]')
+    assert read_options(models / "own.toml", "evaluate") == {"task": ["alpha"]}
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_is_the_command(name, written, models, tmp_path, nufilt, command, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -126,6 +126,28 @@ def test_scores_that_nobody_took(study, evaluated, tmp_path, nufilt):
     assert (row["bwt"], row["accuracy"]) == (None, read(evaluated)["models"][0]["accuracy"])
 
 
+def test_a_file_that_answers_another_question_is_no_answer(study, merged, nufilt):
+    whole = read(merged)
+    other = {**whole["models"][0], "name": "other"}
+    argv = merge(study, merged, *with_scores(study))
+    for changed in (
+        {"limit": 3},
+        {"dtype": "bfloat16"},
+        {"tasks": ["alpha"]},
+        {"models": 3},
+        {"models": [{"name": "other", "accuracy": {"alpha": 1.0}, "acc": 1.0}]},
+        {"models": [{key: other[key] for key in other if key != "name"}]},
+    ):
+        (merged / "evaluation.json").write_text(json.dumps(whole | {"models": [other]} | changed))
+        for command in (argv, evaluate(study, merged)):
+            result = nufilt(*command)
+            assert (result.code, result.json["evaluation"]) == (0, whole), result.err
+    (merged / "evaluation.json").write_text(json.dumps(whole | {"models": [other]}))
+    assert nufilt(*argv).json["evaluation"]["models"] == [other]
+    some = nufilt(*argv, "--limit", "16").json["evaluation"]
+    assert (some["limit"], [row["name"] for row in some["models"]]) == (16, ["task_arithmetic"])
+
+
 def test_an_added_task_has_no_score_before(study, evaluated, tmp_path, nufilt):
     out = tmp_path / "out"
     assert nufilt(*merge(study, out, *with_scores(study), names=NAMES[:2])).code == 0

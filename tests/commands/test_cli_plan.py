@@ -1,5 +1,6 @@
 """--plan writes nothing and refuses what a merge refuses; stdout and stderr hold what they should, bare."""
 
+import dataclasses
 import json
 import os
 import re
@@ -11,7 +12,8 @@ import model_builders as build
 import numpy as np
 import pytest
 
-from nufilt_jax.engine import layout
+from nufilt_jax.engine import estimate, layout
+from nufilt_jax.methods import RULES
 
 ANSI = "\x1b["
 
@@ -47,6 +49,17 @@ def test_plan_says_what_will_be_done(shared_models, tmp_path, nufilt, command):
     assert shapes == {(build.WIDTH, build.WIDTH): 8, (build.HIDDEN, build.WIDTH): 2}
     text = nufilt(*command(shared_models, tmp_path / "out", "--plan")).out
     assert all(f"{name}: {shared_models / name}" in text for name in ("alpha", "beta", "gamma"))
+
+
+def test_time_is_told_of_methods_whose_cost_is_known(shared_models, tmp_path, nufilt, command, monkeypatch):
+    monkeypatch.setattr(estimate, "products_per_second", lambda: 1e10)
+    monkeypatch.setitem(RULES, "own", dataclasses.replace(RULES["sum"], name="own", elementwise=False))
+    elementwise = {name for name, rule in RULES.items() if rule.elementwise}
+    assert elementwise == {"sum", "weight_average", "task_arithmetic", "magmax"}
+    for method, is_known in (("nufilt", True), ("magmax", True), ("null_space", False), ("own", False)):
+        argv = command(shared_models, tmp_path / "out", "--plan", "--json", "--method", method, n=2)
+        seconds = nufilt(*argv).json["seconds"]
+        assert (seconds["merging"] is not None) == (seconds["compiling"] is not None) == is_known
 
 
 def test_plan_of_a_merge_that_is_there(shared_models, tmp_path, nufilt, command):

@@ -90,12 +90,23 @@ def test_verbose_and_done(shared_models, tmp_path, nufilt, command):
     first = nufilt(*argv, "-v")
     assert re.search(r"nufilt: +\d+\.\d\d s  beta \(2 of 2\): \d+ layers of width 16, loss", first.err)
     assert "all is done" not in first.out
+    memory = json.loads((tmp_path / "out" / "nufilt.json").read_text())["memory"]
+    peak, planned = (f"{memory[what] / 1e9:.2f}" for what in ("peak", "planned"))
+    assert f"\nmemory  {peak} GB at most, {planned} GB planned\n" in first.out
     for head in ("seconds", "compiling", "solving"):
         assert head in first.out
     again = nufilt(*argv)
     assert f"all is done: merged model: {tmp_path / 'out'}" in again.out and "resumed" not in again.out
+    assert "memory" not in again.out
     timings = json.loads((tmp_path / "out" / "nufilt.json").read_text())["steps"][1]["timings"]
     assert 0 <= timings["compile"] <= timings["solve"]
+
+
+def test_verbose_goes_with_json_and_not_with_quiet(shared_models, tmp_path, nufilt, command):
+    argv = command(shared_models, tmp_path / "out", "--method", "sum", "--json", n=1)
+    told = nufilt(*argv, "--verbose")
+    assert told.json["steps"] and re.search(r"nufilt: +\d+\.\d\d s  alpha \(1 of 1\)", told.err)
+    assert nufilt(*argv, "--verbose", "--quiet").err == ""
 
 
 def test_push_says_what_it_would_upload(shared_models, tmp_path, nufilt, command, refused):

@@ -122,9 +122,9 @@ def test_a_merge_that_another_run_writes_is_not_read(merged, models, tmp_path, n
 
 def rehashed(out, **changes):
     """Writes the hashes of an output anew, as somebody would who wants to hide what was changed."""
-    recipe = recipe_of(out)
+    recipe = recipe_of(out) | changes
     recipe["files"] = {name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in recipe["files"]}
-    (out / "nufilt.json").write_text(json.dumps(recipe | changes))
+    (out / "nufilt.json").write_text(json.dumps(recipe))
 
 
 def change_model(out, factor):
@@ -144,6 +144,50 @@ def test_what_another_recipe_would_give_is_found(merged, nufilt):
     )
     assert "where 0 is allowed" in line
     assert nufilt("verify", merged, "--quick").code == 0
+
+
+def test_numbers_that_json_has_not(merged, nufilt):
+    """A copied tensor has no update to measure by, and a difference from a NaN is none."""
+    tensors = build.weights(merged)
+    copied = build.FC2
+    for changed in ({copied: tensors[copied] + np.float32(1)}, {build.Q0: tensors[build.Q0] * np.float32(np.nan)}):
+        build.save_file(tensors | changed, merged / "model.safetensors", {"format": "pt"})
+        rehashed(merged)
+        result = nufilt("verify", merged, "--json")
+        (line,) = result.lines
+        assert result.code == 1 and f"{next(iter(changed))}: is not what the recipe gives" in line
+        again = result.json["recomputed"]
+        assert (again["worst"], again["worst_tensor"]) == (None, next(iter(changed)))
+
+
+def test_a_folder_without_its_state(merged, nufilt):
+    """As `push` leaves it on the Hub: the model holds, and so does all that is there."""
+    n_files = sum(not name.startswith("state/") for name in recipe_of(merged)["files"])
+    state, arrays = merged / "state", merged / "state" / "window-0000" / "arrays.safetensors"
+    arrays.rename(merged.with_name("arrays"))
+    (line,) = nufilt("verify", merged, "--quick").lines
+    assert line.startswith(f"nufilt: {arrays}: is missing")
+    shutil.rmtree(state)
+    for options in ((), ("--quick",)):
+        told = nufilt("verify", merged, "--json", *options)
+        assert (told.code, told.err, told.json["holds"], told.json["files"]) == (0, "", True, n_files)
+        (note,) = told.json["notes"]
+        assert note.startswith("state/ is not there")
+    assert nufilt("verify", merged, "--quick").out.splitlines()[-2:] == [f"note    {note}", "verified"]
+    change_model(merged, 1.01)
+    rehashed(merged, files={name: "" for name in recipe_of(merged)["files"] if not name.startswith("state/")})
+    assert nufilt("verify", merged, "--quick").code == 0
+    (line,) = nufilt("verify", merged).lines
+    assert f"{build.Q0}: is not what the recipe gives" in line
+
+
+def test_interrupted_it_has_nothing_to_go_on_from(merged, nufilt, monkeypatch):
+    def struck(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nufilt_jax.commands.verify.verify_hashes", struck)
+    result = nufilt("verify", merged)
+    assert (result.code, result.lines) == (130, ["nufilt: interrupted; the same command again begins anew"])
 
 
 def test_other_versions_may_change_bits_and_little_more(merged, nufilt):

@@ -9,6 +9,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
+from nufilt_jax import compile_cache
 from nufilt_jax.errors import ConfigError, OutputError
 from nufilt_jax.evaluation import evaluate_tasks
 from nufilt_jax.models import canonical_shapes, parse_vision_config
@@ -161,6 +162,15 @@ def test_default_folder(tmp_path, monkeypatch):
     assert default_folder() == tmp_path / ".cache" / "nufilt_jax" / "tiny"
     monkeypatch.setattr(sys, "platform", "darwin")
     assert default_folder() == tmp_path / "Library" / "Caches" / "nufilt_jax" / "tiny"
+    assert compile_cache.default_folder() == str(tmp_path / "Library" / "Caches" / "nufilt_jax" / "xla")
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "local"))
+    assert default_folder() == tmp_path / "local" / "nufilt_jax" / "tiny"
+    assert compile_cache.default_folder() == str(tmp_path / "local" / "nufilt_jax" / "xla")
+    monkeypatch.delenv("LOCALAPPDATA")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    with pytest.raises(ConfigError, match="NUFILT_CACHE: is not set, and this user has no home folder"):
+        default_folder()
 
 
 def test_unknown_model():
