@@ -134,4 +134,6 @@ def _scores(plan: Plan, place: OutputPlace, watcher: show.ProgressWatcher) -> di
 
     names = [source.name for source in plan.sources]
     there = evaluation_there(place.out, names, plan.evaluation)
-    return there or evaluate_folder(place.out, (), plan.evaluation, watcher.phase)
+    if there and any(row["name"] == plan.settings.method for row in there["models"]):
+        return there
+    return evaluate_folder(place.out, (), plan.evaluation, watcher.phase)

@@ -1,6 +1,7 @@
 """The command `verify`: whether a merge is what its recipe says."""
 
 import contextlib
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -105,7 +106,7 @@ def _lines(found: Verification, *, quick: bool) -> list[str]:
         changed = ", ".join(f"{what} (then {then}, now {now})" for what, then, now in found.differences)
         lines.append(f"since   {changed}: bits may differ, and {TOLERANCE:g} of an update per task is allowed")
     if compared := found.comparison:
-        worst = f"; at most {compared.worst:.2g} of an update apart" if compared.worst else ""
+        worst = f"; at most {compared.worst:.2g} of an update apart" if 0 < compared.worst < math.inf else ""
         lines.append(f"again   {compared.identical} of {compared.tensors} tensors are the same in every bit{worst}")
     elif not quick:
         lines.append("again   not merged: see the lines on stderr")

@@ -186,9 +186,9 @@ def _judge(found: Comparison, where: str, name: str, old: Any, new: Any, start: 
     if share > found.worst:
         found.worst, found.worst_tensor = share, name
     if not difference <= tolerance * update + rounding:
-        what = (
-            f"is not what the recipe gives: it differs by {share:.2g} of its update, where {tolerance:.2g} is allowed"
-        )
+        what = "is not what the recipe gives"
+        if math.isfinite(share):
+            what += f": it differs by {share:.2g} of its update, where {tolerance:.2g} is allowed"
         found.problems.append(Problem(where, what, _AGAIN, name))
 
 

@@ -143,7 +143,7 @@ def test_a_file_that_answers_another_question_is_no_answer(study, merged, nufilt
             result = nufilt(*command)
             assert (result.code, result.json["evaluation"]) == (0, whole), result.err
     (merged / "evaluation.json").write_text(json.dumps(whole | {"models": [other]}))
-    assert nufilt(*argv).json["evaluation"]["models"] == [other]
+    assert nufilt(*argv).json["evaluation"]["models"] == [other, *whole["models"]]  # it was not in the file
     some = nufilt(*argv, "--limit", "16").json["evaluation"]
     assert (some["limit"], [row["name"] for row in some["models"]]) == (16, ["task_arithmetic"])
 
