@@ -19,12 +19,13 @@ _LOOKUP = re.compile(
     r"|rel_pos_\w+|relative_attention_bias|relative_position_bias_table|relative_position_index)(?:\.weights?)?"
 )
 _VOCABULARY = re.compile(
-    r"(?:.*\.)?(?:shared|wte|embed_tokens|\w*word_embeddings|tok_embeddings|token_embedding)\.weight"
+    r"(?:.*\.)?(?:shared|wte|\w*embed_tokens|tokens_embed|embed_in|\w*word_embeddings?|tok_embeddings|\w*token_embedding"
+    r"|embeddings?|lm_head|shared_head\.head)\.weight"
 )
 _NORM = re.compile(
     r"(?:.*\.)?(?:\w*norm\w*|ln_?\w*|\w*_ln|layer_?norm\w*)(?:\.\d+)?\.(?:weight|scale|gamma|beta)", re.I
 )
-_ROUTER = re.compile(r"(?:.*\.)?(?:router(?:\.\w+)*|gate|shared_expert_gate|wg)(?:\.weight)?")
+_ROUTER = re.compile(r"(?:.*\.)?(?:(?:\w*router\w*|gate)(?:\.\w+)*|shared_expert_gate|wg)(?:\.weight)?")
 _BIAS = re.compile(r"(?:.*[._])?bias(?:es|_[a-z])?")
 # Scales of blocks of numbers, and the recurrence of state-space and RWKV blocks: two axes, and no linear map.
 _SCALE = re.compile(r"(?:.*\.)?(?:A_log|D|\w*scales?(?:_inv)?|translate|time_\w+|layer_scale\w*|lambda\w*)")
@@ -42,6 +43,9 @@ _BUFFER = re.compile(
     r"|relative_position_index|relative_coords_table|attn_mask|causal_mask|num_batches_tracked|final_logits_bias"
     r"|embed_positions\.weights|sinusoidal_embeddings|rotary_emb\.freqs)"
 )
+# Blocks that predict further tokens: under a name of their own, or numbered on behind the model's, with these members.
+_FURTHER = re.compile(r"(?:^|\.)mtp(?:_\w+)?\.")
+_FURTHER_BLOCK = re.compile(r"(.+\.\d+\.)(?:eh_proj|shared_head)\.")
 _MASK = re.compile(r"(?:.*\.)?(?:attn|attention)\.(?:bias|mask)")
 
 
@@ -103,21 +107,37 @@ def is_linear(name: str, shape: Shape) -> bool:
 
 
 def _is_no_map(name: str) -> bool:
-    return any(kind.fullmatch(name) for kind in (_LOOKUP, _NORM, _ROUTER, _BIAS, _SCALE))
+    return any(kind.fullmatch(name) for kind in (_LOOKUP, _VOCABULARY, _NORM, _ROUTER, _BIAS, _SCALE))
+
+
+def multi_token_prediction(names: Iterable[str]) -> frozenset[str]:
+    """The tensors of blocks that predict tokens beyond the next, which `transformers` drops when it loads a model.
+
+    >>> sorted(multi_token_prediction(["layers.4.eh_proj.weight", "layers.4.enorm.weight", "layers.3.up.weight"]))
+    ['layers.4.eh_proj.weight', 'layers.4.enorm.weight']
+    """
+    names = tuple(names)
+    blocks = tuple({found[1] for name in names if (found := _FURTHER_BLOCK.match(name))})
+    return frozenset(name for name in names if name.startswith(blocks) or _FURTHER.search(name))
+
+
+# All that a block of CLIP's vision tower has.
+_CLIP_BLOCK = re.compile(r"vision_model\.encoder\.layers\.\d+\.(?:self_attn\.(?:q|k|v|out)_proj|mlp|layer_norm[12])\.")
+_NOT_CLIP = re.compile(r"vision_model\.(?:head\.|embeddings\.patch_embedding\.bias)")  # SigLIP's
 
 
 def family_of(names: Iterable[str]) -> Family:
     """The family of models whose published choice of layers is known and narrower than all linear layers.
 
-    By names, since a task's config may be missing. Other models call a tower `vision_model` too: SigLIP's patches have
-    a bias, and it has a head; BLIP's attention is fused.
+    By names, since a task's config may be missing. Many models call a tower `vision_model`. CLIP's has blocks of its
+    own make, and there are no blocks beside it but those of `text_model`: no language model, decoder or query former.
     """
     names = tuple(names)
     if any(name.startswith(("multi_modal_projector.", "vision_tower.")) for name in names):
         return "llava"
-    tower = [name for name in names if name.startswith("vision_model.")]
-    foreign = re.compile(r"vision_model\.(head\.|embeddings\.patch_embedding\.bias|encoder\.layers\.\d+\.\w+\.qkv)")
-    return "clip" if tower and not any(foreign.match(name) for name in tower) else "other"
+    blocks = [name for name in names if in_block(name) and not name.startswith("text_model.")]
+    is_clip = blocks and all(map(_CLIP_BLOCK.match, blocks)) and not any(map(_NOT_CLIP.match, names))
+    return "clip" if is_clip else "other"
 
 
 _PART = re.compile(r"(?P<tensor>.+)\[(?P<index>\d+|:)\]")

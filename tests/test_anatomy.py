@@ -23,6 +23,7 @@ LINEAR = [
     "blocks.3.norm1.linear.weight",
     "model.layers.3.feed_forward.w2.weight",
     "backbone.layers.0.mixer.in_proj.weight",
+    "mtp.layers.0.self_attn.q_proj.weight",
 ]
 NOT_LINEAR = [
     "model.embed_tokens.weight",
@@ -33,6 +34,10 @@ NOT_LINEAR = [
     "model.layers.0.block_sparse_moe.gate.weight",
     "model.layers.0.mlp.router.weight",
     "model.layers.0.block_sparse_moe.router.layer.weight",
+    "model.language_model.layers.0.altup.modality_router.weight",
+    "model.layers.0.mlp.router_gate.weight",
+    "model.layers.0.mlp.gate.wg.weight",
+    "model.layers.61.shared_head.head.weight",
     "model.layers.0.mlp.shared_expert_gate.weight",
     "model.layers.0.mlp.experts.gate_up_proj_bias",
     "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
@@ -95,12 +100,26 @@ def test_a_bias_is_no_mask():
         (["vision_model.encoder.layers.0.mlp.fc2.weight", "text_model.embeddings.position_ids"], "clip"),
         (["vision_model.encoder.layers.0.mlp.fc2.weight", "vision_model.head.mlp.fc1.weight"], "other"),
         (["vision_model.encoder.layers.0.self_attn.qkv.weight"], "other"),
+        (["vision_model.model.encoder.layers.0.mlp.fc1.weight", "text_model.model.layers.0.fc1.weight"], "other"),
+        (
+            ["vision_model.encoder.layer.0.output.dense.weight", "text_model.encoder.layer.0.output.dense.weight"],
+            "other",
+        ),
+        (["vision_model.encoder.layers.0.mlp.fc1.weight", "language_model.layers.0.mlp.up_proj.weight"], "other"),
+        (["vision_model.encoder.layers.0.mlp.fc1.weight", "text_decoder.bert.encoder.layer.0.x.weight"], "other"),
+        (["vision_model.encoder.layers.0.mlp.fc1.weight", "classifier.weight"], "clip"),
         (["multi_modal_projector.linear_1.weight", "language_model.model.norm.weight"], "llava"),
         (["model.layers.0.mlp.up_proj.weight"], "other"),
     ],
 )
 def test_families_are_told_by_names(names, family):
     assert anatomy.family_of(names) == family
+
+
+@pytest.mark.parametrize("name", ["gpt_neox.embed_in", "backbone.embeddings", "embeddings", "model.embed_tokens"])
+def test_tables_with_a_row_for_each_token(name):
+    assert anatomy.is_vocabulary(f"{name}.weight")
+    assert not anatomy.is_vocabulary(f"{name}.position_embeddings.weight")
 
 
 def test_patterns_keep_the_usual_order_and_fused_names_whole():

@@ -15,8 +15,12 @@ FLAX = "flax"
 PEFT = "peft"  # an adapter, which needs its base
 ADDED = "added_parameters.safetensors"  # what a merge added to its model, see `added`
 
-_SINGLE = {SAFETENSORS: "model.safetensors", FLAX: "flax_model.msgpack"}
-_INDEX = {SAFETENSORS: "model.safetensors.index.json", FLAX: "flax_model.msgpack.index.json"}
+# Of a whole model, or of one of its shards' index; what transformers calls it comes before what diffusers does.
+_NAMES = {
+    SAFETENSORS: ("model.safetensors", "diffusion_pytorch_model.safetensors"),
+    FLAX: ("flax_model.msgpack",),
+}
+_INDEX = ".index.json"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 _WEIGHTS = re.compile(
@@ -81,11 +85,11 @@ class Layout:
 
 def find_weights(names: Collection[str]) -> Layout | None:
     """The weights to read: safetensors before Flax, one file before shards, then adapters; None if there are none."""
-    for kind in (SAFETENSORS, FLAX):
-        if _SINGLE[kind] in names:
-            return Layout(kind, _SINGLE[kind], is_index=False)
-        if _INDEX[kind] in names:
-            return Layout(kind, _INDEX[kind], is_index=True)
+    for kind, file in ((kind, file) for kind, files in _NAMES.items() for file in files):
+        if file in names:
+            return Layout(kind, file, is_index=False)
+        if file + _INDEX in names:
+            return Layout(kind, file + _INDEX, is_index=True)
     if ADAPTER_CONFIG in names and ADAPTER in names:
         return Layout(PEFT, ADAPTER, is_index=False)
     return None
@@ -93,7 +97,7 @@ def find_weights(names: Collection[str]) -> Layout | None:
 
 def single_file(kind: str) -> str:
     """Name of the weight file of an unsharded model."""
-    return _SINGLE[kind]
+    return _NAMES[kind][0]
 
 
 def no_weights_problem(where: str, names: Collection[str]) -> Problem:
@@ -108,15 +112,14 @@ def no_weights_problem(where: str, names: Collection[str]) -> Problem:
         return Problem(where, f"holds {ADAPTER} without its {ADAPTER_CONFIG}", "download or save it again")
     if "model_index.json" in names:
         what = "is a diffusers pipeline: its components are models of their own"
-        held = [f"{where}/{name}" for name in components(where, names)]
-        return Problem(where, what, f"give the folder of one: {', '.join(held) or 'its unet/ or text_encoder/'}")
+        return Problem(where, what, _component_to_give(where, names))
     if pickles := sorted(name for name in names if _PICKLE.search(name)):
         what = "is a pickle, which can run any code when loaded, and the folder has no other weights"
         return Problem(f"{where}/{pickles[0]}", what, CONVERT)
     if others := sorted(name for name in names if _WEIGHTS.search(name)):
-        expected = f"neither {_SINGLE[SAFETENSORS]} nor {_INDEX[SAFETENSORS]} nor their Flax forms"
+        expected = f"neither {single_file(SAFETENSORS)} nor {single_file(SAFETENSORS)}{_INDEX} nor their Flax forms"
         return Problem(where, f"holds {others[0]}, but {expected}", "save it with transformers' save_pretrained")
-    return Problem(where, "holds no weights", f"expected {_SINGLE[SAFETENSORS]} or {_SINGLE[FLAX]}")
+    return Problem(where, "holds no weights", f"expected {single_file(SAFETENSORS)} or {single_file(FLAX)}")
 
 
 def is_weight_file(name: str) -> bool:
@@ -135,7 +138,18 @@ def is_small(name: str) -> bool:
 
 
 def components(where: str, names: Collection[str]) -> list[str]:
-    """The subfolders that hold weights to be read, of a folder on disk or among the names of a Hub repository."""
-    here = {path.parent.name for kind in _SINGLE for path in Path(where).glob(f"*/*.{kind}")}
-    parts = (name.split("/") for name in names)
-    return sorted(here | {part[0] for part in parts if len(part) == 2 and part[1].endswith(f".{SAFETENSORS}")})
+    """The subfolders whose weights can be read, of a folder on disk or among the names of a Hub repository."""
+    here = (f"{path.parent.name}/{path.name}" for path in Path(os.path.expanduser(where)).glob("*/*"))
+    inside: dict[str, set[str]] = {}
+    for folder, _, file in (name.rpartition("/") for name in (*names, *here)):
+        inside.setdefault(folder, set()).add(file)
+    return sorted(folder for folder, files in inside.items() if folder and "/" not in folder and find_weights(files))
+
+
+def _component_to_give(where: str, names: Collection[str]) -> str:
+    held = components(where, names)
+    if not held:
+        return f"none of them has {' or '.join(_NAMES[SAFETENSORS])}: save it again, without a variant"
+    if not os.path.isdir(os.path.expanduser(where)):  # the Hub gives whole repositories alone
+        return f"download it and give the folder of one: {', '.join(held)}"
+    return f"give the folder of one: {', '.join(f'{where}/{name}' for name in held)}"

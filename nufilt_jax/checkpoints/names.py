@@ -26,6 +26,8 @@ _VISION_RULES = ((rf"^{_VISION_PARTS}", r"vision_model.\1."),)
 _TEXT_RULES = ((rf"^{_TEXT_PARTS}", r"text_model.\1."),)
 
 _FLAX_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
+# Models whose head is tied unless their config says otherwise, of those with names as Llama's; few configs say it.
+_TIED = re.compile(r"(?:gemma\d?n?|cohere\d?|lfm\d|ernie4_5)(?:_moe|_text)?")
 _T5_EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 
 
@@ -134,11 +136,21 @@ def alias_groups(names: Collection[str], config: Mapping[str, Any]) -> list[tupl
         return [(*_T5_EMBEDDINGS, "lm_head.weight") if _ties_t5_head(config) else _T5_EMBEDDINGS]
     prefix = "language_model." if any(name.startswith("language_model.") for name in names) else ""
     embedding, head = f"{prefix}model.embed_tokens.weight", f"{prefix}lm_head.weight"
-    text_config = config.get("text_config")
-    tied = config.get("tie_word_embeddings") is True or (
-        isinstance(text_config, dict) and text_config.get("tie_word_embeddings") is True
-    )
+    parts = _with_text_config(config)
+    by_default = any(_TIED.fullmatch(str(part.get("model_type", ""))) for part in parts) and not unties(config)
+    tied = by_default or any(part.get("tie_word_embeddings") is True for part in parts)
     return [(embedding, head)] if tied and (embedding in names or head in names) else []
+
+
+def unties(config: Mapping[str, Any]) -> bool:
+    """Whether a config says that a head has weights of its own; what it does not say is that the two are tied."""
+    said = [part["tie_word_embeddings"] for part in _with_text_config(config) if "tie_word_embeddings" in part]
+    return False in said and True not in said
+
+
+def _with_text_config(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    text_config = config.get("text_config")
+    return [config, text_config] if isinstance(text_config, dict) else [config]
 
 
 def _ties_t5_head(config: Mapping[str, Any]) -> bool:

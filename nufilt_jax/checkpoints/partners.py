@@ -3,9 +3,9 @@
 import dataclasses
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
-from nufilt_jax.anatomy import is_buffer, is_head, is_vocabulary
+from nufilt_jax.anatomy import is_buffer, is_head, is_vocabulary, multi_token_prediction
 from nufilt_jax.checkpoints.dtypes import FLOATS, INTEGERS
 from nufilt_jax.checkpoints.folders import ADDED
 from nufilt_jax.checkpoints.prefixes import Matched, match_names
@@ -24,13 +24,22 @@ class Fitted:
 
     Attributes:
       task: in the base's names; tensors that stay the base's are the base's own, so that they count as unchanged.
-      notices: what the user did not get: heads and tables that stay the base's, names read otherwise than stored.
+      renamed: what of its names was read otherwise than stored.
+      kept: heads and tables that stay the base's, or that the base has no place for, and why.
       problems: what keeps the task from being merged.
+      class_prefix: what its class puts before the base's names, as `transformer.` before those of a bare GPT-2.
     """
 
     task: Checkpoint
-    notices: tuple[str, ...] = ()
+    renamed: tuple[str, ...] = ()
+    kept: Mapping[str, str] = dataclasses.field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
+    class_prefix: str = ""
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What the user of a merge did not get."""
+        return tuple(f"{self.task.source}: {notice}" for notice in (*self.renamed, *_staying(self.kept)))
 
 
 def fit(
@@ -39,23 +48,27 @@ def fit(
     """Compares a task with the base.
 
     A task may lack tensors that are not touched, computed buffers, and copies of tied tensors, and float types may
-    differ. Heads that one of the two lacks, or has in another size, and grown vocabularies stay the base's. Anything
-    else that the base has no place for is a problem, and so are parameters that a merge added.
+    differ. Heads that one of the two lacks, or has in another size, grown vocabularies, and blocks for multi-token
+    prediction that only one of the two has stay the base's. Anything else that the base has no place for is a problem,
+    and so are parameters that a merge added.
 
     Args:
       base: the base.
       task: a model fine-tuned from it.
       touched: canonical names of the tensors that the merge reads.
-      asked_for: whether the user's own expression selected them: then none of them may differ.
+      asked_for: whether the user's own expression selected them: then no head and no table of them may differ.
       strict: make problems of all notices.
     """
     matched = match_names(base, task, touched)
     task, is_touched = matched.task, frozenset(touched)
     kept = {} if asked_for else {name: what for name in touched if (what := _own_head(base, task, name))}
     kept |= {name: what for name in base.tensors if name not in is_touched and (what := _other_size(base, task, name))}
+    if not is_touched <= (dropped := _dropped(base, task)):  # else nothing would be left to merge
+        kept |= {name: _none_in_task(base, name) for name in touched if name in dropped}
     extra = _extra(base, task)
     tied = {alias.name for info in base.tensors.values() for alias in info.aliases}
-    heads = dict.fromkeys(name for name in extra if (is_head(name) or name in matched.apart) and name not in tied)
+    apart = matched.apart | _dropped(task, base)
+    heads = dict.fromkeys(name for name in extra if (is_head(name) or name in apart) and name not in tied)
     merged = [name for name in touched if name not in kept]
     problems = [
         *_mixtures(base, task),
@@ -64,15 +77,22 @@ def fit(
         *_homeless(base, task, [name for name in extra if name not in heads]),
     ]
     own = kept | {name: "the base has none" for name in heads}
-    notices = [*_renamed(matched), *_staying(own, task)]
+    renamed = tuple(_renamed(matched))
     if strict:
         fix = "leave out --strict to keep the base's"
         problems += [Problem(task.source, what, fix, _stored(base, task, name)) for name, what in own.items()]
-        problems += [Problem(task.source, notice, "leave out --strict") for notice in _renamed(matched)]
+        problems += [Problem(task.source, notice, "leave out --strict") for notice in renamed]
+        renamed, own = (), {}
     tensors = {name: info for name, info in task.tensors.items() if name not in heads}
     tensors |= {name: base.tensors[name] for name in kept if name in is_touched}
-    told = (f"{task.source}: {notice}" for notice in notices)
-    return Fitted(dataclasses.replace(task, tensors=tensors), () if strict else tuple(told), tuple(problems))
+    task = dataclasses.replace(task, tensors=tensors)
+    return Fitted(task, renamed, own, tuple(problems), matched.class_prefix)
+
+
+def _dropped(one: Checkpoint, other: Checkpoint) -> frozenset[str]:
+    """The blocks for multi-token prediction of a model, if another has none of them: loading and saving drops them."""
+    blocks = multi_token_prediction(one.tensors)
+    return blocks if blocks.isdisjoint(other.tensors) else frozenset()
 
 
 def _own_head(base: Checkpoint, task: Checkpoint, name: str) -> str:
@@ -81,7 +101,7 @@ def _own_head(base: Checkpoint, task: Checkpoint, name: str) -> str:
     if ours is None or (theirs is None and not is_head(name)):
         return ""
     if theirs is None:
-        return f"{list(ours.shape)} in the base, none in the task"
+        return _none_in_task(base, name)
     grown = is_vocabulary(name) and ours.shape[1:] == theirs.shape[1:]
     if ours.shape == theirs.shape or not (grown or is_head(name)) or theirs.dtype not in FLOATS:
         return ""
@@ -94,6 +114,10 @@ def _other_size(base: Checkpoint, task: Checkpoint, name: str) -> str:
     if theirs is None or ours.shape == theirs.shape or {ours.dtype, theirs.dtype} & INTEGERS:
         return ""
     return "" if is_buffer(name, ours.shape) else _two_shapes(ours, theirs)
+
+
+def _none_in_task(base: Checkpoint, name: str) -> str:
+    return f"{list(base.tensors[name].shape)} in the base, none in the task"
 
 
 def _two_shapes(ours: TensorInfo, theirs: TensorInfo) -> str:
@@ -116,13 +140,17 @@ def _renamed(matched: Matched) -> Iterator[str]:
         yield f"{matched.renamed} names lack the base's prefix {matched.added!r}: read with it"
 
 
-def _staying(own: dict[str, str], task: Checkpoint) -> Iterator[str]:
+def _staying(kept: Mapping[str, str]) -> Iterator[str]:
     """One line that counts what stays the base's."""
-    if own:
-        shown = [f"{name} ({what})" for name, what in list(own.items())[:4]]
-        more = f" and {len(own) - 4} more" if len(own) > 4 else ""
-        tensors = "1 tensor is" if len(own) == 1 else f"{len(own)} tensors are"
-        yield f"{tensors} not merged and stay the base's: {', '.join(shown)}{more}; --strict refuses that"
+    if kept:
+        tensors = "1 tensor is" if len(kept) == 1 else f"{len(kept)} tensors are"
+        yield f"{tensors} not merged and stay the base's: {listed(kept)}; --strict refuses that"
+
+
+def listed(kept: Mapping[str, str]) -> str:
+    """The first of some tensors, each with what is said of it, and the number of the others."""
+    shown = ", ".join(f"{name} ({what})" for name, what in list(kept.items())[:4])
+    return shown + (f" and {len(kept) - 4} more" if len(kept) > 4 else "")
 
 
 def _stored(base: Checkpoint, task: Checkpoint, name: str) -> str:

@@ -1,6 +1,7 @@
 """Names of a task that begin otherwise than the base's: wrappers, and backbones with and without a head."""
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 
@@ -8,6 +9,10 @@ from nufilt_jax.checkpoints.reader import Checkpoint
 
 _MOST = 3  # components of a prefix, and rounds: `module.` around `bert.`
 _CANDIDATES = 8
+# What torch's own ways to run a model put before its names, and peft.
+_WRAPPERS = re.compile(
+    r"(?:(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module|base_model\.model)\.)+"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +32,11 @@ class Matched:
     added: str = ""
     renamed: int = 0
     apart: frozenset[str] = frozenset()
+
+    @property
+    def class_prefix(self) -> str:
+        """The removed prefix without wrappers: what the task's class puts before the base's names."""
+        return "" if self.added else _WRAPPERS.sub("", self.removed)
 
 
 def match_names(base: Checkpoint, task: Checkpoint, wanted: Collection[str]) -> Matched:

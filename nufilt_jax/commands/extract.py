@@ -30,6 +30,7 @@ def extract(source: str, arguments: ExtractArguments, stdout: Console, stderr: C
     how = {"layers": arguments.layers, "dtype": arguments.dtype, "offline": arguments.offline}
     with watcher.progress:
         found = run(source, base, out, rank=rank, watch=watcher.phase, **how)
+    show.show_warnings(stderr, found.notices)
     if found.outside > MOST_OUTSIDE:
         what = f"{source}: {found.outside:.1%} of its squared change is in tensors that the adapter does not hold"
         show.show_warnings(stderr, (f"{what} (select more with --layers)",))

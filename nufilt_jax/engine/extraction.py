@@ -14,8 +14,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from nufilt_jax.anatomy import tensor_of
-from nufilt_jax.checkpoints import Checkpoint, open_checkpoint, open_task, parse_source
+from nufilt_jax.checkpoints import Checkpoint, fit, open_checkpoint, open_task, parse_source
 from nufilt_jax.checkpoints.dtypes import FLOATS, numpy_dtype
+from nufilt_jax.checkpoints.partners import Fitted, listed
 from nufilt_jax.checkpoints.peft.writer import NewPair, module_of, write_adapter
 from nufilt_jax.checkpoints.survey import squared_change
 from nufilt_jax.checkpoints.writer import output_error
@@ -61,11 +62,13 @@ class Extraction:
       kept: share of the squared change of all layers that the adapter holds.
       outside: share of the model's whole squared change that lies in tensors that an adapter does not reach, or that
         were not selected.
+      notices: names read otherwise than stored, and what the model has no partner of in the base, or the base in it.
     """
 
     layers: tuple[ExtractedLayer, ...]
     kept: float
     outside: float
+    notices: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """For `extract.json`."""
@@ -85,6 +88,8 @@ def extract(
 ) -> Extraction:
     """Writes the best adapter of a rank, for every layer by itself: B A is τ on its leading right singular vectors.
 
+    Its modules are called as the base's files name them, or as the model's class does if it puts a prefix before those.
+
     Args:
       source: the whole model, `PATH_OR_HUB[@REV]`.
       base_source: that it was fine-tuned from, or merged onto.
@@ -103,15 +108,19 @@ def extract(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(Problem(str(out), "exists and is not an empty folder", "choose another --out, or remove it"))
     base, model = _opened(source, base_source, offline)
-    names = _layers(base, model, layers)
+    reachable = _reachable(base, layers)
+    fitted = fit(base, model, reachable, asked_for=layers is not None)
+    raise_all(CheckpointError, fitted.problems)
+    model, names = fitted.task, tuple(name for name in reachable if name not in fitted.kept)
     found: dict[str, tuple[ExtractedLayer, Any]] = {}
     for members in _chunks(base, names):
         watch(f"{len(found)} of {len(names)} layers")
-        found |= _extracted(base, model, members, rank)
+        found |= _extracted(base, model, members, rank, fitted.class_prefix)
     pairs = {layer.module: NewPair(layer.rank, layer.shape, pair) for layer, pair in found.values() if layer.rank}
     if not pairs:
         raise CheckpointError(Problem(source, "differs from the base in none of the layers", "give another base"))
     result = _summary(base, model, [found[name][0] for name in names], names)
+    result = dataclasses.replace(result, notices=(*model.notices, *_notices(fitted)))
     _publish(out, lambda folder: write_adapter(folder, pairs, base, dtype=dtype), result)
     return result
 
@@ -123,22 +132,20 @@ def _opened(source: str, base_source: str, offline: bool) -> tuple[Checkpoint, C
     return base, open_task(name, base, revision=revision, offline=offline)
 
 
-def _layers(base: Checkpoint, model: Checkpoint, layers: str | None) -> tuple[str, ...]:
-    """The matrices that an adapter can reach, by name; both models have them in one shape."""
+def _reachable(base: Checkpoint, layers: str | None) -> tuple[str, ...]:
+    """The matrices that an adapter can reach, by name."""
     held = {name: info for name, info in base.tensors.items() if info.dtype in FLOATS}
     shapes = {name: jax.ShapeDtypeStruct(info.shape, numpy_dtype(info.dtype)) for name, info in held.items()}
     chosen = select(shapes, layers=layers).layers
-    names = tuple(name for name in chosen if name == tensor_of(name) and name.endswith(".weight"))
-    problems = []
-    for name in names:
-        theirs = model.tensors.get(name)
-        if theirs is None or theirs.shape != base.tensors[name].shape or theirs.dtype not in FLOATS:
-            have = "is missing" if theirs is None else f"is {theirs.dtype} {list(theirs.shape)}"
-            what = f"{have}; the base has it as {base.tensors[name].dtype} {list(base.tensors[name].shape)}"
-            stored = base.tensors[name].stored_name
-            problems.append(Problem(model.source, what, "both must share one architecture", stored))
-    raise_all(CheckpointError, problems)
-    return names
+    return tuple(name for name in chosen if name == tensor_of(name) and name.endswith(".weight"))
+
+
+def _notices(fitted: Fitted) -> Iterator[str]:
+    source = fitted.task.source
+    yield from (f"{source}: {notice}" for notice in fitted.renamed)
+    if fitted.kept:
+        tensors = "1 tensor has" if len(fitted.kept) == 1 else f"{len(fitted.kept)} tensors have"
+        yield f"{source}: {tensors} no place in the adapter: {listed(fitted.kept)}"
 
 
 def _chunks(base: Checkpoint, names: Sequence[str]) -> Iterator[tuple[str, ...]]:
@@ -149,7 +156,7 @@ def _chunks(base: Checkpoint, names: Sequence[str]) -> Iterator[tuple[str, ...]]
 
 
 def _extracted(
-    base: Checkpoint, model: Checkpoint, members: tuple[str, ...], rank: int
+    base: Checkpoint, model: Checkpoint, members: tuple[str, ...], rank: int, prefix: str
 ) -> dict[str, tuple[ExtractedLayer, Any]]:
     vectors = task_vector(base.read(members), model.unread(members), (members,)).stacks[0]
     _, m, n = vectors.shape
@@ -169,7 +176,7 @@ def _extracted(
             info = model.tensors[name]
             raise CheckpointError(Problem(str(info.file), "has NaN or infinite numbers", "", info.stored_name))
         share = min(1.0, (kept / whole) ** 2) if whole > 0 else 1.0
-        layer = ExtractedLayer(module=module_of(base, name), shape=(m, n), rank=used, kept=share)
+        layer = ExtractedLayer(module=prefix + module_of(base, name), shape=(m, n), rank=used, kept=share)
         results[name] = layer, functools.partial(_pair, a[i], b[i])
     return results
 

@@ -87,7 +87,7 @@ def select(
 ) -> Selection:
     """Selects from a model.
 
-    On CLIP models all of it stays within the vision tower, unless an expression names the text tower. Integer and
+    On CLIP models all of it stays within the vision tower, unless an expression names what is outside. Integer and
     computed buffers and empty tensors are never touched.
 
     Args:
@@ -151,10 +151,27 @@ def is_float(dtype: np.dtype) -> bool:
 
 
 def reach_of(names: Iterable[str], layers: str | None) -> Callable[[str], bool]:
-    """Which tensors a selection may look at: of a CLIP its vision tower, unless `layers` names the text tower."""
-    if anatomy.family_of(names) != "clip" or (layers is not None and "text_model" in layers):
+    """Which tensors a selection may look at: of a CLIP its vision tower, unless `layers` names what is outside.
+
+    Raises:
+      ConfigError: a broken expression.
+    """
+    names = tuple(names)
+    if anatomy.family_of(names) != "clip" or (layers is not None and _names_outside(names, _compiled(layers))):
         return lambda name: True
     return lambda name: name.startswith(CLIP_VISION)
+
+
+def _names_outside(names: Iterable[str], pattern: re.Pattern[str]) -> bool:
+    """Whether an expression finds a tensor outside the vision tower by the module that it is in, or finds none inside.
+
+    `text_model` and `(vision|text)_model.*q_proj` do so, and `q_proj`, which finds as much under any other module,
+    does not.
+    """
+    found = [name for name in names if pattern.search(name)]
+    outside = [name for name in found if not name.startswith(CLIP_VISION)]
+    by_module = (not pattern.search("_" + name[len(name.partition(".")[0]) :]) for name in outside)
+    return bool(outside) and (len(outside) == len(found) or any(by_module))
 
 
 def _compiled(layers: str) -> re.Pattern[str]:

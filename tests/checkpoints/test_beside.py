@@ -1,6 +1,8 @@
 """What an output holds beside the merged weights: the same from the Hub as from a folder."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from safetensors.numpy import save_file
 
 from nufilt_jax.checkpoints import load, open_checkpoint, save
 from nufilt_jax.checkpoints.beside import files_beside
+from nufilt_jax.checkpoints.folders import no_weights_problem
 from nufilt_jax.errors import CheckpointError
 
 PART = {"linear.weight": np.ones((2, 2), np.float32)}
@@ -97,7 +100,34 @@ def test_a_diffusers_pipeline_names_its_components(tmp_path, model):
         open_checkpoint(str(tmp_path))
     [problem] = caught.value.problems
     assert problem.what.startswith("is a diffusers pipeline")
-    assert problem.fix.endswith(str(tmp_path / model.split("/")[0]) if model else "unet/ or text_encoder/")
+    assert problem.fix.endswith(str(tmp_path / model.split("/")[0]) if model else "save it again, without a variant")
+
+
+def test_what_a_diffusers_pipeline_names_can_be_opened(tmp_path):
+    """And its component keeps the names of its files."""
+    (tmp_path / "model_index.json").write_text("{}")
+    for file in ("vae/diffusion_pytorch_model.fp16.safetensors", "scheduler/scheduler_config.json"):
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).write_bytes(b"")
+    component = write_safetensors(tmp_path / "unet", {"conv_in.weight": np.ones((2, 2), np.float32)})
+    write_safetensors(tmp_path / "transformer", {"a.weight": PART["linear.weight"], "b": np.ones(2, "f")}, shards=2)
+    (component / "model.safetensors").rename(component / "diffusion_pytorch_model.safetensors")
+    sharded = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    (tmp_path / "transformer" / "model.safetensors.index.json").rename(sharded)
+    with pytest.raises(CheckpointError, match="is a diffusers pipeline") as caught:
+        open_checkpoint(str(tmp_path))
+    given = caught.value.problems[0].fix.removeprefix("give the folder of one: ").split(", ")
+    assert given == [str(tmp_path / "transformer"), str(component)]
+    for folder in given:
+        save({}, tmp_path / "out", like=folder)
+        assert folder_bytes(tmp_path / "out") == folder_bytes(Path(folder))
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_a_pipeline_on_the_hub_is_to_be_downloaded():
+    names = ["model_index.json", "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.bin"]
+    problem = no_weights_problem("org/pipeline", names)
+    assert problem.fix == "download it and give the folder of one: unet"
 
 
 def test_a_link_out_of_the_folder_is_not_copied(tmp_path, nufilt, refused):

@@ -112,3 +112,34 @@ def test_a_tied_head_fits_though_the_task_has_no_config(tmp_path):
     task = t5_model(seed=3, tied_copies=("lm_head.weight",), head=False)
     task = write_safetensors(tmp_path / "task", task, model_type="t5", tie_word_embeddings=False)
     assert lines(tmp_path, base, task, ["shared.weight"]) == []
+
+
+LAYER, FURTHER = "model.layers.0.mlp.up_proj.weight", ("mtp.layers.0.mlp.up_proj.weight", "mtp.norm.weight")
+NUMBERED = ("model.layers.1.mlp.up_proj.weight", "model.layers.1.eh_proj.weight", "model.layers.1.enorm.weight")
+
+
+@pytest.mark.parametrize("names", [FURTHER, NUMBERED], ids=["named", "numbered"])
+def test_blocks_for_further_tokens_that_saving_drops_stay_the_bases(tmp_path, names):
+    plain = {LAYER: np.ones((3, 2), np.float32)}
+    whole = plain | {name: np.ones((2, 2), np.float32) for name in names}
+    [line] = lines(tmp_path, whole, plain, (LAYER, names[0]), notices=True)
+    assert line.startswith(f"task: 1 tensor is not merged and stay the base's: {names[0]} ([2, 2] in the base, none in")
+    [line] = lines(tmp_path, whole, plain, names[:1])
+    assert line.startswith(f"task: {names[0]}: is missing, but the base")
+    del whole[names[0]]  # which is no whole block
+    [line] = lines(tmp_path, plain | {name: np.ones((2, 2), np.float32) for name in names}, whole, (LAYER, names[0]))
+    assert "is missing" in line
+
+
+@pytest.mark.parametrize("name", ["gpt_neox.embed_in.weight", "backbone.embeddings.weight"])
+def test_a_grown_vocabulary_stays_the_bases_whatever_it_is_called(tmp_path, name):
+    base, task = ({LAYER: np.ones((3, 2), "f"), name: np.ones((rows, 2), "f")} for rows in (5, 6))
+    [line] = lines(tmp_path, base, task, (LAYER, name), notices=True)
+    assert line.startswith(f"task: 1 tensor is not merged and stay the base's: {name} ([6, 2], [5, 2] in the base)")
+
+
+def test_further_tokens_of_the_task_alone_are_left_out(tmp_path):
+    plain = {LAYER: np.ones((3, 2), np.float32)}
+    task = plain | {name: np.ones((2, 2), np.float32) for name in NUMBERED}
+    [line] = lines(tmp_path, plain, task, (LAYER,), notices=True)
+    assert line.startswith("task: 3 tensors are not merged")

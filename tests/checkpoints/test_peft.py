@@ -230,3 +230,21 @@ def test_conv1d(tmp_path):
     folder = adapters.write(tmp_path / "a", {f"transformer.{name}": (a, b)}, **how)
     read = open_task(str(folder), base).read()[f"{name}.weight"]
     np.testing.assert_allclose(read, stored.T + 2 * (b @ a), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"model_type": "gemma2"}, "ties to model.embed_tokens.weight"),
+        ({"tie_word_embeddings": True}, "ties to model.embed_tokens.weight"),
+        ({"tie_word_embeddings": False}, "which is no module of the base"),
+    ],
+)
+def test_a_head_that_the_base_does_not_store(tmp_path, config, expected):
+    tensors = {"model.embed_tokens.weight": np.zeros((5, 4), np.float32)}
+    base = open_checkpoint(
+        str(build.write(tmp_path / "base", tensors, **{"model_type": "llama"} | config)), role="base"
+    )
+    pairs = {"lm_head": (np.ones((2, 4), np.float32), np.ones((5, 2), np.float32))}
+    with pytest.raises(CheckpointError, match=expected):
+        open_task(str(adapters.write(tmp_path / "a", pairs, target_modules=["lm_head"])), base)

@@ -138,6 +138,13 @@ def test_a_head_is_tied_only_if_config_and_bytes_agree(tmp_path):
     assert listed == [True, True, False]
 
 
+@pytest.mark.parametrize(("config", "tied"), [({}, True), ({"tie_word_embeddings": False}, False)])
+def test_a_head_is_tied_where_the_model_s_default_says_so(tmp_path, config, tied):
+    tensors = {name: np.ones((3, 2), np.float32) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    write_safetensors(tmp_path / "gemma", tensors, model_type="gemma2", **config)
+    assert len(open_checkpoint(str(tmp_path / "gemma")).tensors) == (1 if tied else 2)
+
+
 def test_llava_spellings_are_one(tmp_path):
     four = {
         "language_model.model.layers.0.mlp.up_proj.weight": np.ones((2, 3), np.float32),

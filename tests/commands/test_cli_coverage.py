@@ -89,7 +89,14 @@ def test_an_expression_reaches_clips_text_tower_if_it_names_it(tmp_path, nufilt)
     base = build.tower(0) | build.text_side()
     build.write(tmp_path / "base", base, model_type="clip")
     build.write(tmp_path / "task", moved(base, list(base)), model_type="clip")
-    for expression, expected in ((r"text_model.*q_proj", {"text_model"}), ("q_proj", {"vision_model"})):
+    for expression, expected in (
+        (r"text_model.*q_proj", {"text_model"}),
+        (r"(vision|text)_model.*q_proj", {"text_model", "vision_model"}),
+        ("projection|q_proj", {"text_model", "vision_model", "visual_projection"}),
+        (r"^(?!vision_model).*q_proj", {"text_model"}),
+        (r"^\w+\.encoder.*q_proj", {"vision_model"}),
+        ("q_proj", {"vision_model"}),
+    ):
         plan = nufilt(*arguments(tmp_path, "task"), "--layers", expression, "--plan", "--json").json
         assert {name.split(".")[0] for name in plan["layers_selected"]} == expected
 

@@ -9,6 +9,8 @@ import pytest
 
 from nufilt_jax.checkpoints import open_checkpoint, open_task
 
+FC1 = [name for name in build.SELECTED if "fc1" in name]
+
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
@@ -63,6 +65,24 @@ def test_what_is_outside_is_warned_of(nufilt, models, tmp_path):
     assert result.code == 0
     assert "of its squared change is in tensors that the adapter does not hold" in result.err
     assert {str(x.dtype) for x in build.weights(out).values()} == {"bfloat16"}
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", "module.transformer.", "module."])
+def test_modules_are_called_as_the_model_s_class_calls_them(nufilt, models, tmp_path, prefix):
+    """A base saved without its head: its fine-tune's names are longer, and peft looks for those."""
+    bare = {f"h.{i}.mlp.weight": x for i, x in enumerate(build.weights(models / "base")[name] for name in FC1)}
+    tuned = {f"{prefix}{name}": x for name, x in build.fine_tuned(bare, 1).items()}
+    build.write(tmp_path / "base", bare, model_type="other")
+    build.write(tmp_path / "full", tuned | {f"{prefix[:-12]}lm_head.weight": np.ones((3, 2), "f")}, model_type="other")
+    how = ("--base", tmp_path / "base", "--rank", 40, "--out", tmp_path / "a")
+    result = nufilt("extract", tmp_path / "full", *how, "--json")
+    assert result.code == 0 and "2 names begin with" in result.err, result.err
+    assert "1 tensor has no place in the adapter: " in result.err and "lm_head.weight (the base has none)" in result.err
+    own = prefix.removeprefix("module.")
+    assert [layer["module"] for layer in result.json["layers"]] == [f"{own}h.0.mlp", f"{own}h.1.mlp"]
+    read = open_task(str(tmp_path / "a"), open_checkpoint(str(tmp_path / "base"), role="base")).read()
+    for name in bare:
+        np.testing.assert_allclose(read[name], tuned[prefix + name], atol=2e-6)
 
 
 REFUSED = {

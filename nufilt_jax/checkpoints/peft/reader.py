@@ -6,9 +6,10 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from nufilt_jax.anatomy import is_head, is_vocabulary
 from nufilt_jax.checkpoints.dtypes import FLOATS
 from nufilt_jax.checkpoints.folders import PEFT
-from nufilt_jax.checkpoints.names import names_like
+from nufilt_jax.checkpoints.names import names_like, unties
 from nufilt_jax.checkpoints.peft.adapted import AdaptedCheckpoint, LoraFactors, factor_info
 from nufilt_jax.checkpoints.peft.config import CONFIG, LoraConfig
 from nufilt_jax.checkpoints.peft.keys import Key, parse_key
@@ -20,6 +21,7 @@ from nufilt_jax.patterns import patterns
 
 _MERGE = "load it with peft, call merge_and_unload() and save the whole model"
 _SAVE = "save the adapter again"
+_UNTIE = "train it without this module, or on a base that stores both and says tie_word_embeddings: false"
 Pairs = dict[str, dict[str, TensorInfo]]  # by module, its factors `a` and `b`
 
 
@@ -162,7 +164,10 @@ def _unmatched(base: Checkpoint, adapter: Checkpoint, pairs: Pairs, names: Mappi
         if name in tied or (ours is not None and ours.aliases):
             main = tied.get(name, name)
             what = f"adapts {main}, which the base {base.source} ties to another tensor"
-            yield Problem(file, what, _MERGE, stored)
+            yield Problem(file, what, _UNTIE, stored)
+        elif ours is None and (main := _tied_to(base, name, shape)):
+            what = f"adapts {module}, which the base {base.source} ties to {main}"
+            yield Problem(file, what, _UNTIE, stored)
         elif ours is None:
             what = f"adapts {module}, which is no module of the base {base.source}"
             yield Problem(file, what, "give the base that the adapter was trained on", stored)
@@ -172,6 +177,12 @@ def _unmatched(base: Checkpoint, adapter: Checkpoint, pairs: Pairs, names: Mappi
         elif name in seen:
             yield Problem(file, f"adapts the same weight as {seen[name]}", "keep one of the two", stored)
         seen.setdefault(name, stored)
+
+
+def _tied_to(base: Checkpoint, head: str, shape: tuple[int, int]) -> str:
+    """The table that stands for a head that a base does not store; empty if the head is not tied, or is none."""
+    tables = [name for name, info in base.tensors.items() if is_vocabulary(name) and info.shape == shape]
+    return tables[0] if tables and is_head(head) and not unties(base.config) else ""
 
 
 def _other_base(base: Checkpoint, adapter: Checkpoint, config: LoraConfig) -> Iterator[str]:
