@@ -121,9 +121,10 @@ def test_biases_and_whole_modules(tmp_path):
     assert_same(weights(with_ours.merge_and_unload()), theirs, weights(gpt2()))
 
 
-def test_peft_loads_what_was_extracted(tmp_path):
-    """Of a fine-tune whose changes have the rank that is asked for: all of it comes back."""
-    llama().save_pretrained(tmp_path / "base")
+@pytest.mark.parametrize("base", [llama(), llama().model], ids=["whole", "headless"])
+def test_peft_loads_what_was_extracted(tmp_path, base):
+    """Of a fine-tune whose changes have the rank that is asked for: all of it comes back, on the fine-tune's class."""
+    base.save_pretrained(tmp_path / "base")
     adapted = peft.get_peft_model(llama(), peft.LoraConfig(task_type="CAUSAL_LM", **ATTENTION))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
