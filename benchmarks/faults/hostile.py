@@ -27,6 +27,15 @@ from nufilt_jax.cli import main
 MOST_SECONDS, MOST_BYTES = 2.0, 500_000_000  # of a refusal, beside what the process holds before
 MOST_LINES, MOST_CHARACTERS = 12, 4000  # of one: a folder may have several faults, each in a line
 _DRAWS = 40  # of damage, until some of it is new
+# By a small process: the peak of one that is started counts what its parent held then.
+_MEASURING = """
+import os, sys, time
+start = time.monotonic()
+silent = [(os.POSIX_SPAWN_OPEN, stream, os.devnull, os.O_WRONLY, 0) for stream in (1, 2)]
+child = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ, file_actions=silent)
+_, status, used = os.wait4(child, 0)
+print(os.waitstatus_to_exitcode(status), time.monotonic() - start, used.ru_maxrss)
+"""
 _UNPRINTABLE = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 _RECIPE = "done/nufilt.json"
 _OUTPUTS = ("out", "done")  # what a command may write begins so
@@ -237,15 +246,13 @@ def measured(sandbox: Sandbox, case: Case) -> tuple[float, int]:
     Raises:
       SystemExit: it is none.
     """
-    command = [sys.executable, "-m", "nufilt_jax.cli", *case.command]
+    command = [sys.executable, "-c", _MEASURING, sys.executable, "-m", "nufilt_jax.cli", *case.command]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    here, start = sandbox.prepared(case), time.monotonic()
-    process = subprocess.Popen(command, cwd=here, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode != 1:
-        raise SystemExit(f"{' '.join(case.command)} ended with status {process.returncode} in a process of its own")
-    return time.monotonic() - start, used.ru_maxrss * 1024
+    here = sandbox.prepared(case)
+    told = subprocess.run(command, cwd=here, env=environment, stdout=subprocess.PIPE, check=True).stdout.split()
+    if int(told[0]) != 1:
+        raise SystemExit(f"{' '.join(case.command)} ended with status {int(told[0])} in a process of its own")
+    return float(told[1]), int(told[2]) * 1024
 
 
 def _run(command: Command) -> Outcome:

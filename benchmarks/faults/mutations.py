@@ -153,8 +153,8 @@ def pickled(rng: Rng) -> bytes:
         (
             b"cos\nsystem\n(S'touch %s'\ntR." % EXECUTED,
             b"cposix\nsystem\n(S'touch %s'\ntR." % EXECUTED,
-            b'cbuiltins\nexec\n(S\'open("%s", "w")\'\ntR.' % EXECUTED,
-            b'cbuiltins\neval\n(S\'open("%s", "w")\'\ntR.' % EXECUTED,
+            b'cbuiltins\nexec\n(S\'open("%s", "w").close()\'\ntR.' % EXECUTED,
+            b'cbuiltins\neval\n(S\'open("%s", "w").close()\'\ntR.' % EXECUTED,
             b"(S'touch %s'\nios\nsystem\n." % EXECUTED,
         )
     )
@@ -173,7 +173,8 @@ def pickled(rng: Rng) -> bytes:
 def code(rng: Rng) -> bytes:
     """Code such as a configuration's `auto_map` names, which makes a file for whoever imports it."""
     path = EXECUTED.decode()
-    orders = (f'open("{path}", "w").close()', f'import os\nos.system("touch {path}")', f'exec(\'open("{path}", "w")\')')
+    opened = f'open("{path}", "w").close()'
+    orders = (opened, f'import os\nos.system("touch {path}")', f"exec('{opened}')")
     order = rng.choice(orders)
     return f"# {rng.randrange(10**9)}\n{order}\n\n\nclass Model:\n    pass\n".encode()
 
