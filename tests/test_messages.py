@@ -50,35 +50,37 @@ def texts(path):
             yield node.value
 
 
-def fragments(node):
-    """The constant parts of a text."""
+def sayings(node):
+    """The constant parts of each text that an expression may give."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return [node.value]
+        return [[node.value]]
     if isinstance(node, ast.JoinedStr):
-        return [part.value for part in node.values if isinstance(part, ast.Constant)]
+        return [[part.value for part in node.values if isinstance(part, ast.Constant)]]
     if isinstance(node, ast.BinOp):
-        return fragments(node.left) + fragments(node.right)
+        return [a + b for a in sayings(node.left) or [[]] for b in sayings(node.right) or [[]]]
     if isinstance(node, ast.IfExp):
-        return fragments(node.body) + fragments(node.orelse)
+        return sayings(node.body) + sayings(node.orelse)
     return []
 
 
 def sentences():
     """What each problem says: the constant parts of it, by the place in the source."""
     for path, tree in trees():
-        names = {}
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-                names.setdefault(node.targets[0].id, []).extend(fragments(node.value))
-        for node in ast.walk(tree):
-            if not isinstance(node, ast.Call):
-                continue
-            called = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
-            if called in SAYING and len(node.args) > SAYING[called]:
-                said = node.args[SAYING[called]]
-                parts = names.get(said.id, []) if isinstance(said, ast.Name) else fragments(said)
-                if parts:
-                    yield f"{path.relative_to(ROOT).as_posix()}:{node.lineno}", parts
+        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+        for function in functions:
+            names = {}
+            for node in ast.walk(function):
+                if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                    names.setdefault(node.targets[0].id, []).extend((node.lineno, x) for x in sayings(node.value))
+            for node in ast.walk(function):
+                if not isinstance(node, ast.Call):
+                    continue
+                called = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+                if called in SAYING and len(node.args) > SAYING[called]:
+                    said = node.args[SAYING[called]]
+                    found = [(node.lineno, parts) for parts in sayings(said)]
+                    for line, parts in names.get(said.id, []) if isinstance(said, ast.Name) else found:
+                        yield f"{path.relative_to(ROOT).as_posix()}:{line}", parts
 
 
 def plain(text):
