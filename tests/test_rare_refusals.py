@@ -1,6 +1,7 @@
 """Refusals that few will meet, each in the shortest way that leads to it."""
 
 import dataclasses
+import json
 from types import SimpleNamespace
 
 import adapter_builders as adapters
@@ -20,6 +21,7 @@ from nufilt_jax.engine.extraction import extract
 from nufilt_jax.errors import CheckpointError, NotYetError, OutputError, UsageError
 from nufilt_jax.models.clip_config import parse_vision_config
 from nufilt_jax.output import arrays
+from nufilt_jax.output.documents import read_scores
 from nufilt_jax.output.place import OutputPlace
 
 
@@ -109,3 +111,11 @@ def test_recipes_of_other_versions(models, tmp_path, nufilt, command, monkeypatc
     recipe = out / "nufilt.json"
     recipe.write_text(recipe.read_text().replace('"recipe_version": ', '"recipe_version": 9'))
     assert "the recipe nufilt.json is damaged or of another version: " in nufilt("verify", out).err
+
+
+def test_scores_that_lack_one(tmp_path):
+    rows = [{"name": "merged", "accuracy": {"a": 0.5}, "acc": 0.5, "bwt": None, "seconds": 1.0, "compile": 0.5}]
+    document = {"tasks": ["a", "b"], "limit": None, "dtype": "float32", "models": rows}
+    (tmp_path / "evaluation.json").write_text(json.dumps(document))
+    with pytest.raises(OutputError, match="is damaged: 'merged' has no accuracy of 'b'"):
+        read_scores(tmp_path / "evaluation.json")
