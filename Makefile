@@ -3,6 +3,7 @@
 #   make test      the tests
 #   make interop   the tests against transformers' own classes, Flax ones (4.57) and torch ones (5), peft's, and TPUs' compiler
 #   make fuzz      ten minutes of inputs for the readers of weight files, found by coverage
+#   make faults    the nightly run: kills, failing disks and hostile files by thousands, and the same ten minutes
 #   make check     formatter, linter, type checker
 #   make docs      the documentation, into docs/_build/html; warnings are errors
 #   make package   wheel and sdist, checked, installed and tried from outside the checkout
@@ -29,7 +30,7 @@ FLAX_PINS := tests/interop/constraints-flax.txt
 comma := ,
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test interop interop-flax interop-torch interop-tpu fuzz check docs package clean
+.PHONY: demo test interop interop-flax interop-torch interop-tpu fuzz faults check docs package clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python -m nufilt_jax.merge --model tiny
@@ -50,6 +51,9 @@ interop-tpu: $(TPU_VENV)/.done
 
 fuzz: $(FUZZ_VENV)/.done
 	$(FUZZ_VENV)/bin/python -m benchmarks.faults.fuzz --seconds $(FUZZ_SECONDS) --json fuzz.json
+
+faults: $(FUZZ_VENV)/.done
+	$(FUZZ_VENV)/bin/python -m benchmarks.study.faults --fuzz-seconds $(FUZZ_SECONDS) --json faults.json
 
 check: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .

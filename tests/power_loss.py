@@ -1,7 +1,8 @@
 """A folder that is watched call by call, and what of it would be left if the power failed after any of them.
 
 A file has the content that it had at its last fsync, and is empty before the first. Of the names made, renamed and
-removed since their folder's last fsync, the disk may have taken any: none, all, each alone and all but each are tried.
+removed since their folder's last fsync, the disk may have taken any: none, all, the first ones however many, each alone
+and all but each are tried.
 A rename is one change, as in every file system with a journal, and is safe when both its folders have been synced.
 """
 
@@ -32,13 +33,19 @@ class Instant(NamedTuple):
     def crashes(self):
         """Every state tried of names, and the contents."""
         changes = self.pending
-        picks = [(), changes, *((one,) for one in changes)]
+        picks = [(), changes, *((one,) for one in changes), *(changes[:n] for n in range(2, len(changes)))]
         picks += [tuple(other for other in changes if other is not one) for one in changes]
         for pick in dict.fromkeys(picks):
             names = {folder: dict(found) for folder, found in self.names.items()}
             for folder, name, target in (row for change in pick for row in change.names):
                 names.setdefault(folder, {})[name] = target
             yield names, self.contents
+
+
+def key(names, contents):
+    """Of what a crash leaves, to see that it was looked at before."""
+    folders = frozenset((folder, frozenset(found.items())) for folder, found in names.items())
+    return folders, frozenset(contents.items())
 
 
 class Disk:

@@ -39,7 +39,7 @@ def test_no_home_folder(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("os.path.expanduser", lambda path: path)
     assert default_folder() is None
-    with pytest.raises(ConfigError, match="no home folder"):
+    with pytest.raises(ConfigError, match="this user has no home folder"):
         enable_compile_cache()
 
 

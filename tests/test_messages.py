@@ -24,7 +24,8 @@ TESTS = Path(__file__).parent
 HERE = Path(__file__).name
 # Whose argument of that number says what is wrong.
 SAYING = {"Problem": 1, "problem": 1, "JsonError": 0, "DamagedError": 0, "_Malformed": 0}
-SHORTEST = 11  # characters of a sentence by which a test is taken to mean it
+SHORTEST = 11  # characters of a part that tells a sentence from others
+MOST = 25  # characters of a long part by which a test is taken to mean it; of a short one, all of it
 
 
 def trees():
@@ -33,39 +34,53 @@ def trees():
 
 
 def texts_of_tests():
-    paths = [*TESTS.rglob("*.py"), *(path for path in ROOT.rglob("*.py") if ">>>" in path.read_text())]
-    return "\n".join(path.read_text() for path in paths if path.name != HERE and ROOT not in path.parents)
+    """What the tests' own texts say: no comments, no docstrings, and no names."""
+    return "\n".join(text for path in TESTS.rglob("*.py") if path.name != HERE for text in texts(path))
 
 
-def fragments(node):
-    """The constant parts of a text."""
+def texts(path):
+    tree = ast.parse(path.read_text())
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.stmt)]
+    alone = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}  # docstrings among them
+    parts = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(part.value if isinstance(part, ast.Constant) else "{}" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in alone | parts:
+            yield node.value
+
+
+def sayings(node):
+    """The constant parts of each text that an expression may give."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return [node.value]
+        return [[node.value]]
     if isinstance(node, ast.JoinedStr):
-        return [part.value for part in node.values if isinstance(part, ast.Constant)]
+        return [[part.value for part in node.values if isinstance(part, ast.Constant)]]
     if isinstance(node, ast.BinOp):
-        return fragments(node.left) + fragments(node.right)
+        return [a + b for a in sayings(node.left) or [[]] for b in sayings(node.right) or [[]]]
     if isinstance(node, ast.IfExp):
-        return fragments(node.body) + fragments(node.orelse)
+        return sayings(node.body) + sayings(node.orelse)
     return []
 
 
 def sentences():
     """What each problem says: the constant parts of it, by the place in the source."""
     for path, tree in trees():
-        names = {}
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-                names.setdefault(node.targets[0].id, []).extend(fragments(node.value))
-        for node in ast.walk(tree):
-            if not isinstance(node, ast.Call):
-                continue
-            called = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
-            if called in SAYING and len(node.args) > SAYING[called]:
-                said = node.args[SAYING[called]]
-                parts = names.get(said.id, []) if isinstance(said, ast.Name) else fragments(said)
-                if parts:
-                    yield f"{path.relative_to(ROOT).as_posix()}:{node.lineno}", parts
+        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+        for function in functions:
+            names = {}
+            for node in ast.walk(function):
+                if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                    names.setdefault(node.targets[0].id, []).extend((node.lineno, x) for x in sayings(node.value))
+            for node in ast.walk(function):
+                if not isinstance(node, ast.Call):
+                    continue
+                called = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+                if called in SAYING and len(node.args) > SAYING[called]:
+                    said = node.args[SAYING[called]]
+                    found = [(node.lineno, parts) for parts in sayings(said)]
+                    for line, parts in names.get(said.id, []) if isinstance(said, ast.Name) else found:
+                        yield f"{path.relative_to(ROOT).as_posix()}:{line}", parts
 
 
 def plain(text):
@@ -75,9 +90,9 @@ def plain(text):
 
 def is_met(part, tests):
     """Whether a test holds as much of a sentence as tells it from others."""
-    words = plain(part).split(" ")
-    runs = (" ".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1))
-    return any(len(run) >= SHORTEST and run in tests for run in runs)
+    text = plain(part).strip()
+    least = min(len(text), MOST)
+    return any(text[at : at + least] in tests for at in range(len(text) - least + 1))
 
 
 def test_every_sentence_is_provoked():
@@ -148,7 +163,7 @@ def test_errors_that_become_something_else(error, tmp_path):
 
 
 def test_every_class_of_errors_is_provoked():
-    tests = texts_of_tests()
+    tests = "\n".join(path.read_text() for path in TESTS.rglob("*.py") if path.name != HERE)
     classes = {
         node.name
         for _, tree in trees()

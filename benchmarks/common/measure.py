@@ -129,9 +129,7 @@ def environment(*packages: str) -> Json:
     device = jax.devices()[0]
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "HEAD"),
-        # What benchmarks write is no change of the code.
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
+        **checkout(),
         "platform": device.platform,
         "device": device.device_kind,
         "device_count": jax.device_count(),
@@ -141,6 +139,15 @@ def environment(*packages: str) -> Json:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in sorted((*PACKAGES, *packages))},
+    }
+
+
+def checkout() -> Json:
+    """The commit that is checked out, None outside of git, and whether anything was changed since."""
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        # What benchmarks write is no change of the code.
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
     }
 
 

@@ -1,7 +1,8 @@
 """Disks that fail: at any call, with any room, without links or locks or free inodes; and the real command on them.
 
-A failing merge must say so in one line, leave nothing or the whole model under its name, and lose no step that was
-recorded; the same command on a sound disk must then give the bits of an undisturbed merge, and leave nothing beside.
+A failing merge must say so in one line, leave nothing or the whole model under its name, or what stood there before
+where a task is added, and lose no step that was recorded; the same command on a sound disk must then give the bits of
+an undisturbed merge, and leave nothing beside.
 """
 
 import builtins
@@ -9,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -20,11 +22,17 @@ from unittest import mock
 
 from benchmarks.faults import models
 from nufilt_jax.cli import main
+from nufilt_jax.output.place import RECIPE
 
 FULL, LOST = errno.ENOSPC, errno.EACCES
 ERRORS = {"full": FULL, "quota": errno.EDQUOT, "read-only": errno.EROFS, "permission lost": LOST, "broken": errno.EIO}
 SIZES = [tenths / 10 for tenths in range(3, 51)]  # of a disk, in models
+ROOMS = SIZES[:30:3]  # of a disk beside a finished merge, in models
 INODES = range(4, 40, 3)
+WORKS = ("merge", "add")
+_PAGE = 4096  # bytes of a tmpfs that files share with no other
+_FEWER = 4  # of the faults of a merge, every so manieth is tried on adding too
+_REMOUNTS = 6  # instants of each work at which a disk becomes one to read alone
 _LARGE = {"size": 128, "n_layers": 8}  # 2 MB: what else is written is little beside it
 _MORE = 50_000_000  # bytes of a disk that is large enough
 _CALLS = ("fsync", "mkdir", "replace", "link", "sendfile", "posix_fallocate")
@@ -112,46 +120,71 @@ class _FailingFile:
 
 
 class Merges:
-    """Models, and merges of them onto disks that fail."""
+    """Models, and merges of them, or tasks added to a finished one, on disks that fail."""
 
     def __init__(self, root: Path, *, is_large: bool = False) -> None:
         self.root = root
-        sizes = _LARGE if is_large else {}
-        models.write(root / "base", models.base_and_task(**sizes)[0])
+        shape = _LARGE if is_large else {}
+        models.write(root / "base", models.base_and_task(**shape)[0])
         for seed, name in enumerate(("a", "b")):
-            models.write(root / name, models.base_and_task(**sizes, seed=seed)[1])
+            models.write(root / name, models.base_and_task(**shape, seed=seed)[1])
         self.model_bytes = (root / "base" / "model.safetensors").stat().st_size
-        tasks = ("--task", f"a={root / 'a'}", "--task", f"b={root / 'b'}")
-        self._argv = ["merge", "--base", str(root / "base"), *tasks, "--method", "sum", "--quiet"]
+        self._begun = root / "begun" / "out"  # as deep as where it is copied to: its recipe tells of paths from there
+        self._call(self._merge(self._begun, "a"))
         self.run(root / "sound")
-        self._wanted = content(root / "sound")
+        self._old, self._wanted = content(self._begun), content(root / "sound")
+        sizes = [path.stat().st_size for path in self._begun.rglob("*")]
+        self.begun_bytes = sum(-(-size // _PAGE) * _PAGE for size in sizes)
 
-    def run(self, out: Path) -> tuple[int, list[str]]:
+    def _merge(self, out: Path, *names: str) -> list[str]:
+        tasks = [part for name in names for part in ("--task", f"{name}={self.root / name}")]
+        return ["merge", "--base", str(self.root / "base"), *tasks, "--method", "sum", "--quiet", "--out", str(out)]
+
+    def run(self, out: Path, work: str = "merge") -> tuple[int, list[str]]:
         """The exit status and the lines on stderr of the command."""
+        if work == "merge":
+            return self._call(self._merge(out, "a", "b"))
+        return self._call(["add", str(out), "--task", f"b={self.root / 'b'}", "--quiet"])
+
+    @staticmethod
+    def _call(argv: list[str]) -> tuple[int, list[str]]:
         err = io.StringIO()
         with contextlib.redirect_stderr(err):
-            status = main([*self._argv, "--out", str(out)])
+            status = main(argv)
         return status, [line for line in err.getvalue().splitlines() if not line.startswith("nufilt: warning: ")]
 
-    def n_calls(self) -> int:
-        """How many calls write, in a merge that nothing disturbs."""
-        calls = FailingCalls(self.root / "count", FULL, float("inf"))
-        with calls.armed():
-            self.run(self.root / "count" / "out")
-        shutil.rmtree(self.root / "count")
-        return calls.count
-
-    def failing_at(self, first: int, error: int) -> Outcome:
-        """A merge of which every write fails from one on."""
+    @contextlib.contextmanager
+    def _disk(self, work: str, options: str = "") -> Iterator[Path]:
+        """A folder as the command finds it, or with options for `mount` a disk of its own."""
         folder = self.root / "disk"
         folder.mkdir()
-        calls = FailingCalls(folder, error, first)
         try:
-            with calls.armed():
-                status, lines = self.run(folder / "out")
-            return self._judged(folder, status, lines)
+            if options:
+                _mount(options, folder)
+            if work == "add":
+                shutil.copytree(self._begun, folder / "out")
+            yield folder
         finally:
+            if os.path.ismount(folder):
+                subprocess.run(["umount", str(folder)], check=True)
             shutil.rmtree(folder)
+
+    def n_calls(self, work: str = "merge") -> int:
+        """How many calls write, in a merge that nothing disturbs."""
+        with self._disk(work) as folder:
+            calls = FailingCalls(folder, FULL, float("inf"))
+            with calls.armed():
+                status, lines = self.run(folder / "out", work)
+        if status:
+            raise SystemExit(f"a merge that nothing disturbs ends with {lines}")
+        return calls.count
+
+    def failing_at(self, first: int, error: int, work: str = "merge") -> Outcome:
+        """A merge of which every write fails from one on."""
+        with self._disk(work) as folder:
+            with FailingCalls(folder, error, first).armed():
+                status, lines = self.run(folder / "out", work)
+            return self.judged(folder, status, lines, work)
 
     def without(self, owner: Any, name: str, error: int) -> Outcome:
         """A merge on a file system that lacks something: the call always fails."""
@@ -159,57 +192,96 @@ class Merges:
         def fails(*_: Any, **__: Any) -> None:
             raise OSError(error, os.strerror(error))
 
-        folder = self.root / "disk"
-        folder.mkdir()
-        try:
+        with self._disk("merge") as folder:
             with mock.patch.object(owner, name, fails):
                 status, lines = self.run(folder / "out")
-            return self._judged(folder, status, lines)
-        finally:
-            shutil.rmtree(folder)
+            return self.judged(folder, status, lines)
 
     def with_clock_back(self) -> Outcome:
         """A merge during which the clock is set back by a day, again and again."""
-        folder, now, began = self.root / "disk", time.time, time.time()
-        folder.mkdir()
-        try:
+        now, began = time.time, time.time()
+        with self._disk("merge") as folder:
             with mock.patch.object(time, "time", lambda: 2 * began - now() - 86400):
                 status, lines = self.run(folder / "out")
-            return self._judged(folder, status, lines)
-        finally:
-            shutil.rmtree(folder)
+            return self.judged(folder, status, lines)
 
-    def on_tmpfs(self, options: str) -> Outcome:
-        """A merge on a small disk, which is then made large."""
-        folder = self.root / "disk"
-        folder.mkdir()
-        _mount(f"{options}", folder)
-        try:
-            status, lines = self.run(folder / "out")
+    def on_tmpfs(self, options: str, work: str = "merge") -> Outcome:
+        """A merge on a small disk, which is then made large.
+
+        A task is added on a disk with so much room beside the merge that stands there.
+        """
+        large = f"remount,size={20 * self.model_bytes + _MORE},nr_inodes=100000"
+        with self._disk(work, options) as folder:
+            status, lines = self.run(folder / "out", work)
             if status:
-                _mount(f"remount,size={20 * self.model_bytes + _MORE},nr_inodes=100000", folder)
-            return self._judged(folder, status, lines)
-        finally:
-            subprocess.run(["umount", str(folder)], check=True)
-            folder.rmdir()
+                _mount(large, folder)
+            return self.judged(folder, status, lines, work)
 
-    def _judged(self, folder: Path, status: int, lines: list[str]) -> Outcome:
+    def on_read_only(self, first: int, work: str = "merge") -> Outcome:
+        """A merge that was stopped half way, on a disk that was then mounted anew, to be read alone.
+
+        The system mounts no disk so while a file on it is open to be written, as the lock of a run is.
+        """
+        with self._disk(work, f"size={_MORE}") as folder:
+            with FailingCalls(folder, FULL, first).armed():
+                self.run(folder / "out", work)
+            _mount("remount,ro", folder)
+            status, lines = self.run(folder / "out", work)
+            _mount("remount,rw", folder)
+            return self.judged(folder, status, lines, work)
+
+    def judged(self, folder: Path, status: int, lines: list[str], work: str = "merge") -> Outcome:
         """What is wrong with a merge that met a fault, and with the same command after it."""
-        faults = []
+        faults, out = [], folder / "out"
         if status not in (0, 1) or len(lines) != status or not all(line.startswith("nufilt: ") for line in lines):
             faults.append(f"status {status} and the lines {lines}")
         if any("failed unforeseen" in line for line in lines):
             faults.append(f"not foreseen: {lines}")
-        if (folder / "out").exists() and content(folder / "out") != self._wanted:
+        found = standing(out)
+        if found not in [self._wanted, {}, *[self._old] * (work == "add")]:
             faults.append("half a model under its name")
-        again, more = self.run(folder / "out")
+        elif status == 0 and found != self._wanted:
+            faults.append("it ended well without the model")
+        kept = 0 if found == self._wanted else recorded(out)
+        again, more = self.run(out, work)
         if again or more:
             faults.append(f"the same command then ends with status {again} and {more}")
-        elif content(folder / "out") != self._wanted:
-            faults.append("the same command then gives other bits")
-        elif left := sorted(path.name for path in folder.iterdir() if path.name != "out"):
-            faults.append(f"{', '.join(left)} stay beside it")
+        else:
+            faults += differences(out, self._wanted, kept)
         return Outcome(status != 0, lines[0] if lines else "", "; ".join(faults))
+
+
+def recorded(out: Path) -> int:
+    """How many steps are on disk: of the merge under way, or else of the finished one."""
+    for folder in (out.with_name(f"{out.name}.partial"), out):
+        if (folder / RECIPE).is_file():
+            return len(json.loads((folder / RECIPE).read_text())["steps"])
+    return 0
+
+
+def differences(out: Path, wanted: dict[str, bytes], kept: int) -> list[str]:
+    """What is wrong with a merge that ended well after a fault.
+
+    Args:
+      out: its folder.
+      wanted: the content of an undisturbed one.
+      kept: steps that were on disk before, of which none may have been done again.
+    """
+    if content(out) != wanted:
+        return ["the same command then gives other bits"]
+    steps = json.loads((out / RECIPE).read_text())["steps"]
+    resumed = sum(step["resumed"] for step in steps)
+    faults = [f"{kept} steps were recorded, and {resumed} resumed"] if resumed < kept else []
+    left = sorted(path.name for path in out.parent.iterdir() if path.name != out.name)
+    return [*faults, *([f"{', '.join(left)} stay beside it"] if left else [])]
+
+
+def standing(out: Path) -> dict[str, bytes]:
+    """The content of an output, which is empty where there is none."""
+    try:
+        return content(out) if out.exists() else {}
+    except OSError as error:
+        return {"unreadable": str(error).encode()}
 
 
 def _mount(options: str, folder: Path) -> None:
@@ -236,12 +308,13 @@ def content(out: Path) -> dict[str, bytes]:
 
 
 def study(root: Path, every: int = 1) -> Iterator[tuple[str, Outcome]]:
-    """Every fault, or every so manieth of a kind, by kind."""
+    """Every fault, or every so manieth of a kind, by kind; of those on adding a task, fewer."""
     small = Merges(root / "small")
-    n_calls = small.n_calls()
-    for kind, error in ERRORS.items():
-        for first in range(1, n_calls + 1, every * (1 if error == FULL else 5)):
-            yield f"{kind}, from a call on", small.failing_at(first, error)
+    for work, name in zip(WORKS, ("", ", adding a task"), strict=True):
+        n_calls, step = small.n_calls(work), every * (1 if work == "merge" else _FEWER)
+        for kind, error in ERRORS.items():
+            for first in range(1, n_calls + 1, step * (1 if error == FULL else 5)):
+                yield f"{kind}, from a call on{name}", small.failing_at(first, error, work)
     yield "no links", small.without(os, "link", errno.EPERM)
     yield "no locks", small.without(fcntl, "flock", errno.EOPNOTSUPP)
     yield "a clock set back", small.with_clock_back()
@@ -250,5 +323,12 @@ def study(root: Path, every: int = 1) -> Iterator[tuple[str, Outcome]]:
     large = Merges(root / "large", is_large=True)
     for size in SIZES[::every]:
         yield f"a disk of {size:g} models", large.on_tmpfs(f"size={int(size * large.model_bytes)}")
+    for size in ROOMS[::every]:
+        options = f"size={large.begun_bytes + int(size * large.model_bytes)}"
+        yield f"a disk of {size:g} models more, adding a task", large.on_tmpfs(options, "add")
     for inodes in INODES[::every]:
         yield f"a disk of {inodes} inodes", small.on_tmpfs(f"size={_MORE},nr_inodes={inodes}")
+    for work, name in zip(WORKS, ("", ", adding a task"), strict=True):
+        n_calls = small.n_calls(work)
+        for first in range(1, n_calls + 1, every * max(1, n_calls // _REMOUNTS)):
+            yield f"mounted anew to be read alone{name}", small.on_read_only(first, work)

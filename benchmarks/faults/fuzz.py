@@ -2,7 +2,7 @@
 
 Each reader starts from its corpus in `tests/faults/corpus`. Whatever it raises but a refusal in words, more than 2 s of
 the processor, or more than 500 MB for one input, is a finding: its input is kept in the folder `--out`. What was
-executed and found is printed as JSON; with findings, the exit status is 1.
+executed and found is printed as JSON, with the commit that it was found at; with findings, the exit status is 1.
 """
 
 import importlib.util
@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import script
+from benchmarks.common import measure, script
 from benchmarks.common.records import ROOT
 from benchmarks.faults import readers
 from benchmarks.faults.readers import Target
@@ -42,8 +42,9 @@ def fuzz(target: Target, seconds: int, out: Path | None = None, *, keep: bool = 
       keep: put into the corpus what reaches code that it did not reach, in as few inputs as that takes.
 
     Returns:
-      `reader`, `seconds`, `executions`, `places`: of the code that were reached, `inputs`: of the corpus, and
-      `findings`: the last line of the traceback of each.
+      `reader`, `seconds`, `executions`, `failing`: how many of these were not as they should be, `places`: of the code
+      that were reached, `inputs`: of the corpus, and `findings`: of each place that failed, the last line of the first
+      traceback.
     """
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="fuzz-", dir=memory) as name:
@@ -58,7 +59,9 @@ def fuzz(target: Target, seconds: int, out: Path | None = None, *, keep: bool = 
         executed, covered = _EXECUTED.findall(log), _COVERED.findall(log)
         if not executed:
             raise SystemExit(f"fuzzing of {target.name} ended before its time:\n{log.decode(errors='replace')[-3000:]}")
-        findings = [_told(path) for path in sorted(found.iterdir()) if not path.suffix]
+        inputs = [path for path in sorted(found.iterdir()) if not path.suffix]
+        findings = [_told(path) for path in inputs]
+        failing = _failing(work) + sum(not _trace(path).is_file() for path in inputs)
         if findings and out is not None:
             shutil.copytree(found, out / target.name, dirs_exist_ok=True)
         if keep:
@@ -67,6 +70,7 @@ def fuzz(target: Target, seconds: int, out: Path | None = None, *, keep: bool = 
         "reader": target.name,
         "seconds": seconds,
         "executions": int(executed[-1]),
+        "failing": failing,
         "places": int(covered[-1]) if covered else 0,
         "inputs": len(list(readers.corpus(target))),
         "findings": findings,
@@ -86,8 +90,18 @@ def _run(target: Target, work: Path, *options: object) -> bytes:
 
 def _told(path: Path) -> str:
     """The last line of the traceback of a finding; libFuzzer's own, hangs and the like, have their names alone."""
-    trace = path.with_suffix(".txt")
+    trace = _trace(path)
     return trace.read_text().strip().splitlines()[-1] if trace.is_file() else path.name
+
+
+def _trace(path: Path) -> Path:
+    return path.with_suffix(".txt")
+
+
+def _failing(work: Path) -> int:
+    """How many executions raised what is no refusal."""
+    path = work / readers.FAILING
+    return len(path.read_bytes()) if path.is_file() else 0
 
 
 def _keep(target: Target, work: Path, grown: Path) -> None:
@@ -114,7 +128,7 @@ def main() -> None:
     if not is_installed():
         parser.exit(1, f"{parser.prog}: atheris is not installed (pip install 'nufilt_jax[fuzz]', or make fuzz)\n")
     results = study(arguments.seconds, arguments.out, keep=arguments.keep)
-    document = json.dumps({"fuzz": results}, indent=1)
+    document = json.dumps({**measure.checkout(), "fuzz": results}, indent=1)
     if arguments.json:
         arguments.json.write_text(document + "\n")
     sys.stdout.write(document + "\n")

@@ -2,7 +2,8 @@
 
 python -m benchmarks.faults.fuzz_target READER WORK [options of libFuzzer] [corpora]
 
-What a reader raises is kept in `WORK/found`, once for each place that raises it, and fuzzing goes on.
+What a reader raises is kept in `WORK/found`, once for each place that raises it, each time is counted, and fuzzing goes
+on.
 """
 
 import functools
@@ -23,16 +24,16 @@ with atheris.instrument_imports(include=["nufilt_jax"], enable_loader_override=F
     from benchmarks.faults import mutations, readers
 
 FOUND = "found"
-MOST_BYTES = 500_000_000  # that one input may take on top of what the process holds
+MOST_BYTES = 500_000_000  # that inputs may take on top of what the first did
 
 
 class Trial:
     """What libFuzzer calls with every input."""
 
-    def __init__(self, reader: readers.Reader, found: Path) -> None:
-        self._reader, self._found = reader, found
+    def __init__(self, reader: readers.Reader, work: Path) -> None:
+        self._reader, self._found, self._failing = reader, work / FOUND, work / readers.FAILING
         self._places: set[str] = set()
-        self._peak = 0
+        self._first = 0  # bytes at the peak
 
     def __call__(self, data: bytes) -> None:
         """Reads an input, and keeps it if that fails in a new place."""
@@ -40,6 +41,8 @@ class Trial:
             self._reader.read(data)
             self._require_little_memory()
         except Exception as error:
+            with self._failing.open("ab") as file:
+                file.write(b".")
             frames = traceback.extract_tb(error.__traceback__)
             place = next((f"{f.filename}:{f.lineno}" for f in reversed(frames) if "nufilt_jax" in f.filename), "")
             if (kind := f"{type(error).__name__} at {place}") not in self._places:
@@ -50,9 +53,10 @@ class Trial:
 
     def _require_little_memory(self) -> None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        before, self._peak = self._peak or peak, peak
-        if peak - before > MOST_BYTES:
-            raise MemoryError(f"one input took {(peak - before) / 1e6:.0f} MB")
+        self._first = self._first or peak
+        if (taken := peak - self._first) > MOST_BYTES:
+            self._first = peak  # a peak stays: what comes after is compared with it
+            raise MemoryError(f"the inputs so far took {taken / 1e6:.0f} MB")
 
 
 def mutated(name: str, data: bytes, most: int, seed: int) -> bytes:
@@ -86,7 +90,7 @@ def main() -> None:
     target = readers.TARGETS[name]
     words = Path(work, "words")
     words.write_text("".join(f'"{_escaped(word)}"\n' for word in target.words))
-    trial = Trial(readers.Reader(target, Path(work, f"model-{os.getpid()}")), Path(work, FOUND))
+    trial = Trial(readers.Reader(target, Path(work, f"model-{os.getpid()}")), Path(work))
     change = functools.partial(mutated, name)
     # libFuzzer starts itself again, by a shell, for processes that may die of an input.
     again = shlex.join([sys.executable, "-m", "benchmarks.faults.fuzz_target", name, work])

@@ -1,24 +1,44 @@
-"""Files as strangers may make them, given to the real command line in this process, thousands of times."""
+"""Files as strangers may make them, given to the real command line in this process, thousands of times.
+
+Every case is another one: damage that gives the bytes of an earlier case for the same command is drawn again, and a
+kind of damage that has no more of its own leaves its share to the others.
+"""
 
 import contextlib
+import hashlib
 import io
 import json
 import os
 import random
 import re
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.common.records import ROOT
 from benchmarks.faults import models, mutations
 from benchmarks.faults.mutations import Damage, Rng
 from nufilt_jax.cli import main
 
 MOST_SECONDS, MOST_BYTES = 2.0, 500_000_000  # of a refusal, beside what the process holds before
 MOST_LINES, MOST_CHARACTERS = 12, 4000  # of one: a folder may have several faults, each in a line
+_DRAWS = 40  # of damage, until some of it is new
+# By a small process: the peak of one that is started counts what its parent held then.
+_MEASURING = """
+import os, sys, time
+start = time.monotonic()
+silent = [(os.POSIX_SPAWN_OPEN, stream, os.devnull, os.O_WRONLY, 0) for stream in (1, 2)]
+child = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ, file_actions=silent)
+_, status, used = os.wait4(child, 0)
+print(os.waitstatus_to_exitcode(status), time.monotonic() - start, used.ru_maxrss)
+"""
 _UNPRINTABLE = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+_RECIPE = "done/nufilt.json"
+_OUTPUTS = ("out", "done")  # what a command may write begins so
 _SUM = ("--method", "sum", "--quiet")
 
 Command = tuple[str, ...]
@@ -40,8 +60,30 @@ class Target(NamedTuple):
     commands: tuple[Command, ...]
 
 
+class Case(NamedTuple):
+    """One damaged file and the command that reads it.
+
+    Attributes:
+      target: the file.
+      command: without the program's name.
+      content: its bytes; or where it leads, None making it a folder.
+    """
+
+    target: Target
+    command: Command
+    content: bytes | str | Path | None
+
+
 class Outcome(NamedTuple):
-    """What one command did: status, lines, processor seconds, bytes taken, and what is wrong; empty if nothing is."""
+    """What one command did.
+
+    Attributes:
+      status: of its exit.
+      lines: on stderr.
+      seconds: of the processor, in this process: Python's start and its imports are not in them.
+      taken: bytes of memory at the peak, on top of what this process held before.
+      finding: what is wrong; empty if nothing is.
+    """
 
     status: int
     lines: list[str]
@@ -49,17 +91,25 @@ class Outcome(NamedTuple):
     taken: int
     finding: str
 
+    @property
+    def refusals(self) -> list[str]:
+        """The lines that are no warnings."""
+        return [line for line in self.lines if not line.startswith("nufilt: warning: ")]
+
 
 def _json_damage(data: bytes, rng: Rng) -> bytes:
     return mutations.damaged_object(json.loads(data), rng)
 
 
-def _any_text(_: bytes, rng: Rng) -> bytes:
+def _any_text(data: bytes, rng: Rng) -> bytes:
+    if rng.random() < 0.5:
+        return mutations.damaged_bytes(data, rng)
     return rng.choice((b"", b"\0" * 99, rng.randbytes(999), b"[" * 99_999, "\u202e\x1b[2J".encode(), b"x" * 999_999))
 
 
 def _targets() -> list[Target]:
     pairs = {kind: ("--base", kind, "--task", f"t={kind}-task") for kind in ("one", "shards", "flax")}
+    pairs |= {"coded": ("--base", "coded", "--task", "t=one-task"), "pickle": ("--base", "one", "--task", "t=pickled")}
     model = {kind: (("plan", *given), ("merge", *given, "--out", "out", *_SUM)) for kind, given in pairs.items()}
     lora = (("plan", "--base", "one", "--task", "t=lora"),)
     done = (
@@ -69,6 +119,7 @@ def _targets() -> list[Target]:
         ("export", "done", "--what", "delta", "--out", "out"),
         ("merge", *pairs["one"], "--out", "done", *_SUM),
     )
+    pickled = lambda _, rng: mutations.pickled(rng)  # noqa: E731
     bytes_, header = mutations.damaged_bytes, mutations.damaged_safetensors
     rows = [
         *[Target("safetensors: bytes", f"{at}/model.safetensors", bytes_, model["one"]) for at in ("one", "one-task")],
@@ -85,6 +136,9 @@ def _targets() -> list[Target]:
         Target("tokenizer", "one/tokenizer.json", _any_text, model["one"]),
         Target("adapter config", "lora/adapter_config.json", _json_damage, lora),
         Target("adapter weights", "lora/adapter_model.safetensors", header, lora),
+        Target("pickle alone", "pickled/pytorch_model.bin", pickled, model["pickle"]),
+        Target("pickle and code beside", "coded/pytorch_model.bin", pickled, model["coded"]),
+        Target("pickle and code beside", "coded/modeling_x.py", lambda _, rng: mutations.code(rng), model["coded"]),
         Target("recipe", "done/nufilt.json", _json_damage, done),
         Target("forecast", "done/forecast.json", _json_damage, done),
         Target("state: window", "done/state/window-0000/window.json", _json_damage, done),
@@ -112,31 +166,93 @@ class Sandbox:
             models.write(self._sound / f"shards{name}", tensors, shards=2)
             models.write_flax(self._sound / f"flax{name}", tensors)
         models.write_lora(self._sound / "lora")
+        models.write_unsafe(self._sound / "pickled")
+        models.write_unsafe(self._sound / "coded", base)
         with contextlib.chdir(self._sound), contextlib.redirect_stderr(io.StringIO()):
             done = ("merge", "--base", "one", "--task", "t=one-task", "--out", "done", *_SUM)
             if main(list(done)):
                 raise SystemExit("the sound models cannot be merged")
+        self._drawn: set[tuple[str, Command, bytes]] = set()
+        for target in TARGETS:  # no damage is no case
+            sound = hashlib.sha256(self._sound_bytes(target.file)).digest()
+            self._drawn |= {(target.file, command, sound) for command in target.commands}
 
-    def run(self, target: Target, seed: int) -> Outcome:
-        """Damages a file of a copy, runs one command on it, and looks at what that did."""
-        rng = random.Random(f"{target.name} {target.file} {seed}")
+    def draw(self, target: Target, seed: int) -> Case | None:
+        """A case that was not drawn before; None if there seems to be no more."""
+        for attempt in range(_DRAWS):
+            rng = random.Random(f"{target.name} {target.file} {seed} {attempt}")
+            command = rng.choice(target.commands)
+            if target.damage is None:
+                content = rng.choice(mutations.leads(Path(target.file).name, self.root / "outside"))
+                told = f"a link to {content}".encode()
+            else:
+                content = target.damage(self._sound_bytes(target.file), rng)
+                told = content
+            key = (target.file, command, hashlib.sha256(told).digest())
+            if key not in self._drawn:
+                self._drawn.add(key)
+                return Case(target, command, content)
+        return None
+
+    def run(self, case: Case) -> Outcome:
+        """Puts a damaged file into a copy of the sound models, runs the command, and looks at what that did."""
+        with contextlib.chdir(self.prepared(case)):
+            before = self._snapshot()
+            outcome = _run(case.command)
+        written = sorted(path for path, now in (self._snapshot() ^ before))
+        if (self.root / "outside" / "executed").exists():
+            (self.root / "outside" / "executed").unlink()
+            outcome = outcome._replace(finding=f"it executed what it was given; {outcome.finding}")
+        elif written:
+            outcome = outcome._replace(finding=f"it wrote elsewhere: {written[0]}; {outcome.finding}")
+        finding = f"{' '.join(case.command)}: {outcome.finding}" if outcome.finding else ""
+        return outcome._replace(finding=finding)
+
+    def prepared(self, case: Case) -> Path:
+        """The folder in which the command of a case finds its damaged file."""
         here = self.root / "here"
         shutil.rmtree(here, ignore_errors=True)
         shutil.copytree(self._sound, here)
-        # A recipe names its inputs by full paths.
-        recipe = here / "done" / "nufilt.json"
-        recipe.write_text(recipe.read_text().replace(str(self._sound), str(here)))
-        path = here / target.file
-        if target.damage is None:
-            mutations.misled(path, self.root / "outside", rng)
+        (here / _RECIPE).write_bytes(self._sound_bytes(_RECIPE))
+        if case.target.damage is None:
+            mutations.misled(here / case.target.file, case.content)  # pyright: ignore[reportArgumentType]
         else:
-            path.write_bytes(target.damage(path.read_bytes(), rng))
-        outside = _snapshot(self.root, but="here")
-        command = rng.choice(target.commands)
-        with contextlib.chdir(here):
-            outcome = _run(command)
-        finding = outcome.finding or ("it wrote outside" if _snapshot(self.root, but="here") != outside else "")
-        return outcome._replace(finding=f"{' '.join(command)}: {finding}" if finding else "")
+            (here / case.target.file).write_bytes(case.content)  # pyright: ignore[reportArgumentType]
+        return here
+
+    def _sound_bytes(self, file: str) -> bytes:
+        data = (self._sound / file).read_bytes()
+        # A recipe names its inputs by full paths.
+        return data.replace(bytes(self._sound), bytes(self.root / "here")) if file == _RECIPE else data
+
+    def _snapshot(self) -> set[tuple[str, tuple[int, ...]]]:
+        """All files but those that a command may write, and what changes with them."""
+        found = set()
+        for here, folders, names in os.walk(self.root):
+            if here == str(self.root / "here"):
+                folders[:] = [name for name in folders if not name.startswith(_OUTPUTS)]
+                names = [name for name in names if not name.startswith(_OUTPUTS)]
+            for name in (*folders, *names):
+                path = os.path.join(here, name)
+                status = os.lstat(path)
+                found.add((path, (status.st_ino, status.st_mtime_ns, status.st_size, status.st_mode)))
+        # Of this folder the outputs change the time.
+        return {row for row in found if row[0] != str(self.root / "here")}
+
+
+def measured(sandbox: Sandbox, case: Case) -> tuple[float, int]:
+    """Seconds by the clock and bytes at the peak of a refusal by a process of its own.
+
+    Raises:
+      SystemExit: it is none.
+    """
+    command = [sys.executable, "-c", _MEASURING, sys.executable, "-m", "nufilt_jax.cli", *case.command]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    here = sandbox.prepared(case)
+    told = subprocess.run(command, cwd=here, env=environment, stdout=subprocess.PIPE, check=True).stdout.split()
+    if int(told[0]) != 1:
+        raise SystemExit(f"{' '.join(case.command)} ended with status {int(told[0])} in a process of its own")
+    return float(told[1]), int(told[2]) * 1024
 
 
 def _run(command: Command) -> Outcome:
@@ -159,7 +275,7 @@ def _run(command: Command) -> Outcome:
 def _fault(status: int, out: str, err: str, seconds: float, taken: int) -> str:
     """What is wrong with an outcome; empty if nothing is."""
     lines = err.splitlines()
-    refusals = [line for line in lines if not line.startswith("nufilt: warning: ")]
+    refusals = Outcome(status, lines, seconds, taken, "").refusals
     checks = {
         f"status {status}": status not in (0, 1),
         "a refusal without a line": status == 1 and not refusals,
@@ -174,23 +290,18 @@ def _fault(status: int, out: str, err: str, seconds: float, taken: int) -> str:
     return "; ".join(what for what, is_so in checks.items() if is_so)
 
 
-def study(root: Path, n_cases: int, seed: int = 0) -> Iterator[tuple[Target, Outcome]]:
-    """Runs so many cases, every target in turn."""
-    sandbox = Sandbox(root)
-    for number in range(n_cases):
-        target = TARGETS[number % len(TARGETS)]
-        yield target, sandbox.run(target, seed + number // len(TARGETS))
-
-
-def _snapshot(root: Path, *, but: str) -> dict[str, tuple[int, int]]:
-    found = {}
-    for here, folders, names in os.walk(root):
-        if here == str(root):
-            folders.remove(but)
-        for name in (*folders, *names):
-            status = os.lstat(os.path.join(here, name))
-            found[os.path.join(here, name)] = (status.st_mtime_ns, status.st_size)
-    return found
+def study(sandbox: Sandbox, n_cases: int, seed: int = 0) -> Iterator[tuple[Case, Outcome]]:
+    """Runs so many cases, no two of them the same: every target in turn, as long as it has more."""
+    left, n_run = list(TARGETS), 0
+    while left and n_run < n_cases:
+        for target in list(left):
+            if n_run == n_cases:
+                return
+            if (case := sandbox.draw(target, seed + n_run)) is None:
+                left.remove(target)
+                continue
+            n_run += 1
+            yield case, sandbox.run(case)
 
 
 def _memory(what: str) -> int:

@@ -71,3 +71,15 @@ def write_lora(folder: Path, size: int = 8) -> None:
     factors = {f"{stem}_A.weight": (2, size), f"{stem}_B.weight": (size, 2)}
     arrays = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in factors.items()}
     save_file(arrays, folder / "adapter_model.safetensors", {"format": "pt"})
+
+
+def write_unsafe(folder: Path, tensors: Tensors | None = None) -> None:
+    """A model with code of its own and weights in pickle; with tensors, these as safetensors beside."""
+    if tensors is None:
+        _beside(folder)
+    else:
+        write(folder, tensors)
+    config = {"model_type": "llama", "dtype": "float32", "auto_map": {"AutoModel": "modeling_x.Model"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "modeling_x.py").write_text("class Model:\n    pass\n")
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x02}.")

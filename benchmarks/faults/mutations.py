@@ -1,8 +1,11 @@
 """Damage to files, drawn by seed: to their bytes, to the JSON in them, and to what their names lead to."""
 
 import copy
+import io
 import json
+import os
 import random
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +51,7 @@ VALUES: tuple[Any, ...] = (
     *("", "F32", "F4", "float32", "eval(1)", "1e999", {}, [], [[]], [None], [-1], [2**62, 2**62], [0, 2**63], {"": {}}),
     *NAMES,
 )
+EXECUTED = b"../outside/executed"  # what exists once a stranger's code has run, as seen from where commands run
 _DEPTHS = (60, 120, 900, 1100, 20_000, 200_000)
 
 Rng = random.Random
@@ -130,7 +134,7 @@ def renamed_safetensors(data: bytes, rng: Rng) -> bytes:
 
 def bomb(rng: Rng) -> bytes:
     """A header that is small on disk, and large once it is read: many values, a long text, or a length alone."""
-    n = rng.choice((10_000, 1_000_000, 20_000_000))
+    n = rng.choice((10_000, 100_000, 1_000_000, 5_000_000, 20_000_000))
     inside = rng.choice(
         (
             b'{"a":[' + b"[]," * n + b"[]]}",
@@ -143,14 +147,52 @@ def bomb(rng: Rng) -> bytes:
     return len(inside).to_bytes(8, "little") + inside
 
 
-def misled(path: Path, outside: Path, rng: Rng) -> None:
-    """A file that is a link: to nothing, to itself, to a folder, or to a file outside; or that is a folder."""
+def pickled(rng: Rng) -> bytes:
+    """Weights as pickle writes them, which make a file for whoever unpickles them; by hand, and never read here."""
+    order = rng.choice(
+        (
+            b"cos\nsystem\n(S'touch %s'\ntR." % EXECUTED,
+            b"cposix\nsystem\n(S'touch %s'\ntR." % EXECUTED,
+            b'cbuiltins\nexec\n(S\'open("%s", "w").close()\'\ntR.' % EXECUTED,
+            b'cbuiltins\neval\n(S\'open("%s", "w").close()\'\ntR.' % EXECUTED,
+            b"(S'touch %s'\nios\nsystem\n." % EXECUTED,
+        )
+    )
+    version = rng.choice((b"", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"))
+    before = b"".join(b"S'%d'\n0" % rng.randrange(10**6) for _ in range(rng.randrange(4)))  # is read, and dropped
+    content = version + before + order + rng.randbytes(rng.choice((0, 0, 8, 999)))
+    if rng.random() < 0.5:
+        return content
+    packed = io.BytesIO()  # as torch has done since 1.6
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("archive/data.pkl", content)
+        archive.writestr("archive/version", "3\n")
+    return packed.getvalue()
+
+
+def code(rng: Rng) -> bytes:
+    """Code such as a configuration's `auto_map` names, which makes a file for whoever imports it."""
+    path = EXECUTED.decode()
+    opened = f'open("{path}", "w").close()'
+    orders = (opened, f'import os\nos.system("touch {path}")', f"exec('{opened}')")
+    order = rng.choice(orders)
+    return f"# {rng.randrange(10**9)}\n{order}\n\n\nclass Model:\n    pass\n".encode()
+
+
+def leads(name: str, outside: Path) -> tuple[Path | str | None, ...]:
+    """Where a link in a file's place may lead: to nothing, to itself, to a folder, to files; None is for a folder."""
+    canary, above = outside / "canary", os.path.relpath(outside / "canary", outside.parent / "here" / "model")
+    files = (canary, above, f"{name}/x", "/dev/null", "/proc/self/mem")
+    return (outside / "missing", name, outside, "..", "/", *files, None)
+
+
+def misled(path: Path, to: Path | str | None) -> None:
+    """Puts a link, or a folder, in the place of a file."""
     path.unlink()
-    kind = rng.randrange(5)
-    if kind == 4:
+    if to is None:
         path.mkdir()
-        return
-    path.symlink_to((outside / "missing", path.name, outside, outside / "canary")[kind])
+    else:
+        path.symlink_to(to)
 
 
 Damage = Callable[[bytes, Rng], bytes]

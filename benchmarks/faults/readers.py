@@ -11,6 +11,7 @@ from nufilt_jax.checkpoints import open_checkpoint
 from nufilt_jax.errors import NufiltError, printable
 
 CORPUS = ROOT / "tests" / "faults" / "corpus"  # inputs that between them reach all of the readers
+FAILING = "failing"  # the file to which a process that fuzzes adds a byte for each input that fails
 MOST_SECONDS = 2.0  # of the processor, for one input
 
 

@@ -2,12 +2,15 @@
 
 Each harness is in `benchmarks.faults`, which the tests run small. A kill or a fault is survived if the merge ended with
 at most one line, if under its name there was nothing or a whole model, and if the same command then gave the bits of an
-undisturbed merge. A hostile file is handled if it was merged or refused in lines of our own, in time and in little
-memory, with nothing written elsewhere. Disks of chosen sizes need a user who may mount them; others are left out. The
-readers are fuzzed where atheris is installed, or what `make fuzz` found is taken in; else the results say so.
+undisturbed merge and did no step again that was on disk. A hostile file is handled if it was merged or refused in lines
+of our own, in time and in little memory, with nothing written elsewhere and nothing executed. Disks of chosen sizes
+need a user who may mount them; others are left out. The readers are fuzzed where atheris is installed, or what `make
+fuzz` found at the same commit is taken in; else the results say so.
 """
 
 import json
+import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -17,38 +20,56 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import measure, records, script
-from benchmarks.faults import disks, fuzz, hostile
+from benchmarks.faults import disks, fuzz, hostile, kills
 
 TITLES = ("merges ended by signals and run again", "merges on disks that fail", "hostile files")
+STRUCK = "what the signals struck"
+REFUSED = "one refusal of each kind by a process of its own"
 FUZZED = "readers under a coverage-guided fuzzer"  # only if they were
-KILLS = ("signal", "tried", "survived", "struck while merging", "of these while adding a task")
+KILLS = ("signal", "tried", "survived", "of these while adding a task", "sent again, for no run was there")
+PHASES = ("a merge was", "struck", "survived", "of these while adding a task")
 DISKS = ("fault", "tried", "handled", "of these refused in one line")
-FILES = ("file", "tried", "handled", "of these refused", "most seconds of a refusal", "most MB of a refusal")
+FILES = ("file", "distinct", "handled", "of these refused", "of these in one line")
+FILES += ("most seconds of a refusal", "most MB of a refusal")
+PROCESSES = ("file", "command", "seconds by the clock", "MB")
 READERS = ("reader", "executions", "without a finding", "places of the code reached", "seconds")
 NOT_FUZZED = "not run: atheris is not installed"
+ABOUT = {
+    TITLES[
+        0
+    ]: "a signal counts if it ended a run that had begun the command; one that came sooner or later is sent again",
+    TITLES[2]: "of a refusal in a process that holds everything imported: seconds of the processor, MB at the peak on "
+    "top of what it held before; no two cases give the same bytes to the same command",
+    REFUSED: "of the case above that took longest, by the clock and at the peak, with Python's start and all imports",
+}
+MEDIAN = "median"
+
+Table = list[list[Any]]
 
 
-def killed(root: Path, n_kills: int, seed: int) -> tuple[list[list[Any]], list[str]]:
-    """Rows of the kills, and what was wrong; in another process, which forks."""
+def killed(root: Path, n_kills: int, seed: int) -> tuple[Table, Table, list[str]]:
+    """Rows of the kills by signal and by what they struck, and what was wrong; in another process, which forks."""
     command = [sys.executable, "-m", "benchmarks.faults.kills", root, n_kills, seed]
     told: dict[str, Counter[str]] = {}
+    struck = {phase: Counter[str]() for phase in kills.PHASES}
     findings: list[str] = []
     with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True, cwd=records.ROOT) as process:
         for number, line in enumerate(process.stdout or (), 1):
-            one = json.loads(line)
-            count = told.setdefault(one["kind"], Counter())
-            count.update(tried=1, survived=int(not one["finding"]), struck=int(bool(one["where"])))
-            count["adding"] += int(bool(one["where"]) and one["work"] == "add")
-            findings += [f"{one['kind']} {one['work']} {one['where']}: {one['finding']}"] if one["finding"] else []
-            script.say(f"kill {number} of {n_kills}: {one['kind']}, {one['work']}, {one['where'] or 'it was over'}")
+            one = kills.Outcome(**json.loads(line))
+            is_survived = not one.finding
+            for count in (told.setdefault(one.kind, Counter()), struck.get(one.where, Counter())):
+                count.update(tried=1, survived=int(is_survived), adding=int(is_survived and one.work == "add"))
+            told[one.kind].update(missed=one.missed)
+            findings += [] if is_survived else [f"{one.kind} {one.work} {one.where}: {one.finding}"]
+            script.say(f"kill {number} of {n_kills}: {one.kind}, {one.work}, {one.where}")
     if process.returncode:
         raise SystemExit("the kills ended before their time")
-    return [
-        [kind, *(n[key] for key in ("tried", "survived", "struck", "adding"))] for kind, n in told.items()
-    ], findings
+    counts = ("tried", "survived", "adding")
+    by_signal = [[kind, *(n[key] for key in (*counts, "missed"))] for kind, n in told.items()]
+    return by_signal, [[phase, *(n[key] for key in counts)] for phase, n in struck.items()], findings
 
 
-def failed(root: Path, every: int) -> tuple[list[list[Any]], list[str]]:
+def failed(root: Path, every: int) -> tuple[Table, list[str]]:
     """Rows of the disks, and what was wrong."""
     told: dict[str, Counter[str]] = {}
     findings = []
@@ -62,30 +83,41 @@ def failed(root: Path, every: int) -> tuple[list[list[Any]], list[str]]:
 
 
 def _disk_row(kind: str) -> str:
-    if not kind.startswith("a disk of"):
-        return kind
-    return "a disk of so many inodes" if kind.endswith("inodes") else "a disk of so many models"
+    return re.sub(r"^a disk of [\d.]+", "a disk of so many", kind)
 
 
-def attacked(root: Path, n_files: int, seed: int) -> tuple[list[list[Any]], list[str]]:
-    """Rows of the hostile files, and what was wrong."""
+def attacked(root: Path, n_files: int, seed: int) -> tuple[Table, Table, list[str]]:
+    """Rows of the hostile files and of refusals by processes of their own, and what was wrong."""
     told: dict[str, Counter[str]] = {}
-    worst: dict[str, list[float]] = {}
+    most: dict[str, list[float]] = {}
+    longest: dict[str, tuple[float, hostile.Case]] = {}
     findings = []
-    for number, (target, outcome) in enumerate(hostile.study(root, n_files, seed), 1):
-        count = told.setdefault(target.name, Counter())
-        count.update(tried=1, handled=int(not outcome.finding), refused=int(outcome.status == 1))
-        most = worst.setdefault(target.name, [0.0, 0.0])
-        if outcome.status == 1:
-            worst[target.name] = [max(most[0], outcome.seconds), max(most[1], outcome.taken / 1e6)]
-        findings += [f"{target.name}: {outcome.finding}"] if outcome.finding else []
+    sandbox = hostile.Sandbox(root)
+    for number, (case, outcome) in enumerate(hostile.study(sandbox, n_files, seed), 1):
+        name, is_refused = case.target.name, outcome.status == 1
+        count = told.setdefault(name, Counter())
+        count.update(tried=1, handled=int(not outcome.finding), refused=int(is_refused))
+        count.update(brief=int(is_refused and len(outcome.refusals) == 1))
+        worst = most.setdefault(name, [0.0, 0.0])
+        if is_refused:
+            most[name] = [max(worst[0], outcome.seconds), max(worst[1], outcome.taken / 1e6)]
+            if name not in longest or outcome.seconds > longest[name][0]:
+                longest[name] = outcome.seconds, case
+        findings += [f"{name}: {outcome.finding}"] if outcome.finding else []
         if number % 100 == 0:
             script.say(f"hostile file {number} of {n_files}")
-    rows = [
-        [name, *(n[key] for key in ("tried", "handled", "refused")), round(worst[name][0], 2), round(worst[name][1])]
-        for name, n in told.items()
-    ]
-    return rows, findings
+    counts = ("tried", "handled", "refused", "brief")
+    rows = [[name, *(n[key] for key in counts), *_rounded(*most[name])] for name, n in told.items()]
+    processes = []
+    for name, (_, case) in longest.items():
+        seconds, taken = hostile.measured(sandbox, case)
+        processes.append([name, case.command[0], *_rounded(seconds, taken / 1e6)])
+        script.say(f"{name}: refused in {seconds:.1f} s by a process of its own")
+    return rows, processes, findings
+
+
+def _rounded(seconds: float, megabytes: float) -> list[Any]:
+    return [round(seconds, 2), round(megabytes)]
 
 
 def fuzzed(seconds: int, stored: Path | None) -> tuple[list[dict[str, Any]] | str, list[str]]:
@@ -94,18 +126,31 @@ def fuzzed(seconds: int, stored: Path | None) -> tuple[list[dict[str, Any]] | st
     Args:
       seconds: for each reader.
       stored: the file that `benchmarks.faults.fuzz` wrote; None to run it where it can be.
+
+    Raises:
+      ValueError: what is stored is of another commit.
     """
     if stored is None and not fuzz.is_installed():
         return NOT_FUZZED, []
-    found = fuzz.study(seconds) if stored is None else json.loads(stored.read_text())["fuzz"]
+    if stored is None:
+        found = fuzz.study(seconds)
+    else:
+        document, here = json.loads(stored.read_text()), measure.checkout()
+        if (then := {key: document.get(key) for key in here}) != here:
+            raise ValueError(f"{stored} is of {_told(then)}, and this is {_told(here)}: fuzz again")
+        found = document["fuzz"]
     return found, [f"{row['reader']}: {finding}" for row in found for finding in row["findings"]]
 
 
-def fuzzed_rows(found: list[dict[str, Any]]) -> list[list[Any]]:
+def _told(checkout: records.Json) -> str:
+    return f"commit {checkout['commit']}" + (" with changes" if checkout["uncommitted_changes"] else "")
+
+
+def fuzzed_rows(found: list[dict[str, Any]]) -> Table:
     """Rows of the readers."""
     rows = []
     for row in found:
-        without = row["executions"] - len(row["findings"])
+        without = row["executions"] - row["failing"]
         rows.append([row["reader"], row["executions"], without, row["places"], row["seconds"]])
     return rows
 
@@ -115,6 +160,14 @@ def with_sum(rows: Iterable[list[Any]], n_counts: int) -> list[list[Any]]:
     rows = list(rows)
     columns = list(zip(*rows, strict=True))[1:]
     return [*rows, ["all", *map(sum, columns[:n_counts]), *map(max, columns[n_counts:])]]
+
+
+def with_median(rows: Table) -> Table:
+    """The rows of refusals by processes, and what is usual."""
+    if not rows:
+        return rows
+    seconds, megabytes = (statistics.median(row[at] for row in rows) for at in (2, 3))
+    return [*rows, [MEDIAN, "", *_rounded(seconds, megabytes)]]
 
 
 def main() -> None:
@@ -127,20 +180,30 @@ def main() -> None:
     parser.add_argument("--fuzzed", type=Path, metavar="FILE", help="what make fuzz wrote, instead of fuzzing here")
     parser.add_argument("--seed", type=int, default=0, help="of instants and damage (default: 0)")
     arguments = parser.parse_args()
-    fuzz_found, fuzz_findings = fuzzed(arguments.fuzz_seconds, arguments.fuzzed)
+    try:
+        fuzz_found, fuzz_findings = fuzzed(arguments.fuzz_seconds, arguments.fuzzed)
+    except ValueError as error:
+        parser.error(f"--fuzzed: {error}")
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        rows = [killed(root / "kills", arguments.kills, arguments.seed), failed(root / "disks", arguments.every)]
-        rows.append(attacked(root / "hostile", arguments.files, arguments.seed))
-    parts = zip(TITLES, (KILLS, DISKS, FILES), rows, (4, 3, 3), strict=True)
-    tables = [records.table(title, columns, with_sum(found, n)) for title, columns, (found, _), n in parts]
+        by_signal, by_phase, kill_findings = killed(root / "kills", arguments.kills, arguments.seed)
+        fallen, disk_findings = failed(root / "disks", arguments.every)
+        files, processes, file_findings = attacked(root / "hostile", arguments.files, arguments.seed)
+    tables = [
+        records.table(TITLES[0], KILLS, with_sum(by_signal, 4)),
+        records.table(STRUCK, PHASES, with_sum(by_phase, 3)),
+        records.table(TITLES[1], DISKS, with_sum(fallen, 3)),
+        records.table(TITLES[2], FILES, with_sum(files, 4)),
+        records.table(REFUSED, PROCESSES, with_median(processes)),
+    ]
     if not isinstance(fuzz_found, str):
         tables.append(records.table(FUZZED, READERS, with_sum(fuzzed_rows(fuzz_found), 4)))
-    findings = [finding for _, found in rows for finding in found] + fuzz_findings
+    findings = [*kill_findings, *disk_findings, *file_findings, *fuzz_findings]
     document = {
         "benchmark": "faults",
         "environment": measure.environment("safetensors"),
         "settings": {key: value for key, value in script.settings(arguments).items() if not key.startswith("fuzz")},
+        "about": ABOUT,
         "findings": findings,
         "fuzz": fuzz_found,
         "tables": tables,

@@ -8,6 +8,7 @@ from rich.console import Console
 from nufilt_jax.checkpoints.dtypes import OUTPUT_DTYPES
 from nufilt_jax.commands import console as show
 from nufilt_jax.commands.extract_arguments import ExtractArguments
+from nufilt_jax.commands.failures import traceback_beside, traceback_kept
 from nufilt_jax.config import option, problem
 from nufilt_jax.engine.extraction import extract as run
 from nufilt_jax.errors import ConfigError, Problem, UsageError, raise_all
@@ -28,7 +29,7 @@ def extract(source: str, arguments: ExtractArguments, stdout: Console, stderr: C
         raise ConfigError(problem("dtype", f"must be one of {', '.join(OUTPUT_DTYPES)}, got {arguments.dtype!r}"))
     watcher = show.ProgressWatcher(stderr, quiet=arguments.quiet or arguments.json)
     how = {"layers": arguments.layers, "dtype": arguments.dtype, "offline": arguments.offline}
-    with watcher.progress:
+    with traceback_kept(traceback_beside(out.absolute())), watcher.progress:
         found = run(source, base, out, rank=rank, watch=watcher.phase, **how)
     show.show_warnings(stderr, found.notices)
     if found.outside > MOST_OUTSIDE:

@@ -34,7 +34,7 @@ def traceback_kept(log: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (NufiltError, OSError):
+    except NufiltError:
         raise
     except Exception as error:
         raise UnexpectedError(unforeseen(error, log if _write(log, error) else None)) from error
@@ -87,5 +87,7 @@ def _write(log: Path, error: BaseException) -> bool:
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text("\n".join(told), encoding="utf-8", errors="backslashreplace")
     except (OSError, ValueError):
+        with contextlib.suppress(OSError):  # what a full disk has taken of it
+            log.unlink(missing_ok=True)
         return False
     return True

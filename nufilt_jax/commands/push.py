@@ -10,6 +10,7 @@ from nufilt_jax.checkpoints.upload import upload_folder
 from nufilt_jax.commands import console as show
 from nufilt_jax.commands import text
 from nufilt_jax.commands.arguments import PushArguments
+from nufilt_jax.commands.failures import traceback_beside, traceback_kept
 from nufilt_jax.engine.job import read_recipe
 from nufilt_jax.errors import OutputError, Problem, UsageError
 from nufilt_jax.output.documents import read_json
@@ -37,7 +38,7 @@ def push(folder: Path, repo: str, arguments: PushArguments, stdout: Console, std
     if arguments.dry_run:
         url = None
     else:
-        with place.locked():
+        with traceback_kept(traceback_beside(place.out)), place.locked():
             url = upload_folder(place.out, repo, list(sizes), message=message, private=arguments.private)
     if arguments.json:
         text.show_json(stdout, {**document, "dry_run": arguments.dry_run, "url": url})

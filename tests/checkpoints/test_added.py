@@ -113,7 +113,8 @@ def test_neither_base_nor_task_may_be_a_mixture(folder, tmp_path):
     assert [p.where for p in fit(plain, plain, ()).problems] == []
     for pair in ((plain, mixed), (mixed, plain)):
         [problem] = fit(*pair, ()).problems
-        assert problem.where == str(folder) and "cannot be merged (continue that merge with --add" in str(problem)
+        assert problem.where == str(folder) and "has weights that are mixed anew for every batch" in str(problem)
+        assert "these cannot be merged (continue that merge with --add" in str(problem)
 
 
 def test_the_hub_gives_it_too():

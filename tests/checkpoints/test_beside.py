@@ -99,7 +99,7 @@ def test_a_diffusers_pipeline_names_its_components(tmp_path, model):
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(str(tmp_path))
     [problem] = caught.value.problems
-    assert problem.what.startswith("is a diffusers pipeline")
+    assert problem.what == "is a diffusers pipeline: its components are models of their own"
     assert problem.fix.endswith(str(tmp_path / model.split("/")[0]) if model else "save it again, without a variant")
 
 

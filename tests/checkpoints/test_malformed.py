@@ -229,6 +229,9 @@ NOT_FLAX = {
     "endless shape": ({"w": CUT_SHAPE}, f"is cut off: a shape has {2**31} numbers"),
     "bytes": ({"w": array(n_bytes=9)}, r"w: takes \d+ bytes, which float32 of shape \[2\] does not"),
     "no mark": ({"w": {CHUNKED: None, "shape": {}, "chunks": {}}}, "has a chunked array without its mark"),
+    "no text": ({b"\xff\xfe": array()}, "has a name that is not UTF-8"),
+    "no numbers": ({"w": {CHUNKED: True, "shape": {"0": 2}, "chunks": {"x": array()}}}, "has chunks without numbers"),
+    "other part": ({"w": {CHUNKED: True, "shape": {"0": 2}, "size": 1}}, "w: has the unknown part 'size'"),
     "few chunks": (
         {"w": {CHUNKED: True, "shape": {"0": 5}, "chunks": {"0": array()}}},
         r"w: has chunks that do not add up to its shape \[5\]",

@@ -63,6 +63,7 @@ def test_a_touched_tensor_must_be_in_both_and_float(tmp_path):
     assert found[0].startswith("base: ghost: is not in the base (exclude it with --layers)")
     assert found[1].startswith("task: encoder.layers.0.mlp.fc1.weight: is missing, but the base base has it")
     assert found[2].startswith("task/model.safetensors: encoder.layers.0.mlp.fc2.weight: holds I8, but only BF16")
+    assert ", but only BF16, F16, F32, F64 can be merged (dequantize the model, or exclude it" in found[2]
     assert len(found) == 3
 
 

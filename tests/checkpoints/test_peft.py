@@ -107,10 +107,10 @@ def test_which_base_it_was_trained_on(tmp_path, base, pairs):
 
 CONFIGS = {
     "dora": ({"use_dora": True}, "use_dora is True: DoRA"),
-    "loha": ({"peft_type": "LOHA"}, "type 'LOHA'"),
+    "loha": ({"peft_type": "LOHA"}, "is an adapter of type 'LOHA', and only plain LoRA and rsLoRA can be merged"),
     "prompt": ({"peft_type": "PROMPT_TUNING"}, "type 'PROMPT_TUNING'"),
     "pissa": ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4'"),
-    "unknown": ({"use_zora": True}, "the unknown setting use_zora = True"),
+    "unknown": ({"use_zora": True}, "has the unknown setting use_zora = True, which may change what the factors mean"),
     "rank": ({"r": 3}, "rank 2, but adapter_config.json says r = 3"),
     "no rank": ({"r": None}, "r must be a whole number from 1, got None"),
     "alpha": ({"lora_alpha": float("nan")}, "lora_alpha must be a finite number, got nan"),
@@ -127,6 +127,8 @@ CONFIGS = {
     "broken": ({"target_modules": "("}, "is no regular expression"),
     "layers": ({"layers_to_transform": [0]}, "is not among the target_modules"),
     "excluded": ({"exclude_modules": ["fc1"]}, "is not among the target_modules"),
+    "numbers": ({"target_modules": [1]}, "target_modules must be a text or a list of texts, got [1]"),
+    "layer": ({"layers_to_transform": "1"}, "layers_to_transform must be whole numbers, got '1'"),
     "tokens": ({"trainable_token_indices": [1]}, "trainable_token_indices is [1]"),
 }
 
@@ -194,7 +196,40 @@ def test_factors_that_do_not_fit(tmp_path, base, pairs):
         open_task(str(folder), base)
     text = str(error.value)
     assert f"{Q0}.lora_A.weight: changes a weight of shape [15, 16], which is [16, 16] in the base" in text
-    assert "layers.7.mlp.fc1.lora_A.weight: adapts vision_model.encoder.layers.7.mlp.fc1, which is no module" in text
+    assert (
+        "layers.7.mlp.fc1.lora_A.weight: adapts vision_model.encoder.layers.7.mlp.fc1, which is no module of the base"
+        in text
+    )
+
+
+def test_factors_that_contradict(tmp_path, base, pairs):
+    a, b = pairs[Q0]
+    short = Q0.removeprefix("vision_model.")
+    cases = {
+        "means the same as ": {f"{Q0}.lora_A.weight": a},
+        "belongs to ": {f"base_model.model.{Q0}.hada_w1_a": a},
+        "adapts the same weight as ": {f"{short}.lora_A.weight": a, f"{short}.lora_B.weight": b},
+        ": LoRA of a convolution cannot be merged": {
+            f"{FC1}.lora_A.weight": a[:, :, None, None],
+            f"{FC1}.lora_B.weight": b[:, :, None, None],
+        },
+    }
+    for number, (what, extra) in enumerate(cases.items()):
+        folder = adapters.write(tmp_path / str(number), {Q0: (a, b)}, extra=extra)
+        with pytest.raises(CheckpointError) as error:
+            open_task(str(folder), base)
+        assert what in str(error.value)
+        assert what != "belongs to " or ", which cannot be merged" in str(error.value)
+
+
+def test_adapters_without_factors_or_weights(tmp_path, base, base_tensors, pairs):
+    folder = adapters.write(tmp_path / "a", pairs)
+    save_file({f"base_model.model.{FC1}.weight": base_tensors[f"{FC1}.weight"]}, folder / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="holds no LoRA factors"):
+        open_task(str(folder), base)
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="is a PEFT adapter without its adapter_model"):
+        open_task(str(folder), base)
 
 
 def test_half_a_pair(tmp_path, base, pairs):

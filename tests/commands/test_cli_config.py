@@ -125,6 +125,7 @@ def test_what_a_file_may_not_say(case, written, refused):
         ("merge.yaml", "base: x\nbase: y", "has the key 'base' twice"),
         ("merge.yaml", "!!python/object/apply:os.system [ls]", "is not YAML: could not determine a constructor"),
         ("merge.yaml", "- a", "holds no table of options"),
+        ("merge.yaml", "? [a]\n: x", "has a key that is no text"),
         ("merge.json", '{"base": "x", "base": "y"}', "has the key 'base' twice"),
         ("merge.ini", "", "is no configuration file"),
         ("missing.toml", None, "there is no such file"),

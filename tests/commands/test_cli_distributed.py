@@ -212,7 +212,7 @@ def test_one_says_what_is_wrong_and_all_stop(shared_models, tmp_path, together, 
     argv = command(shared_models, tmp_path / "out", *FAST)
     wrong = {
         "task beta: SHA-256 of model.safetensors is ": command(other, tmp_path / "out", *FAST),
-        "--other-params is average here, and pretrained": [*argv, "--other-params", "average"],
+        "--other-params is average here, and pretrained for process 0": [*argv, "--other-params", "average"],
         f"{tmp_path / 'elsewhere.partial'}: is not there, or not any more: ": command(
             shared_models, tmp_path / "elsewhere", *FAST
         ),

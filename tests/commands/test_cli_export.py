@@ -1,7 +1,10 @@
 """Parts of a finished merge in files that other programs read."""
 
 import json
+import re
 import shutil
+import warnings
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +14,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from nufilt_jax import NufiltConfig, solve_stack
+from nufilt_jax.commands.export import PARTS
+from nufilt_jax.engine import sameness
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +102,34 @@ def test_the_solve_for_other_programs(merged, tmp_path, nufilt):
     np.testing.assert_allclose(found[0], wanted.update, atol=1e-5)
     np.testing.assert_allclose(found[1], wanted.losses, rtol=1e-4)
     assert np.asarray(found[2]).all()
+
+
+def test_the_page_reads_what_it_exports(merged, tmp_path, nufilt, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "how_to" / "verify.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    exports = [line.partition("#")[0].split() for line in page.splitlines() if line.startswith("nufilt export merged")]
+    assert {argv[argv.index("--what") + 1] for argv in exports} == set(PARTS)
+    for _, command, _, *options in exports:
+        assert nufilt(command, merged, *options).code == 0
+    scope = {}
+    with jax.transfer_guard("allow"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        for snippet in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+            exec(snippet, scope)
+    assert scope["tau"].keys() == scope["delta"].keys() == set(build.SELECTED)
+    assert {row["layer"] for row in scope["rows"]} == set(build.SELECTED)
+    start = scope["arrays"][2]
+    config = NufiltConfig(**json.loads((tmp_path / "solve" / "solve.json").read_text())["config"])
+    wanted = solve_stack(*scope["arrays"][:2], config=config, adapter_init=start)
+    np.testing.assert_allclose(scope["losses"], wanted.losses, rtol=1e-4)
+    assert scope["update"].shape == wanted.update.shape and np.asarray(scope["is_finite"]).all()
+
+
+@pytest.mark.parametrize("name", ["verify.md", "continue.md"])
+def test_the_tolerance_is_told_in_numbers(name):
+    text = (Path(__file__).parents[2] / "docs" / "how_to" / name).read_text(encoding="utf-8")
+    told = {float(number) for number in re.findall(r"\b\de-\d\b", text)}
+    assert told == {sameness.TOLERANCE, sameness.TOLERANCE_AT_NEAR_EQUAL_CUTS}
 
 
 @pytest.mark.parametrize(

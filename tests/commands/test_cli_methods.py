@@ -91,6 +91,7 @@ def test_methods_that_learn_need_examples(method, shared_models, tmp_path, refus
     (tmp_path / "data").mkdir()
     lines = refused("merge", *argv, "--out", tmp_path / "out", "--data", tmp_path / "data")
     assert [line.split(": ")[1] for line in lines] == [f"{tmp_path}/data/{n}.safetensors" for n in ("alpha", "beta")]
+    assert "alpha.safetensors: is missing: the method learns from examples of alpha" in lines[0]
     save_file({"pixel_values": np.zeros((2, 3, 8), np.float32)}, tmp_path / "data" / "alpha.safetensors")
     lines = refused("merge", *argv, "--out", tmp_path / "out", "--data", tmp_path / "data")
     assert ["pixel_values: has shape [2, 3, 8]" in lines[0], "prototypes: is missing" in lines[1]] == [True, True]

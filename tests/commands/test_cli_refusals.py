@@ -98,6 +98,7 @@ BAD_VALUES = {
     "learning rate 0": (("--learning-rate", "0"), "--learning-rate: must be above 0, got 0.0"),
     "learning rate nan": (("--learning-rate", "nan"), "--learning-rate: must be a finite number, got nan"),
     "seed": (("--seed", "-1"), "--seed: must be at least 0, got -1"),
+    "large seed": (("--seed", str(2**63)), f"--seed: must be below 2^63, got {2**63}"),
     "no selected layer": (("--layers", "nothing_like_it"), "--layers: no matrix matches 'nothing_like_it'"),
     "broken regex": (("--layers", "(q_proj"), "--layers: '(q_proj' is no regular expression"),
     "unknown setting": (("--method-args", "scale=1"), "--method-args: nufilt has no setting 'scale'"),

@@ -55,6 +55,33 @@ FAILURES = {
 }
 
 
+OF_THE_SYSTEM = OSError(5, "Input/output error", "/x/y")
+
+
+@pytest.mark.parametrize("what", ["merge", "extract", "push"])
+def test_an_error_of_the_system_that_nobody_foresaw(shared_models, tmp_path, nufilt, command, monkeypatch, what):
+    from nufilt_jax.commands import extract, push
+
+    out, log = tmp_path / "out", tmp_path / "out.traceback"
+
+    def fails(*_, **__):
+        raise OF_THE_SYSTEM
+
+    argv = command(shared_models, out, *FAST)
+    if what == "push":
+        assert nufilt(*argv).code == 0
+        argv = ["push", out, "me/merged"]
+    if what == "extract":
+        argv = ["extract", shared_models / "alpha", "--base", shared_models / "base", "--rank", "1", "--out", out]
+    with monkeypatch.context() as patch:
+        patch.setattr(extract, "run", fails)
+        patch.setattr(push, "upload_folder", fails)
+        patch.setattr("nufilt_jax.engine.walk.update", fails)
+        (line,) = nufilt(*argv).lines
+    assert line == f"nufilt: /x/y: Input/output error (the traceback is in {log})"
+    assert "OSError: [Errno 5] Input/output error: '/x/y'" in log.read_text()
+
+
 @pytest.mark.parametrize("name", FAILURES)
 def test_a_traceback_is_kept_and_not_shown(shared_models, tmp_path, nufilt, command, failing, name, monkeypatch):
     out, log = tmp_path / "out", tmp_path / "out.traceback"

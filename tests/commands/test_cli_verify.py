@@ -217,6 +217,19 @@ def test_a_state_of_another_merge_is_found(merged, models, tmp_path, nufilt, com
     assert result.code == 1 and f"nufilt: {merged}: state: " in result.err and len(result.lines) == 1
 
 
+def test_a_state_of_other_layers_is_found(merged, models, tmp_path, nufilt, command):
+    other = tmp_path / "other"
+    assert nufilt(*command(models, other, *SUM, "--layers", "q_proj", n=2)).code == 0
+    shutil.rmtree(merged / "state")
+    shutil.copytree(other / "state", merged / "state")
+    rehashed(merged)
+    result = nufilt("verify", merged)
+    assert result.code == 1 and f"{merged / 'state'}: holds other layers than the recipe selects" in result.err
+    # Of the layers of a state the model must know all.
+    document = json.loads((merged / "state" / "window-0000" / "window.json").read_text())
+    assert sorted(document["layers"]) < sorted(build.SELECTED)
+
+
 @pytest.mark.parametrize("what", ["nothing", "no recipe", "no hashes", "damaged"])
 def test_what_cannot_be_verified(merged, nufilt, tmp_path, what):
     if what == "no recipe":

@@ -80,6 +80,13 @@ def test_a_revision_that_the_hub_does_not_know(monkeypatch):
     with pytest.raises(ConfigError, match="me/no: there is no revision 'v1'"):
         open_data_set("me/no", split="test", config="small", revision="v1", where="task a", offline=False)
 
+    def nobodys(*_, **__):
+        raise errors.RepositoryNotFoundError.__new__(errors.RepositoryNotFoundError)
+
+    monkeypatch.setattr(HfApi, "dataset_info", nobodys)
+    with pytest.raises(ConfigError, match="me/no: the Hub has none of this name, or it is private"):
+        open_data_set("me/no", split="test", config="small", revision=None, where="task a", offline=False)
+
 
 def test_the_hub_librarys_own_switch_is_obeyed(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

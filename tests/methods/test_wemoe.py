@@ -326,6 +326,7 @@ def test_a_decomposition_that_is_not_finite_is_named():
     with pytest.raises(SolveError) as error:
         update(rule.init(BASE), broken, rule)
     assert [problem.tensor for problem in error.value.problems] == [name]
+    assert "its singular values are not finite" in str(error.value)
 
 
 def test_progress_tells_of_the_gates():

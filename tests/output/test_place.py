@@ -80,3 +80,13 @@ def test_a_foreign_folder_in_the_place_of_the_partial_one_is_left_alone(out):
     with OutputPlace(out).locked():
         pass
     assert not foreign.exists()
+
+
+def test_places_that_can_be_none(tmp_path):
+    with pytest.raises(OutputError, match="/: cannot be an output folder"):
+        OutputPlace("/")
+    with pytest.raises(OutputError, match=r"is too long a name: o+\.partial cannot stand beside it"):
+        OutputPlace(tmp_path / ("o" * 250))
+    (tmp_path / "mine").write_text("")
+    with pytest.raises(OutputError, match="exists and is not the output of a merge: nothing is overwritten"):
+        OutputPlace(tmp_path).finished()
