@@ -3,14 +3,11 @@
 Synthetic adapters of one rank on all linear layers of the blocks. In factors it is the command itself, from PEFT
 folders to a PEFT folder, in a process of its own; the base is a file of zeros with holes, of which nothing is read but
 the header. Materialised are the same tasks on the layers of few blocks, in another process: D and τ are dense, of the
-same numbers. Ratios are of seconds per task and block. A whole model out is written for a base with numbers in it,
-beside copies of its file. PyTorch's ways (`speed.torch_lora`) run on a few layers where torch and peft are installed;
-seconds are then per layer.
+same numbers. Ratios are of seconds per task and block. PyTorch's ways (`speed.torch_lora`) run on a few layers where
+torch and peft are installed; seconds are then per layer.
 """
 
 import json
-import os
-import shutil
 import statistics
 import sys
 import tempfile
@@ -22,7 +19,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from benchmarks.common import commands, measure, models, records, script
+from benchmarks.common import commands, measure, records, script
 from nufilt_jax import methods
 from nufilt_jax.checkpoints import open_checkpoint, open_task
 from nufilt_jax.engine.timing import CompileLog
@@ -31,7 +28,6 @@ from nufilt_jax.methods.stacked import task_vector
 
 COLUMNS = ("solver", "how", "blocks", "compile s", "min s / task", "median s / task", "whole run s", "peak GiB")
 TORCH_COLUMNS = ("how", "layers", "s / layer", "peak GiB")
-WHOLE_COLUMNS = ("blocks", "GB", "write model s", "copy s", "% of copy rate", "whole run s", "peak GiB")
 SOLVERS = ("closed_form", "adam")
 WARM_UP = 2  # tasks that are not timed: the first is taken as it is, the second is the first that is solved
 MODULES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -112,49 +108,11 @@ def in_factors(folder: Path, tasks: int, solver: str, cap: str, out: Path, *, ou
     return {
         "seconds": [one["solve"] - one.get("compile", 0.0) for one in timings],
         "compile": ran.document["compiled"]["seconds"],
+        "compile of solves": sum(step["timings"].get("compile", 0.0) for step in ran.document["steps"]),
         "peak": ran.peak,
         "wall": ran.wall,
         "timings": ran.document["timings"],
     }
-
-
-def whole_out(folder: Path, model: Model, rank: int, tasks: int, cap: str) -> list[Any]:
-    """The row of a whole model out: seconds of writing it, and of copying the base's file, both until they are on disk.
-
-    The file is copied before and after, and the faster counts.
-    """
-    models.write_models(folder, models.Llama(model.width, model.hidden, model.blocks, vocabulary=256), 0)
-    for task in range(tasks):
-        write_adapter(folder / f"task{task}", model, rank, task)
-    file = folder / "base" / models.WEIGHTS
-    copied = [_copied(file)]
-    found = in_factors(folder, tasks, "closed_form", cap, folder / "out", output="model")
-    copied.append(_copied(file))
-    written = found["timings"]["write_model"]
-    rate = 100 * min(copied) / written
-    return [
-        model.blocks,
-        file.stat().st_size / 1e9,
-        written,
-        min(copied),
-        rate,
-        found["wall"],
-        found["peak"] / measure.GIB,
-    ]
-
-
-def _copied(file: Path) -> float:
-    """Seconds of copying a file until the copy is on disk, the faster of two times."""
-    seconds = []
-    for _ in range(2):
-        copy = file.with_suffix(".copy")
-        start = time.perf_counter()
-        shutil.copyfile(file, copy)
-        with copy.open("rb") as written:
-            os.fsync(written.fileno())
-        seconds.append(time.perf_counter() - start)
-        copy.unlink()
-    return min(seconds)
 
 
 def materialised(folder: Path, tasks: int, solver: str) -> records.Json:
@@ -232,7 +190,6 @@ def main() -> None:
     parser.add_argument("--tasks", type=script.at_least(3), default=8, help="adapters; two are to warm up (default: 8)")
     parser.add_argument("--max-memory", default="2GB", metavar="SIZE", help="of the command (default: 2GB)")
     parser.add_argument("--torch-layers", type=int, default=0, help="for PyTorch's ways (default: 0, none)")
-    parser.add_argument("--whole-blocks", type=int, default=0, help="of a whole model out (default: 0, none)")
     parser.add_argument("--alone", metavar="JSON", help="materialise in this process; the script calls itself so")
     options = parser.parse_args()
     if options.alone:
@@ -243,9 +200,6 @@ def main() -> None:
     model = Model(options.blocks, options.width, options.hidden)
     with tempfile.TemporaryDirectory(prefix="nufilt-lora-") as folder:
         rows, ratios = run(model, options.few, options.rank, options.tasks, options.max_memory, Path(folder))
-        whole = model._replace(blocks=options.whole_blocks)
-        args = (Path(folder) / "out", whole, options.rank, options.tasks, options.max_memory)
-        written = [whole_out(*args)] if whole.blocks else []
         few, n_layers = model._replace(blocks=options.few), options.torch_layers
         args = (Path(folder) / "few", few, n_layers, options.rank, options.tasks)
         theirs = with_torch(*args) if n_layers else None
@@ -259,8 +213,6 @@ def main() -> None:
         "ratios": ratios,
         "tables": [records.table(title, COLUMNS, rows)],
     }
-    if written:
-        document["tables"].append(records.table("A whole model out", WHOLE_COLUMNS, written))
     if theirs is not None:
         layers = torch_rows(theirs, n_layers)
         document["torch"] = theirs["versions"]

@@ -19,11 +19,12 @@ from benchmarks.speed import (
     solve,
     steps,
     tpu_compile,
+    whole_model_out,
 )
 
 SCRIPTS = {"solve": solve, "decompositions": decompositions, "steps": steps, "methods": methods, "lora": lora}
 SCRIPTS |= {"tpu_compile": tpu_compile, "cold_start": cold_start, "end_to_end": end_to_end, "memory": memory}
-SCRIPTS |= {"accelerator": accelerator, "products": products}
+SCRIPTS |= {"accelerator": accelerator, "products": products, "whole_model_out": whole_model_out}
 TINY = (shapes.Tower("vision_model.encoder.layers.{}.", 2, {"a.weight": (40, 32), "b.weight": (32, 32)}),)
 
 
@@ -206,6 +207,17 @@ def test_lora(monkeypatch, capsys, tmp_path):
     assert [(row["how"], row["blocks"]) for row in rows] == [("in factors, the command", 1), ("materialised", 1)]
     assert all(row["min s / task"] > 0 and row["peak GiB"] > 0.05 for row in rows)
     assert stored["ratios"][0]["times faster"] > 0
+
+
+def test_whole_model_out(monkeypatch, capsys, tmp_path):
+    out = tmp_path / "whole.json"
+    sizes = ("--blocks", 1, "--width", 32, "--hidden", 48, "--rank", 2, "--tasks", 2)
+    call("whole_model_out", monkeypatch, *sizes, "--json", out)
+    stored = json.loads(out.read_text())
+    assert capsys.readouterr().out.strip() == records.markdown(stored)
+    [row] = records.rows(stored, "a whole model out of 2 adapters of rank 2")
+    assert row["% of copy rate"] == pytest.approx(100 * row["copy s"] / row["write model s"])
+    assert row["GB"] == pytest.approx(2e-9 * (256 * 32 + 4 * 32**2 + 3 * 32 * 48 + 2 * 32), abs=1e-5)
 
 
 def test_methods(monkeypatch, capsys, tmp_path):
