@@ -20,6 +20,7 @@ from nufilt_jax.engine.coverage import coverage
 from nufilt_jax.engine.inspection import Inspection
 from nufilt_jax.engine.job import Recorded, recorded_in
 from nufilt_jax.engine.plan import Plan
+from nufilt_jax.engine.sameness import tolerance_entry
 from nufilt_jax.errors import NufiltError
 from nufilt_jax.linalg.chunks import LAPACK_BATCH, layers_at_once
 from nufilt_jax.methods import find
@@ -71,12 +72,13 @@ def device_entry() -> str:
 
 
 def host_entry() -> dict[str, Any]:
-    """What the bits of a merge depend on, beside the versions and the kind of device.
+    """What the bits of a merge depend on, beside the versions and the kind of device, and what others may differ by.
 
     Chunks of layers share the degree of a polynomial (see `linalg.chunks`), and XLA compiles for the processor at hand.
     The number of cores by itself changes nothing.
     """
-    return {"machine": platform.machine(), "processor": _processor(), "layers_at_once": layers_at_once()}
+    entry = {"machine": platform.machine(), "processor": _processor(), "layers_at_once": layers_at_once()}
+    return entry | {"tolerance": tolerance_entry()}
 
 
 def layers_then(host: Mapping[str, Any]) -> int:

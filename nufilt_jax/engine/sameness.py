@@ -30,6 +30,11 @@ _AGAIN = "merge again, or restore the output"
 _ELEMENTS = 1 << 20  # compared at once
 
 
+def tolerance_entry() -> dict[str, float]:
+    """By how much the same merge may differ elsewhere: per task, as shares of a tensor's update."""
+    return {"update": TOLERANCE, "near_equal_cuts": TOLERANCE_AT_NEAR_EQUAL_CUTS}
+
+
 @dataclasses.dataclass
 class Comparison:
     """What came of comparing.
@@ -53,7 +58,7 @@ class Comparison:
         """Without the problems; JSON has no infinite number, and `worst` is null then."""
         told = dataclasses.asdict(self) | {"worst": self.worst if math.isfinite(self.worst) else None}
         del told["problems"]
-        return told | {"tolerance": {"update": TOLERANCE, "near_equal_cuts": TOLERANCE_AT_NEAR_EQUAL_CUTS}}
+        return told | {"tolerance": tolerance_entry()}
 
 
 def compare(
