@@ -91,10 +91,11 @@ def write_merged_adapter(plan: Plan, delta: Mapping[str, Any], told: Told, out: 
             continue
         rank = min(sum(known), *shape) if known is not None else _dense_rank(plan, layer, module, shape)
         cut = rank if most is None else min(rank, most)
-        made = functools.partial(_cut, delta, layer, cut, module, energies)
         if known is not None and cut == rank:
             total += 0.0 if most is None else float(np.sum(np.square(delta[layer].rows, dtype=np.float64)))
             made = functools.partial(_factors, delta, layer, rank)
+        else:
+            made = functools.partial(_cut, delta, layer, cut, module, energies)
         pairs[module] = NewPair(cut, shape, made)
     values = merged_tensors(plan.base.read(dict.fromkeys(map(tensor_of, whole))), delta)
     named = {_stored_name(told.modules[name], pairs): value for name, value in values.items()}
@@ -104,7 +105,7 @@ def write_merged_adapter(plan: Plan, delta: Mapping[str, Any], told: Told, out: 
         for module, pair in pairs.items()
     }
     held, of_cut = (sum(column) for column in zip((0.0, 0.0), *energies.values(), strict=True))
-    share = max(of_cut - held, 0.0) / (total + of_cut) if total + of_cut > 0 else 0.0
+    share = _lost(total + held, total + of_cut)
     return {"rank": max((row["rank"] for row in rows.values()), default=0), "energy_lost": share, "layers": rows}
 
 
