@@ -1,8 +1,9 @@
 """Measures merges of models with a 7 B Llama's matrices, at as many blocks as the disk holds, and what 32 would take.
 
 The models are synthetic: random weights in bfloat16, task vectors with a power-law spectrum. The whole command runs in
-a fresh process and says itself what it spent on compiling, which is left out where sizes are compared. Stages are timed
-on the matrices of one block, in this process, and the eager published procedure, which needs torch, on one matrix of
+a fresh process and says itself what it spent on compiling, which is left out where sizes are compared; there it may run
+several times, of which the fastest counts, for the machine's own speed varies. Stages are timed on the matrices of one
+block, in this process, and the eager published procedure, which needs torch, on one matrix of
 each shape; of its Adam steps, all of which do the same work, a few may be timed and the rest counted in proportion.
 Simulated devices share the cores: what they take longer than one is what dividing the layers costs.
 """
@@ -51,24 +52,36 @@ CASE = ("blocks", "tasks", "cap GB")
 
 
 class Found(NamedTuple):
-    """A case that ran: what had been planned, and what it did."""
+    """A case that ran: what had been planned, what it did, and what it did each time, the fastest first."""
 
     plan: records.Json
-    run: Run
+    runs: list[Run]
 
 
 def cases(blocks: Sequence[int], n_tasks: int, caps: Sequence[str]) -> list[Case]:
     """All sizes under the middle cap, and the middle size under every cap."""
-    cap, size = caps[len(caps) // 2], blocks[len(blocks) // 2]
+    cap, size = _middle(caps), _middle(blocks)
     found = [Case(n, n_tasks, cap) for n in blocks] + [Case(size, n_tasks, one) for one in caps]
     return sorted(set(found), key=lambda case: (case.blocks, parse_size(case.cap)))
 
 
-def measured(case: Case, folder: Path, version: Version) -> Found:
-    """Runs one case."""
-    options = [*commands.sources(folder, case.tasks), "--max-memory", case.cap]
+def _middle(listed: Sequence[Any]) -> Any:
+    return listed[len(listed) // 2]
+
+
+def measured(case: Case, repeat: int, folder: Path, version: Version) -> Found:
+    """Runs one case so many times, each with an empty compile cache."""
+    options, runs = [*commands.sources(folder, case.tasks), "--max-memory", case.cap], list[Run]()
     plan = commands.plan(folder, options, version)
-    return Found(plan, commands.merge(folder, options, version))
+    for _ in range(repeat):
+        commands.empty_compile_cache(folder, version)
+        runs.append(commands.merge(folder, options, version))
+    return Found(plan, sorted(runs, key=_worked))
+
+
+def _worked(run: Run) -> float:
+    """Seconds without compiling."""
+    return run.wall - commands.compiled(run, "seconds")
 
 
 def spread_over(n_devices: int, folder: Path, version: Version) -> Run:
@@ -140,8 +153,8 @@ def tables(
     seconds, per_block, estimated = [], [], []
     memory: list[list[Any]] = [[*case.cells(), None, None, "refused", None] for case in refused]
     points = dict[str, dict[int, float]]()
-    for case, (plan, run) in found.items():
-        parts = split(run)
+    for case, (plan, runs) in found.items():
+        parts = split(run := runs[0])
         moving = 100 * sum(parts[name] for name in READING + WRITING) / run.wall
         seconds.append([*case.cells(), run.wall, *parts.values(), moving])
         planned, windows = run.document["memory"]["planned"], len(run.document["windows"])
@@ -154,10 +167,10 @@ def tables(
         shares = [solve * part / sum(stages.values()) for part in stages.values()]
         read, write = (sum(parts[name] for name in names) / case.blocks for names in (READING, WRITING))
         per_block.append([*case.cells(), read / case.tasks, *shares, write / case.tasks])
-        points.setdefault("the whole command", {})[case.blocks] = run.wall - parts["compile"]
-        for number, step in enumerate(run.document["steps"][1:], 2):
-            spent = step["timings"]["solve"] - step["timings"].get("compile", 0.0)
-            points.setdefault(f"task {number}", {})[case.blocks] = spent
+        points.setdefault("the whole command", {})[case.blocks] = _worked(run)
+        for number, steps in enumerate(zip(*(one.document["steps"][1:] for one in runs), strict=True), 2):
+            spent = (step["timings"]["solve"] - step["timings"].get("compile", 0.0) for step in steps)
+            points.setdefault(f"task {number}", {})[case.blocks] = min(spent)
     rows = []
     for what, values in points.items():
         at, off = line(values, whole)
@@ -166,7 +179,7 @@ def tables(
     how = ("decompose", "adam", "fuse")
     return [
         records.table(
-            SECONDS, (*CASE, "wall", *split(next(iter(found.values())).run), "reading and writing, %"), seconds
+            SECONDS, (*CASE, "wall", *split(next(iter(found.values())).runs[0]), "reading and writing, %"), seconds
         ),
         records.table(MEMORY, (*CASE, "planned GB", "peak GB", "within the cap", "windows"), memory),
         records.table(PER_BLOCK, (*CASE, "read", *how, "write"), per_block),
@@ -201,14 +214,15 @@ def measure_all(options: argparse.Namespace, folder: Path) -> list[records.Json]
     """Runs everything, size after size; of each only the models in use are on the disk, unless a folder is kept."""
     [version] = commands.versions(None)
     config, found, spread, refused = NufiltConfig(), dict[Case, Found](), dict[int, Run](), list[Case]()
-    wanted = cases(options.blocks, options.tasks, options.max_memory)
+    wanted, main_cap = cases(options.blocks, options.tasks, options.max_memory), _middle(options.max_memory)
     for blocks in options.blocks:
         model, here = models.Llama(options.width, options.inner, blocks, options.vocabulary), folder / str(blocks)
         models.write_models(here, model, options.tasks)
         for case in (case for case in wanted if case.blocks == blocks):
             script.say(f"{case.blocks} blocks, {case.tasks} tasks, {case.cap}")
             try:
-                found[case] = measured(case, here, version)
+                repeat = options.repeat if case.cap == main_cap else 1
+                found[case] = measured(case, repeat, here, version)
             except commands.FailedError as error:  # a cap below the least that works is refused before any work
                 script.say(str(error))
                 refused.append(case)
@@ -223,7 +237,6 @@ def measure_all(options: argparse.Namespace, folder: Path) -> list[records.Json]
     if not options.no_eager:
         script.say("a matrix of each shape, as published")
         others.append(eager_table(one_of_each(inputs), config, options.eager_steps))
-    main_cap = options.max_memory[len(options.max_memory) // 2]
     return [*tables(found, refused, stages, main_cap, options.whole), *others]
 
 
@@ -233,6 +246,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=positive, nargs="+", default=BLOCKS, help="default: 2 4 8")
     parser.add_argument("--tasks", type=script.at_least(2), default=3, help="number of tasks (default: 3)")
     parser.add_argument("--max-memory", nargs="+", default=CAPS, metavar="SIZE", help="default: 4GB 8GB 16GB")
+    parser.add_argument("--repeat", type=positive, default=1, help="runs of a size under the middle cap (default: 1)")
     parser.add_argument("--devices", type=positive, nargs="+", default=DEVICES, help="simulated (default: 1 2 4)")
     parser.add_argument("--whole", type=positive, default=WHOLE, help="blocks of the model asked about (default: 32)")
     parser.add_argument("--width", type=positive, default=model.width, help="default: 4096")

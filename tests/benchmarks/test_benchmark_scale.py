@@ -20,6 +20,17 @@ def test_a_point_beside_the_line_is_told():
     assert at == pytest.approx(10 * 10 + 1 / 3) and 1 < off < 4
 
 
+def test_of_several_runs_the_fastest_counts_without_compiling(monkeypatch, tmp_path):
+    def ran(wall, compiled):
+        return commands.Run(wall, 0.0, 0, json.dumps({"compiled": {"seconds": compiled}}))
+
+    runs = iter([ran(10.0, 1.0), ran(11.0, 4.0), ran(9.5, 1.5)])
+    monkeypatch.setattr(commands, "plan", lambda *_: {})
+    monkeypatch.setattr(commands, "merge", lambda *_: next(runs))
+    found = scale.measured(scale.Case(1, 2, "4GB"), 3, tmp_path, commands.Version("now", tmp_path))
+    assert [run.wall for run in found.runs] == [11.0, 9.5, 10.0]
+
+
 def test_dividing_costs_what_it_takes_longer():
     def run(solve):
         return commands.Run(2 * solve, 0.0, 0, json.dumps({"steps": [{"timings": {"solve": solve}}]}))
@@ -29,7 +40,7 @@ def test_dividing_costs_what_it_takes_longer():
 
 def test_scale(monkeypatch, capsys, tmp_path):
     out = tmp_path / "scale.json"
-    options = ("--max-memory", "4GB", "--devices", "2", "--whole", "4", "--json", str(out))
+    options = ("--max-memory", "4GB", "--devices", "2", "--whole", "4", "--repeat", "2", "--json", str(out))
     monkeypatch.setattr("sys.argv", ["scale.py", *TINY, *options])
     scale.main()
     stored = json.loads(out.read_text())
