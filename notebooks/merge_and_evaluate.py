@@ -76,7 +76,8 @@ def nufilt(*arguments):
 # %% [markdown]
 # ## Plan
 #
-# A plan reads headers alone. It finds every problem before any work starts, and says which matrices are merged.
+# A plan reads headers alone. It lists all problems that these can tell of, before any work starts, and says which
+# matrices are merged.
 
 # %%
 plan = nufilt("plan", "--model", MODEL)

@@ -82,9 +82,10 @@ if not BASE:
 # %% [markdown]
 # ## Plan
 #
-# From headers alone, some kB of each file. All problems are found now, and listed at once: a tensor of another shape, a
-# quantised file, a disk that is too small. Which matrices are merged is decided by what they are, not by a list of
-# known models; what is not among them stays the base's, and is named with how much of the model it is.
+# From headers alone, some kB of each file. What these can tell is told now, all problems at once: a tensor of another
+# shape, a quantised file. `plan["disk"]` has what is needed of the disk and what is free; numbers that are not finite
+# show when the weights are read. Which matrices are merged is decided by what they are, not by a list of known models;
+# what is not among them stays the base's, and is named with how much of the model it is.
 
 # %%
 tasks = [["--task", f"{name}={source}"] for name, source in TASKS.items()]

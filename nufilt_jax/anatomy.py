@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Literal, Protocol
 
 Shape = tuple[int, ...]
-Family = Literal["clip", "llava", "other"]
+ModelFamily = Literal["clip", "llava", "other"]
 
 # A numbered block: `layers.3.`, `h.3.`, `resblocks.3.`, `albert_layers.3.`, `stages.3.`, and `experts.3.` inside one.
 _BLOCK = re.compile(r"(?:^|\.)(?:h|\w*layers?|\w*blocks?|\w*stages?|\w*layer_groups)\.\d+\.")
@@ -126,7 +126,7 @@ _CLIP_BLOCK = re.compile(r"vision_model\.encoder\.layers\.\d+\.(?:self_attn\.(?:
 _NOT_CLIP = re.compile(r"vision_model\.(?:head\.|embeddings\.patch_embedding\.bias)")  # SigLIP's
 
 
-def family_of(names: Iterable[str]) -> Family:
+def family_of(names: Iterable[str]) -> ModelFamily:
     """The family of models whose published choice of layers is known and narrower than all linear layers.
 
     By names, since a task's config may be missing. Many models call a tower `vision_model`. CLIP's has blocks of its

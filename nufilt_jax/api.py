@@ -1,6 +1,7 @@
 """A whole merge as one call, from Python."""
 
 import contextlib
+import dataclasses
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,7 +13,8 @@ from nufilt_jax.errors import ConfigError, Problem, gathering, raise_all
 if TYPE_CHECKING:  # JAX and the engine are loaded by the call
     import numpy as np
 
-    from nufilt_jax.config import MethodConfig, OtherParams
+    from nufilt_jax.config import MethodConfig, OtherParams, OutputKind
+    from nufilt_jax.engine.job import Job
 
 Source = str | os.PathLike[str]
 
@@ -30,6 +32,11 @@ def merge(
     other_params: "OtherParams" = "pretrained",
     format: str | None = None,
     dtype: str | None = None,
+    output: "OutputKind" = "model",
+    adapter_out_rank: int | None = None,
+    data: Source | None = None,
+    devices: int | str | None = None,
+    strict: bool = False,
     max_memory: int | str | None = None,
     offline: bool = False,
     **settings: Any,
@@ -37,7 +44,8 @@ def merge(
     """Merges fine-tuned models into one, one after another, without data: what `nufilt merge` does.
 
     With `out`, and models given as folders or Hub ids, it is that command: the same plan, memory limit, output folder
-    and resuming. Without it, or with models in memory, the tasks are merged in memory.
+    and resuming; evaluating is left to `nufilt evaluate`. Without it, or with models in memory, the tasks are merged in
+    memory.
 
     Args:
       base: the pre-trained model: a folder or Hub id, `PATH_OR_HUB[@REV]`, or its weights by canonical name.
@@ -51,12 +59,17 @@ def merge(
       other_params: what becomes of all other parameters: `pretrained`, `first` or `average`.
       format: of the weight files, `safetensors` or `flax`; None for the base's.
       dtype: of the stored weights; None for the base's.
+      output: what is written: the whole `model`, or, if all tasks are adapters, an `adapter` of the base.
+      adapter_out_rank: most rank of that; None for the tasks' together.
+      data: folder with examples of each task, for rules that learn from them.
+      devices: so many devices share the layers, or `all`; None for one.
+      strict: refuse a task of which a head or a table would stay the base's, in place of a warning.
       max_memory: bytes, or as `8GB`, that a merge into `out` may take; None for half of what is free.
       offline: use the local Hub cache alone.
       **settings: the rule's settings by name, as `filter_rank=64`.
 
     Returns:
-      The merged model by canonical name; with `out`, as read from there.
+      The merged model by canonical name; with `out`, as read from there, an adapter put on its base.
 
     Raises:
       NufiltError: with every problem of models and settings at once.
@@ -78,9 +91,17 @@ def merge(
         raise ConfigError(Problem("tasks", "is empty", "give at least one fine-tuned model"))
     how: dict[str, Any] = {"method": method, "config": chosen, "seed": seed, "layers": layers, "conv": conv}
     how["other_params"] = other_params
-    if out is not None and not any(isinstance(model, Mapping) for model in (base, *named.values())):
-        writing = {"format": format, "dtype": dtype}
-        return _merged_into(Path(out), base, named, how | writing, max_memory=max_memory, offline=offline)
+    writing = {"format": format, "dtype": dtype, "output": output, "adapter_out_rank": adapter_out_rank}
+    into = {"data": data, "devices": devices, "max_memory": max_memory}
+    are_places = not any(isinstance(model, Mapping) for model in (base, *named.values()))
+    if are_places and out is not None:
+        return _merged_into(Path(out), _job(base, named, how | writing, strict=strict, **into), offline=offline)
+    told = {name for name, value in (writing | into).items() if value not in (None, "model")}
+    raise_all(ConfigError, (Problem(name, "belongs to out", "give that too") for name in sorted(told) if out is None))
+    alone = told - {"format", "dtype"}
+    raise_all(ConfigError, (Problem(name, "needs folders or Hub ids", "give no weights") for name in sorted(alone)))
+    if are_places:
+        return _read_and_merged(_job(base, named, how, strict=strict), how, offline=offline)
     return _merged_in_memory(base, named, out, how, format=format, dtype=dtype, offline=offline)
 
 
@@ -99,39 +120,73 @@ def task_names(sources: Iterable[Any]) -> list[str]:
     return names
 
 
-def _merged_into(
-    out: Path, base: Any, tasks: Mapping[str, Any], how: dict[str, Any], *, max_memory: int | str | None, offline: bool
-) -> "dict[str, np.ndarray]":
-    from nufilt_jax.checkpoints import load, parse_source
-    from nufilt_jax.engine.coverage import outside_warnings
-    from nufilt_jax.engine.inspection import inspect
+def _job(
+    base: Any,
+    tasks: Mapping[str, Any],
+    settings: dict[str, Any],
+    *,
+    strict: bool,
+    data: Source | None = None,
+    devices: int | str | None = None,
+    max_memory: int | str | None = None,
+) -> "Job":
+    from nufilt_jax.checkpoints import parse_source
+    from nufilt_jax.engine.devices import count_devices
     from nufilt_jax.engine.job import Job
     from nufilt_jax.engine.memory import parse_size
-    from nufilt_jax.engine.plan import make_plan
-    from nufilt_jax.engine.run import run
-    from nufilt_jax.engine.timing import Clock
-    from nufilt_jax.output.place import OutputPlace
     from nufilt_jax.output.recipe import Model, Settings
 
-    place, problems, most = OutputPlace(out), list[Problem](), None
+    problems, most, n_devices = list[Problem](), None, 1
     with gathering(problems):
         most = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
-    job = Job(
+    with gathering(problems):
+        n_devices = count_devices(None if devices is None else str(devices))
+    return Job(
         base=Model("base", *parse_source(os.fspath(base))),
         sources=tuple(Model(name, *parse_source(os.fspath(source))) for name, source in tasks.items()),
-        settings=Settings(**how),
-        out=place.out,
+        settings=Settings(**settings),
+        out=None,
+        data=None if data is None else Path(data),
         max_memory=most,
+        devices=n_devices,
+        strict=strict,
         problems=tuple(problems),
     )
-    with place.locked():
-        plan = make_plan(job, offline=offline)
+
+
+def _merged_into(out: Path, job: "Job", *, offline: bool) -> "dict[str, np.ndarray]":
+    from nufilt_jax.checkpoints import load, open_task
+    from nufilt_jax.engine.coverage import outside_warnings
+    from nufilt_jax.engine.inspection import inspect
+    from nufilt_jax.engine.plan import make_plan
+    from nufilt_jax.engine.records import layers_as_begun
+    from nufilt_jax.engine.run import run
+    from nufilt_jax.engine.timing import Clock
+    from nufilt_jax.linalg.chunks import at_once
+    from nufilt_jax.output.place import OutputPlace
+
+    place = OutputPlace(out)
+    with place.locked(), at_once(layers_as_begun(place)):
+        plan = make_plan(dataclasses.replace(job, out=place.out), offline=offline)
         inspection = inspect(plan)
         outside = outside_warnings(plan.base, plan.selection, plan.settings, inspection.changes)
         for text in (*plan.warnings, *inspection.warnings, *outside):
             warnings.warn(text, UserWarning, stacklevel=3)
         run(plan, inspection, place, _Nobody(), Clock())
-    return load(str(place.out), offline=True)
+    is_adapter = plan.settings.output == "adapter"
+    return open_task(str(place.out), plan.base).read() if is_adapter else load(str(place.out), offline=True)
+
+
+def _read_and_merged(job: "Job", how: dict[str, Any], *, offline: bool) -> "dict[str, np.ndarray]":
+    """Models of the disk or the Hub, adapters too, merged in memory."""
+    from nufilt_jax.engine.plan import make_plan
+
+    plan = make_plan(job, offline=offline)
+    for text in plan.warnings:
+        warnings.warn(text, UserWarning, stacklevel=3)
+    touched = plan.selection.touched
+    tasks = {name: task.unread(touched) for name, task in plan.tasks.items()}
+    return _merged_one_by_one(plan.base.read(), tasks, how)
 
 
 def _merged_in_memory(
@@ -144,27 +199,36 @@ def _merged_in_memory(
     dtype: str | None,
     offline: bool,
 ) -> "dict[str, np.ndarray]":
-    import numpy as np
-
-    from nufilt_jax import methods
     from nufilt_jax.checkpoints import load, save
 
     like = "" if isinstance(base, Mapping) else os.fspath(base)
     if out is not None and not like:
         what = "needs a base that is a folder or Hub id, whose files are written anew"
         raise ConfigError(Problem("out", what, "leave it out, and give what is returned to nufilt_jax.save"))
-    written = {name for name, value in (("format", format), ("dtype", dtype)) if value is not None}
-    raise_all(ConfigError, (Problem(name, "belongs to out", "give that too") for name in written if out is None))
-    rule = methods.get(**{"name" if key == "method" else key: value for key, value in how.items()})
-    state = rule.init(base if isinstance(base, Mapping) else load(like, offline=offline))
-    for name, task in tasks.items():
-        with _naming(name):
-            params = task if isinstance(task, Mapping) else load(os.fspath(task), offline=offline)
-            state = rule.update(state, params, donate=True)
-    merged = {name: np.asarray(value) for name, value in state.merged.items()}
+    weights = base if isinstance(base, Mapping) else load(like, offline=offline)
+    params = {
+        name: task if isinstance(task, Mapping) else load(os.fspath(task), offline=offline)
+        for name, task in tasks.items()
+    }
+    merged = _merged_one_by_one(weights, params, how)
     if out is not None:
         save(merged, os.fspath(out), like=like, format=format, dtype=dtype, offline=offline)
     return merged
+
+
+def _merged_one_by_one(
+    base: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]], how: dict[str, Any]
+) -> "dict[str, np.ndarray]":
+    import numpy as np
+
+    from nufilt_jax import methods
+
+    rule = methods.get(**{"name" if key == "method" else key: value for key, value in how.items()})
+    state = rule.init(base)
+    for name, task in tasks.items():
+        with _naming(name):
+            state = rule.update(state, task, donate=True)
+    return {name: np.asarray(value) for name, value in state.merged.items()}
 
 
 @contextlib.contextmanager

@@ -1,4 +1,6 @@
-"""The command line: `nufilt merge|add|plan|evaluate|analyze` and `python -m nufilt_jax.merge`.
+"""The command line, `nufilt merge|add|plan|init|extract|evaluate|analyze|verify|export|push`.
+
+`python -m nufilt_jax.merge` is `nufilt merge`.
 
 Exit status: 0 done; 1 a problem of the input, one line each on stderr; 2 wrong usage; 130 interrupted (143 by
 SIGTERM).

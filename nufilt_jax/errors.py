@@ -1,4 +1,4 @@
-"""Every exception a user can meet. Each carries its problems as one-line sentences."""
+"""The exceptions of the library, to which commands add a few. Each carries its problems as one-line sentences."""
 
 import contextlib
 import os
@@ -143,7 +143,7 @@ class MissingExtraError(NufiltError, ImportError):
 
 
 class NotYetError(NufiltError, NotImplementedError):
-    """The design has a place for this, and nothing stands there yet."""
+    """What is asked for is not here yet: a method that learns from examples, on a model without a forward pass."""
 
 
 def raise_all(error: type[NufiltError], problems: Iterable[Problem]) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 
-class Group(NamedTuple):
+class NameGroup(NamedTuple):
     """Names that differ in numbers, or in their last module.
 
     Attributes:
@@ -24,7 +24,7 @@ _PROJECTIONS = _USUAL[:8]
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|(?<=\[)\d+(?=\])|^\d+(?=\.)")
 
 
-def patterns(names: Iterable[str]) -> list[Group]:
+def patterns(names: Iterable[str]) -> list[NameGroup]:
     """Names as few patterns, in the order given.
 
     >>> [g.pattern for g in patterns(f"layers.{i}.attn.{p}_proj.weight" for i in range(2) for p in "qk")]
@@ -42,7 +42,7 @@ def patterns(names: Iterable[str]) -> list[Group]:
         modules.sort(key=lambda module: _USUAL.index(module) if module in _USUAL else len(_USUAL))
         joined = modules[0] if len(modules) == 1 else "{" + ",".join(modules) + "}"
         members = tuple(name for module in modules for name in forms[head + module + tail])
-        groups.append(Group((head + joined + tail).removesuffix(".weight"), len(modules), members))
+        groups.append(NameGroup((head + joined + tail).removesuffix(".weight"), len(modules), members))
     return groups
 
 
@@ -61,7 +61,7 @@ def _split(form: str) -> tuple[str, str, str]:
     return (parent + dot, first, "_proj" + leaf) if is_plain else (parent + dot, module, leaf)
 
 
-def expression(groups: Iterable[Group]) -> str:
+def expression(groups: Iterable[NameGroup]) -> str:
     """A regular expression that finds the names of all groups but single ones, which heads mostly are."""
     many = [group for group in groups if len(group.names) > group.kinds] or list(groups)
     modules = dict.fromkeys(

@@ -29,21 +29,21 @@ GLUE_TASKS = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb")  # T
 LLAVA = "llava-1.5-7b"
 MODELS = (TINY, *CLIP_BASES, FLAN_T5, LLAVA)
 
-Settings = Mapping[str, Mapping[str, Any]]  # by method, what differs from the defaults
+SettingsByMethod = Mapping[str, Mapping[str, Any]]  # by method, what differs from the defaults
 
 # Table 9, and for knots the authors' settings; 8 tasks take the defaults.
-MANY_TASKS: Settings = {name: {"scale": 0.1} for name in ("task_arithmetic", "ties", "knots")}
+MANY_TASKS: SettingsByMethod = {name: {"scale": 0.1} for name in ("task_arithmetic", "ties", "knots")}
 
 # What the authors' program for Flan-T5 sets, where Table 9 says 1e-4, 50 and 64.
 _T5_TRAINING = {"learning_rate": 1e-3, "steps": 100, "batch_size": 8, "entropy": "of_mean"}
-FLAN_T5_SETTINGS: Settings = {
+FLAN_T5_SETTINGS: SettingsByMethod = {
     "adamerging": _T5_TRAINING,
     "wemoe": _T5_TRAINING | {"first_rank": 32, "later_rank": 32},
 }
 
 # What that program does besides, and Table 2 shows: task arithmetic starts anew at every step, TIES leaves out the
 # first task, and the token embedding counts under each of its three names.
-TABLE_2: Settings = {
+TABLE_2: SettingsByMethod = {
     "task_arithmetic": {"accumulate": False},
     "ties": {"merge_first": False, "embedding_copies": 3},
     "opcm": {"embedding_copies": 3},
@@ -51,7 +51,7 @@ TABLE_2: Settings = {
 
 # r_p, r_l and r_v of Table 9 are for widths of 768 and more; the built-in tower is narrower. Chosen on the
 # validation draw of its tasks, see benchmarks/results/tiny_ranks.json.
-TINY_CONFIG: Settings = {
+TINY_CONFIG: SettingsByMethod = {
     "nufilt": {"filter_rank": 32, "adapter_rank": 24, "task_rank": 32},
     "null_space": {"filter_rank": 24},
 }
@@ -69,7 +69,7 @@ class Preset(NamedTuple):
 
     base: str
     tasks: tuple[tuple[str, str], ...]
-    settings: Settings
+    settings: SettingsByMethod
     data: Path | None = None
 
 

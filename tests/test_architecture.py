@@ -153,6 +153,36 @@ def test_completion_shows_the_public_names_and_no_others():
     assert configs == {name for name in nufilt_jax.__all__ if name.endswith("Config")}
 
 
+# Names that several modules give to the same thing of theirs: every rule's parts, both formats' ways in and out, what
+# `app` declares as a command and a file of that name does, what is run as a program, type variables.
+ALIKE = {"RULE", "first", "advance", "read_header", "write_file", "main", "merge", "T", "R"}
+
+
+def defined_by(path):
+    """What a module defines for others to import."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            yield from (target.id for target in targets if isinstance(target, ast.Name))
+
+
+def test_a_name_has_one_home():
+    homes = {}
+    for path in MODULES:
+        for name in set(defined_by(path)):
+            homes.setdefault(name, []).append(path.relative_to(ROOT).as_posix())
+    commands = {path.stem for path in MODULES if path.parent.name == "commands"}
+    several = {name: found for name, found in homes.items() if len(found) > 1 and not name.startswith("_")}
+    assert {name: found for name, found in several.items() if name not in ALIKE | commands} == {}
+
+
+@named(MODULES)
+def test_a_module_is_read_in_one_sitting(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 300
+
+
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="'nufilt_jax' has no attribute 'nothing'"):
         _ = nufilt_jax.nothing

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from nufilt_jax.engine.counts import Count
+from nufilt_jax.engine.counts import Work
 from nufilt_jax.linalg.dispatch import run_alone
 
 
-def counted(function: Callable[..., Any], *args: Any) -> Count:
+def counted(function: Callable[..., Any], *args: Any) -> Work:
     """Runs `function` with a counter beside every operation: loops count by turn, branches as taken."""
     closed = jax.make_jaxpr(function)(*args)
 
@@ -27,14 +27,14 @@ def counted(function: Callable[..., Any], *args: Any) -> Count:
     def count(*args: Any) -> Any:
         return _traced(_run(closed.jaxpr, closed.consts, jax.tree.leaves(args))[1])
 
-    return Count(*map(float, run_alone(count, *args)))
+    return Work(*map(float, run_alone(count, *args)))
 
 
-def _run(jaxpr: Jaxpr, consts: Iterable[Any], args: Iterable[Any]) -> tuple[list[Any], Count]:
+def _run(jaxpr: Jaxpr, consts: Iterable[Any], args: Iterable[Any]) -> tuple[list[Any], Work]:
     """What a function returns, and its work; both may be traced."""
     values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     values |= dict(zip(jaxpr.invars, args, strict=True))
-    count = Count()
+    count = Work()
 
     def read(atom: Any) -> Any:
         return atom.val if isinstance(atom, Literal) else values[atom]
@@ -46,7 +46,7 @@ def _run(jaxpr: Jaxpr, consts: Iterable[Any], args: Iterable[Any]) -> tuple[list
     return [read(atom) for atom in jaxpr.outvars], count
 
 
-def _step(equation: Any, args: list[Any]) -> tuple[list[Any], Count]:
+def _step(equation: Any, args: list[Any]) -> tuple[list[Any], Work]:
     primitive, params = equation.primitive, equation.params
     if primitive.name in _CONTROL:
         return _CONTROL[primitive.name](equation, args)
@@ -59,33 +59,33 @@ def _step(equation: Any, args: list[Any]) -> tuple[list[Any], Count]:
     return results, _work(primitive.name, params, [jnp.shape(x) for x in args], results)
 
 
-def _while(equation: Any, args: list[Any]) -> tuple[list[Any], Count]:
+def _while(equation: Any, args: list[Any]) -> tuple[list[Any], Work]:
     first = equation.params["cond_nconsts"]
     second = first + equation.params["body_nconsts"]
     cond, body = equation.params["cond_jaxpr"], equation.params["body_jaxpr"]
 
-    def goes_on(state: tuple[list[Any], Count]) -> Any:
+    def goes_on(state: tuple[list[Any], Work]) -> Any:
         return _run(cond.jaxpr, cond.consts, [*args[:first], *state[0]])[0][0]
 
-    def turn(state: tuple[list[Any], Count]) -> tuple[list[Any], Count]:
+    def turn(state: tuple[list[Any], Work]) -> tuple[list[Any], Work]:
         carry, work = _run(body.jaxpr, body.consts, [*args[first:second], *state[0]])
         return carry, _traced(state[1] + work)
 
-    return jax.lax.while_loop(goes_on, turn, (args[second:], _traced(Count())))
+    return jax.lax.while_loop(goes_on, turn, (args[second:], _traced(Work())))
 
 
-def _scan(equation: Any, args: list[Any]) -> tuple[list[Any], Count]:
+def _scan(equation: Any, args: list[Any]) -> tuple[list[Any], Work]:
     body, length, backwards = (equation.params[key] for key in ("jaxpr", "length", "reverse"))
     # Rows have an axis more outside the loop than inside: no version of JAX names their number otherwise.
     n_carry = len(equation.outvars) - _deeper(equation.outvars, body.jaxpr.outvars)
     second = len(args) - _deeper(equation.invars, body.jaxpr.invars)
     first = second - n_carry
 
-    def turn(state: tuple[list[Any], Count], row: list[Any]) -> tuple[tuple[list[Any], Count], list[Any]]:
+    def turn(state: tuple[list[Any], Work], row: list[Any]) -> tuple[tuple[list[Any], Work], list[Any]]:
         results, work = _run(body.jaxpr, body.consts, [*args[:first], *state[0], *row])
         return (results[:n_carry], _traced(state[1] + work)), results[n_carry:]
 
-    start = (args[first:second], _traced(Count()))
+    start = (args[first:second], _traced(Work()))
     (carry, count), rows = jax.lax.scan(turn, start, args[second:], length, backwards)
     return [*carry, *rows], count
 
@@ -94,8 +94,8 @@ def _deeper(outside: Iterable[Any], inside: Iterable[Any]) -> int:
     return sum(a.aval.ndim > b.aval.ndim for a, b in zip(outside, inside, strict=True))
 
 
-def _cond(equation: Any, args: list[Any]) -> tuple[list[Any], Count]:
-    def taken(branch: ClosedJaxpr, *args: Any) -> tuple[list[Any], Count]:
+def _cond(equation: Any, args: list[Any]) -> tuple[list[Any], Work]:
+    def taken(branch: ClosedJaxpr, *args: Any) -> tuple[list[Any], Work]:
         results, work = _run(branch.jaxpr, branch.consts, args)
         return results, _traced(work)
 
@@ -108,18 +108,18 @@ def _cond(equation: Any, args: list[Any]) -> tuple[list[Any], Count]:
 _CONTROL = {"while": _while, "scan": _scan, "cond": _cond}
 
 
-def _traced(count: Count) -> Any:
+def _traced(count: Work) -> Any:
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), count)
 
 
-def _work(name: str, params: dict[str, Any], shapes: list[tuple[int, ...]], results: list[Any]) -> Count:
+def _work(name: str, params: dict[str, Any], shapes: list[tuple[int, ...]], results: list[Any]) -> Work:
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         inner = math.prod(shapes[0][axis] for axis in contracted)
         numbers = sum(map(math.prod, shapes)) + results[0].size
-        return Count(2.0 * inner * results[0].size, 4.0 * numbers)
+        return Work(2.0 * inner * results[0].size, 4.0 * numbers)
     if name not in ("eigh", "svd", "cholesky", "triangular_solve"):
-        return Count()
+        return Work()
     *batch, m, n = shapes[0]
     m, n = max(m, n), min(m, n)
     flops = {
@@ -129,4 +129,4 @@ def _work(name: str, params: dict[str, Any], shapes: list[tuple[int, ...]], resu
         "triangular_solve": n**2 * math.prod(shapes[-1][len(batch) :]) / n,
     }
     numbers = sum(map(math.prod, shapes)) + sum(x.size for x in results)
-    return Count(float(math.prod(batch) * flops[name]), 4.0 * numbers)
+    return Work(float(math.prod(batch) * flops[name]), 4.0 * numbers)

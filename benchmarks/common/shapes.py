@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import fft  # jax depends on scipy
 
-from nufilt_jax.core.adapt import draw_start
+from nufilt_jax.core.adapt import normal_start
 from nufilt_jax.methods.stacked import Group, group_layers
 from nufilt_jax.methods.starts import adapter_keys
 
@@ -178,5 +178,5 @@ def inputs(
         merged = {name: task_vector(name, shape, task=0, alpha=alpha) for name, shape in shapes.items()}
     new = {name: task_vector(name, shape, task=task, alpha=alpha) for name, shape in shapes.items()}
     keys = dict(zip(shapes, adapter_keys(0, task + 1, tuple(shapes)), strict=True))
-    start = {name: np.asarray(draw_start(jnp.asarray(keys[name]), rank, shape[1])) for name, shape in shapes.items()}
+    start = {name: np.asarray(normal_start(jnp.asarray(keys[name]), rank, shape[1])) for name, shape in shapes.items()}
     return Inputs(merged, new, start)

@@ -14,7 +14,7 @@ from benchmarks.common.measure import Times
 from benchmarks.common.shapes import Inputs
 from nufilt_jax.core import solve
 from nufilt_jax.engine import counts
-from nufilt_jax.engine.counts import Count
+from nufilt_jax.engine.counts import Work
 from nufilt_jax.linalg import compiling
 from nufilt_jax.linalg.chunks import in_chunks, layers_by_products
 from nufilt_jax.linalg.dispatch import run_alone
@@ -42,7 +42,7 @@ class Stage(NamedTuple):
 
     compile_seconds: float
     times: Times
-    work: Count
+    work: Work
 
 
 def grouped(inputs: Inputs) -> tuple[Group, ...]:
@@ -149,7 +149,7 @@ def stages(tasks: list[Task], config: NufiltConfig, repeats: int, *, count: bool
         for done, result in zip(inputs, run(), strict=True):
             done.append(result)
         times = measure.time_it(run, repeats, warm_up=False)
-        work = _count(name, slices, config, function, args) if count else Count()
+        work = _count(name, slices, config, function, args) if count else Work()
         found[name] = Stage(sum(seconds for _, seconds in compiled), times, work)
     return found
 
@@ -200,7 +200,7 @@ def _stage_functions(config: NufiltConfig) -> dict[str, tuple[Program, Callable[
     )
 
 
-def _count(name: str, slices: list[Task], config: NufiltConfig, function: Program, args: list[Any]) -> Count:
+def _count(name: str, slices: list[Task], config: NufiltConfig, function: Program, args: list[Any]) -> Work:
     """By formula; a decomposition by running it with counters."""
     if name in DECOMPOSITION:
         return counts.total(counted(_as_solved(function), *x) for x in args)
@@ -211,7 +211,7 @@ def _count(name: str, slices: list[Task], config: NufiltConfig, function: Progra
     return counts.total(formula(m, n, config).times(layers) for layers, m, n in sizes)
 
 
-def _adam_count(part: Task, config: NufiltConfig) -> Count:
+def _adam_count(part: Task, config: NufiltConfig) -> Work:
     factored = isinstance(jax.eval_shape(gram_of, part.task), GramFactor)
     sizes = [x.shape for x in part.merged]
     return counts.total(counts.adam_count(m, n, config, factored=factored).times(layers) for layers, m, n in sizes)

@@ -85,7 +85,7 @@ def error(entry: Any, layer: str, models: Sequence[Tensors], merged: Tensors) ->
     oracle = from_tests("oracle")
     base, first, second = (entry.matrix(model, layer) for model in models)
     d, tau = first - base, second - base
-    start = nufilt.draw_start(jnp.asarray(nufilt.adapter_keys(SEED, 2, (layer,))[0]), ADAPTER_RANK, d.shape[1])
+    start = nufilt.normal_start(jnp.asarray(nufilt.adapter_keys(SEED, 2, (layer,))[0]), ADAPTER_RANK, d.shape[1])
     ranks = {"filter_rank": FILTER_RANK, "task_rank": TASK_RANK, "steps": STEPS}
     wanted = d + oracle.nufilt_update(d, tau, start, **ranks)[0]
     found = entry.matrix(merged, layer) - base

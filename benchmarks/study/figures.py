@@ -23,7 +23,7 @@ from benchmarks.study.rank_sweep import Ranks, figure_4, merge_settings
 from nufilt_jax import methods
 from nufilt_jax.analysis import affinity, losses, plots
 from nufilt_jax.analysis.figures import as_png
-from nufilt_jax.analysis.layers import GROUPS, in_group
+from nufilt_jax.analysis.layers import LAYER_GROUPS, in_group
 from nufilt_jax.commands.measured import measure as measure_stream
 from nufilt_jax.evaluation.clip.images import TaskImages
 from nufilt_jax.presets import shuffled
@@ -105,7 +105,7 @@ def affinities(stream: Stream, names: tuple[str, ...], images: list[TaskImages])
     models = [stream.model(name) for name in names]
     found = measure_stream(stream.model("base"), models, stream.config, images, {})
     tables, pictures = [], {}
-    for group in GROUPS:
+    for group in LAYER_GROUPS:
         values = found.affinities[:, :, in_group(found.layers, group)]
         own, other = (float(np.mean(part)) for part in affinity.own_and_cross(values))
         tables.append([group, own, other, found.random])

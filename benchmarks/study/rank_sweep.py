@@ -10,12 +10,12 @@ import numpy as np
 from benchmarks.study.rank_solve import solve_settings
 from nufilt_jax.anatomy import shape_in
 from nufilt_jax.config import problem
-from nufilt_jax.core.adapt import draw_start
+from nufilt_jax.core.adapt import normal_start
 from nufilt_jax.errors import ConfigError
 from nufilt_jax.methods.matrices import require_finite
 from nufilt_jax.methods.nufilt import NufiltConfig
 from nufilt_jax.methods.selection import select
-from nufilt_jax.methods.stacked import Array, Params, Stacked, stack_names, task_vector
+from nufilt_jax.methods.stacked import Params, Stacked, Tensor, stack_names, task_vector
 from nufilt_jax.methods.starts import adapter_keys
 from nufilt_jax.methods.state import MergeState
 
@@ -65,7 +65,7 @@ def merge_settings(
     *,
     seed: int = 0,
     config: NufiltConfig | None = None,
-) -> Iterator[tuple[dict[str, Array], ...]]:
+) -> Iterator[tuple[dict[str, Tensor], ...]]:
     """Merges a stream with every setting; gives the merged models of all settings after every task.
 
     The same as `methods.get("nufilt", ...)` setting by setting, but compiled once and solved as one program per stack.
@@ -105,12 +105,12 @@ def merge_settings(
 def _starts(seed: int, step: int, names: tuple[str, ...], rank: int, width: int) -> jax.Array:
     """A's start at the largest rank: the draw of a lower one is its first rows."""
     keys = jnp.asarray(adapter_keys(seed, step, names))
-    return jax.vmap(lambda key: draw_start(key, rank, width))(keys)
+    return jax.vmap(lambda key: normal_start(key, rank, width))(keys)
 
 
 def _model(
     base: Params, merged: Sequence[jax.Array], names: tuple[tuple[str, ...], ...], setting: int
-) -> dict[str, Array]:
+) -> dict[str, Tensor]:
     delta = Stacked(tuple(np.asarray(x[min(setting, len(x) - 1)]) for x in merged), names)
     require_finite(delta)
     return MergeState(dict(base), delta).merged

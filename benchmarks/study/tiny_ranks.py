@@ -19,7 +19,7 @@ from nufilt_jax.methods.nufilt import NufiltConfig
 from nufilt_jax.methods.null_space import NullSpaceConfig
 from nufilt_jax.presets import shuffled
 from nufilt_jax.zoo import TASK_NAMES, evaluation_tasks, load_params
-from nufilt_jax.zoo.families import TINY
+from nufilt_jax.zoo.families import TINY_FAMILY
 
 RESULTS = Path(__file__).parents[1] / "results" / "tiny_ranks.json"
 ORDERS = (1, 2, 3, 4)
@@ -60,7 +60,7 @@ def _accuracy(
     for name in shuffled(TASK_NAMES, order):
         state = rule.update(state, models[name])
     merged = {name: np.asarray(value) for name, value in state.merged.items()}
-    return float(np.mean(list(evaluate_tasks(merged, TINY.config, tasks).values())))
+    return float(np.mean(list(evaluate_tasks(merged, TINY_FAMILY.config, tasks).values())))
 
 
 if __name__ == "__main__":

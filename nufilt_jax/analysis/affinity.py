@@ -63,9 +63,9 @@ def vector_directions(vector: Float[np.ndarray, "m n"], rank: int) -> Float[np.n
       vector: τ of one layer.
       rank: how many; fewer come out where τ has fewer (σ_k up to max(m, n) eps σ_1 does not count), none if it is 0.
     """
-    exact = vector.astype(np.float64)
+    exact = vector.astype(np.float64)  # its Gram matrix squares the spectrum
     _, vectors = _leading(exact.T @ exact, rank)
-    sizes = np.linalg.norm(exact @ vectors, axis=0)
+    sizes = np.linalg.norm(exact @ vectors, axis=0)  # measured: roots of the smallest eigenvalues are rounding
     return vectors[:, sizes > max(vector.shape) * _EPS * sizes.max()].astype(np.float32)
 
 

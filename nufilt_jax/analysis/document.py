@@ -16,7 +16,7 @@ from nufilt_jax.analysis.forecast import (
     layer_agreement,
     rank_correlation,
 )
-from nufilt_jax.analysis.layers import GROUPS, in_group
+from nufilt_jax.analysis.layers import LAYER_GROUPS, in_group
 from nufilt_jax.evaluation import average_accuracy, backward_transfer
 
 
@@ -74,6 +74,7 @@ def make_document(
 
 def as_json(x: Float[np.ndarray, "..."]) -> Any:
     """Nested lists, in which None stands for NaN."""
+    # JSON has no NaN: strict readers refuse the word that Python writes for it.
     return np.where(np.isnan(x), np.array(None, object), x.astype(object)).tolist()
 
 
@@ -83,7 +84,7 @@ def as_array(x: Any) -> Float[np.ndarray, "..."]:
 
 
 def _accuracy(accuracies: Float[np.ndarray, "tasks tasks"]) -> dict[str, Any]:
-    is_complete = not np.isnan(np.triu(accuracies)).any()
+    is_complete = not np.isnan(np.triu(accuracies)).any()  # what comes before a task's own step enters neither mean
     return {
         "matrix": as_json(accuracies),
         "lost": as_json(accuracy_lost(accuracies)),
@@ -118,7 +119,7 @@ def _affinity(measured: Measured) -> dict[str, Any]:
         "ranks": list(measured.ranks),
         "random": measured.random,
         "values": as_json(measured.affinities),
-        "groups": {name: group(name) for name in GROUPS},
+        "groups": {name: group(name) for name in LAYER_GROUPS},
     }
 
 
@@ -126,7 +127,7 @@ def _losses(measured: Measured) -> dict[str, Any]:
     def method(found: losses.TaskLosses) -> dict[str, Any]:
         whole = {"absolute": found, "relative": losses.relative(found)}
         return {name: as_json(value) for name, value in found._asdict().items()} | {
-            unit: {name: _per_step(value, measured.merged_layers, name) for name in GROUPS}
+            unit: {name: _per_step(value, measured.merged_layers, name) for name in LAYER_GROUPS}
             for unit, value in whole.items()
         }
 

@@ -36,6 +36,7 @@ def new_figure(width: float, height: float) -> "Figure":
         fix = "pip install 'nufilt_jax[plots]'"
         what = "drawing needs matplotlib, which is not installed"
         raise MissingExtraError(Problem("pictures", what, fix)) from error
+    # Not by pyplot, which picks a backend for the whole process and keeps every figure.
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -108,11 +109,12 @@ def _readable_on(colour: tuple[float, ...]) -> str:
     """Black or white, whichever contrasts more: WCAG 2's relative luminance."""
     linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in colour[:3]]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    return "black" if luminance > 0.179 else "white"
+    return "black" if luminance > 0.179 else "white"  # 0.179: (L + 0.05)² = 1.05 · 0.05, where both contrast alike
 
 
 def name_rows(axes: "Axes", names: Sequence[str]) -> None:
     """Names along the y axis, from place 0 on."""
+    # No mathematics: a `$` in a name is a letter.
     axes.set_yticks(range(len(names)), [label(name) for name in names], parse_math=False)
 
 

@@ -42,7 +42,7 @@ def forecast_values(
 ) -> Float[np.ndarray, "steps layers"]:
     """One of `QUANTITIES`; NaN where the forecast says nothing, as of the first step."""
     rows = [[step["layers"].get(name, {}).get(quantity) for name in layers] for step in forecast]
-    return np.array(rows, dtype=np.float64).reshape(len(forecast), len(layers))
+    return np.array(rows, dtype=np.float64).reshape(len(forecast), len(layers))  # two axes also of none
 
 
 def added_share(

@@ -8,13 +8,13 @@ from jaxtyping import Bool
 
 WHOLE_MODEL = "whole model"
 _GROUPS = {WHOLE_MODEL: "", "attention": r"attn|attention", "MLP": r"mlp|DenseReluDense"}
-GROUPS = tuple(_GROUPS)
+LAYER_GROUPS = tuple(_GROUPS)
 
 _BLOCK = re.compile(r"(?P<stem>.*?)\.(?P<number>\d+)\.(?P<part>.+)")
 
 
 def in_group(names: Sequence[str], group: str) -> Bool[np.ndarray, " layers"]:
-    """Which layers belong to one of `GROUPS`.
+    """Which layers belong to one of `LAYER_GROUPS`.
 
     >>> in_group(["h.0.self_attn.q_proj.weight", "h.0.mlp.fc1.weight"], "attention").tolist()
     [True, False]
@@ -32,6 +32,7 @@ def by_block(names: Sequence[str]) -> tuple[tuple[str, tuple[str, ...]], ...]:
     blocks: dict[tuple[str, int], list[str]] = {}
     for name in names:
         found = _BLOCK.fullmatch(name)
+        # What is in no block comes before all of them: their numbers begin at 0.
         key = ("", -1) if found is None else (found["stem"], int(found["number"]))
         blocks.setdefault(key, []).append(name)
     several = len({stem for stem, _ in blocks}) > 1

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from nufilt_jax.analysis import plots
 from nufilt_jax.analysis.document import as_array
 from nufilt_jax.analysis.figures import as_png
-from nufilt_jax.analysis.layers import GROUPS, WHOLE_MODEL, in_group
+from nufilt_jax.analysis.layers import LAYER_GROUPS, WHOLE_MODEL, in_group
 from nufilt_jax.analysis.losses import StepLosses
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def _figures(document: Mapping[str, Any]) -> Iterator[tuple[str, "Figure"]]:
         yield "losses", plots.loss_figure(losses, tasks, unit=RELATIVE)
     if affinity := document["affinity"]:
         values, layers, random = as_array(affinity["values"]), affinity["layers"], affinity["random"]
-        for group in GROUPS:
+        for group in LAYER_GROUPS:
             chosen = values[:, :, in_group(layers, group)]
             yield affinity_picture(group), plots.affinity_figure(chosen, tasks, group=group, random=random)
         yield "affinity_curves", plots.affinity_curves(values, layers, random=random)

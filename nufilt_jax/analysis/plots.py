@@ -14,7 +14,7 @@ from jaxtyping import Float
 from nufilt_jax.analysis.affinity import PERCENTILE, own_and_cross, summarise
 from nufilt_jax.analysis.figures import COLOURS, as_png, draw_cells, line_style, name_columns, name_rows, new_figure
 from nufilt_jax.analysis.forecast import QUANTITIES
-from nufilt_jax.analysis.layers import GROUPS, by_block, in_group, short
+from nufilt_jax.analysis.layers import LAYER_GROUPS, by_block, in_group, short
 from nufilt_jax.analysis.losses import StepLosses
 from nufilt_jax.durable import atomic_write
 
@@ -65,7 +65,7 @@ def affinity_figure(
     n = len(tasks)
     figure = new_figure(2.2 + 2 * max(2.4, 1.3 + 0.62 * n), 2.2 + 0.45 * n)
     found = summarise(values)
-    highest = max(float(np.nanmax(found.high)), random)
+    highest = max(float(np.nanmax(found.high)), random)  # one scale: the two maps share a colour bar
     image = None
     for place, (name, cells) in enumerate((("mean", found.mean), (f"{PERCENTILE}th percentile", found.high)), 1):
         axes = figure.add_subplot(1, 2, place)
@@ -86,8 +86,8 @@ def affinity_curves(
 ) -> "Figure":
     """Distribution over layers of own-task and cross-task affinities, for every group of layers (Fig. 8)."""
     figure = new_figure(10.5, 3.9)
-    for place, group in enumerate(GROUPS, 1):
-        axes = figure.add_subplot(1, len(GROUPS), place)
+    for place, group in enumerate(LAYER_GROUPS, 1):
+        axes = figure.add_subplot(1, len(LAYER_GROUPS), place)
         own, cross = own_and_cross(values[:, :, in_group(layers, group)])
         for label, sample, colour, dashes in (("own task", own, 0, "-"), ("other tasks", cross, 1, "--")):
             if len(sample):
@@ -152,7 +152,7 @@ def forecast_figure(
         axes.set_xticks([])
         axes.vlines(edges[1:-1], -0.5, len(tasks) - 0.5, color="white", linewidth=2)
         figure.colorbar(image, ax=axes)
-    first, last = figure.axes[0], figure.axes[2 * (len(shown) - 1)]
+    first, last = figure.axes[0], figure.axes[2 * (len(shown) - 1)]  # every second one is a colour bar
     last.set_xticks(range(len(layers)), [short(layers[i]) for i in order], rotation=90, fontsize="small")
     above = first.secondary_xaxis("top")
     above.set_xticks((edges[:-1] + edges[1:]) / 2, [f"block {title}" for title, _ in blocks])

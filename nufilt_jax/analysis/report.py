@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from nufilt_jax.analysis.forecast import QUANTITIES
-from nufilt_jax.analysis.layers import GROUPS
+from nufilt_jax.analysis.layers import LAYER_GROUPS
 from nufilt_jax.analysis.pictures import RELATIVE, affinity_picture
 from nufilt_jax.analysis.verdict import verdict
 
@@ -179,7 +179,7 @@ def _losses(document: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
     if not found:
         return _section("losses", title, _missing(document, "losses", "they need images of the tasks"))
     steps = found["methods"][document["method"]]["relative"]
-    groups = [group for group in GROUPS if any(x is not None for x in steps[group]["plasticity"])]
+    groups = [group for group in LAYER_GROUPS if any(x is not None for x in steps[group]["plasticity"])]
     rows = [
         [task, *(_number(steps[group][name][t], 4) for group in groups for name in steps[group])]
         for t, task in enumerate(document["tasks"])
@@ -204,7 +204,7 @@ def _affinity(document: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str
     )
     means = ((name, group["own_mean"], group["cross_mean"]) for name, group in found["groups"].items())
     rows = [[name, _number(own, 3), _number(cross, 3)] for name, own, cross in means]
-    names = [affinity_picture(group) for group in GROUPS]
+    names = [affinity_picture(group) for group in LAYER_GROUPS]
     shown = [_picture(pictures, name, f"Heat maps: {name.replace('_', ' ')}") for name in names]
     curves = _picture(pictures, "affinity_curves", "Distribution of affinities over layers")
     table = _table(["mean over layers", "own task", "other tasks"], rows)

@@ -29,7 +29,7 @@ def verdict(document: Mapping[str, Any], compared: Sequence[Mapping[str, Any]] =
 def _kept(document: Mapping[str, Any]) -> list[str]:
     """Of every task, what it had when it was merged and what is left of it."""
     tasks = document["tasks"]
-    matrix = np.array(document["accuracy"]["matrix"], np.float64)
+    matrix = np.array(document["accuracy"]["matrix"], np.float64)  # None becomes NaN
     first, last = np.diagonal(matrix), matrix[:, -1]
     known = [i for i in range(len(tasks) - 1) if np.isfinite(first[i]) and np.isfinite(last[i])]
     if not known:
@@ -52,11 +52,13 @@ def _beside(document: Mapping[str, Any], compared: Sequence[Mapping[str, Any]]) 
         return []
     told = []
     if set(_PLAIN) <= rows.keys() and rows["individual"] > rows["pre-trained"]:
-        share = (own - rows["pre-trained"]) / (rows["individual"] - rows["pre-trained"])
-        told.append(
-            f"ACC is {100 * own:.1f} %, between {100 * rows['pre-trained']:.1f} % of the pre-trained model and "
-            f"{100 * rows['individual']:.1f} % of each task's own model: {100 * share:.0f} % of the way."
-        )
+        least, most = rows["pre-trained"], rows["individual"]
+        ends = f"{100 * least:.1f} % of the pre-trained model and {100 * most:.1f} % of each task's own model"
+        share = (own - least) / (most - least)
+        where = f"between {ends}: {100 * share:.0f} % of the way"
+        if not 0 <= share <= 1:
+            where = f"{'below' if share < 0 else 'above'} both {ends}"
+        told.append(f"ACC is {100 * own:.1f} %, {where}.")
     others = {name: acc for name, acc in rows.items() if name not in _PLAIN}
     if others:
         best = max(others, key=lambda name: others[name])
@@ -70,6 +72,7 @@ def _conflicts(document: Mapping[str, Any]) -> list[str]:
     if not found:
         return []
     shares = known_mean(np.array(found["values"]["removed_share"], np.float64), axis=0)
+    # Stable: of equal shares the first layers are named, always the same.
     ranked = [i for i in np.argsort(-np.nan_to_num(shares), kind="stable") if np.isfinite(shares[i])][:_LAYERS]
     if not ranked:
         return []

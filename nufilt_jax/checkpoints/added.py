@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from nufilt_jax.checkpoints import safetensors_files
-from nufilt_jax.checkpoints.dtypes import AnyArray, Array
+from nufilt_jax.checkpoints.dtypes import AnyArray, NumpyArray
 from nufilt_jax.checkpoints.folders import ADDED, SAFETENSORS
 from nufilt_jax.checkpoints.reader import Checkpoint, tensor_info
 from nufilt_jax.checkpoints.safetensors_files import Piece
@@ -54,7 +54,7 @@ def _piece(name: str, value: AnyArray) -> Piece:
     return Piece(name, "F32", stored.shape, [stored.reshape(-1).view(np.uint8).data])
 
 
-def read_added(folder: Path) -> dict[str, Array]:
+def read_added(folder: Path) -> dict[str, NumpyArray]:
     """Added parameters by canonical name, as views of the mapped file; none if the folder has no such file.
 
     Raises:

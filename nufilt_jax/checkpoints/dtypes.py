@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped
 
-Array = Shaped[np.ndarray, "..."]
+NumpyArray = Shaped[np.ndarray, "..."]
 AnyArray = Shaped[Any, "..."]  # numpy or jax: whatever has a shape and a dtype
 
 _NUMPY = {
@@ -58,19 +58,19 @@ def code_of(dtype_name: str) -> str | None:
     return _CODES.get(dtype_name)
 
 
-def cast(value: Array, dtype: np.dtype) -> Array:
+def cast(value: NumpyArray, dtype: np.dtype) -> NumpyArray:
     """Rounds to nearest even; what is out of range becomes infinite, which `overflows` tells."""
     with np.errstate(over="ignore", invalid="ignore"):
         return value.astype(dtype, copy=False)
 
 
-def overflows(value: Array, rounded: Array) -> bool:
+def overflows(value: NumpyArray, rounded: NumpyArray) -> bool:
     """Whether a finite number of `value` became infinite in `rounded`."""
-    if value.dtype == rounded.dtype:
+    if value.dtype == rounded.dtype:  # nothing was rounded: two passes are saved
         return False
     return bool((np.isfinite(value) & ~np.isfinite(rounded)).any())
 
 
-def is_exact(value: Array, rounded: Array) -> bool:
+def is_exact(value: NumpyArray, rounded: NumpyArray) -> bool:
     """Whether nothing was lost between integers."""
     return value.dtype == rounded.dtype or bool((value == rounded).all())

@@ -144,7 +144,7 @@ def _integers(file: BufferedReader, size: int, kinds: tuple[str, ...]) -> list[i
     kind, length = _head(file, size)
     if kind not in kinds:
         raise _Malformed(f"has a msgpack {kind} where a shape belongs")
-    if length > size:
+    if length > size:  # before a loop of that length
         raise _Malformed(f"is cut off: a shape has {length} numbers, the file {size} bytes")
     values = []
     for _ in range(length):
@@ -202,7 +202,7 @@ def _read_chunked(file: BufferedReader, size: int, path: tuple[str, ...], n_keys
                 raise _Malformed("has chunks without numbers", name)
         else:
             raise _Malformed(f"has the unknown part {shown(key)}", name)
-    chunks.sort(key=lambda chunk: int(chunk.name.rsplit("/", 1)[-1]))
+    chunks.sort(key=lambda chunk: int(chunk.name.rsplit("/", 1)[-1]))  # as numbers: as text, 10 comes before 2
     dtypes = {chunk.dtype for chunk in chunks}
     if not is_possible_shape(shape):
         raise _Malformed(f"has the impossible shape {shown(shape)}", name)
@@ -244,7 +244,7 @@ def _write_array(file: BufferedWriter, packer: Any, piece: Piece) -> None:
     if len(data) <= _CHUNK_BYTES:
         file.write(packer.pack_ext_type(_ARRAY, packer.pack((piece.shape, dtype.name, data))))
         return
-    step = _CHUNK_BYTES // dtype.itemsize * dtype.itemsize
+    step = _CHUNK_BYTES // dtype.itemsize * dtype.itemsize  # no number is cut in two
     parts = [data[at : at + step] for at in range(0, len(data), step)]
     file.write(packer.pack_map_header(3) + packer.pack(_CHUNKED) + packer.pack(True))
     file.write(packer.pack("shape") + packer.pack({str(i): n for i, n in enumerate(piece.shape)}))

@@ -192,6 +192,7 @@ class HubFolder:
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
         url = hf_hub_url(self.source, name, revision=self.commit)
+        # Not compressed: a range would be one of the compressed bytes.
         headers = build_hf_headers() | {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
         with _translated(self.source, self.commit), _quiet():
             response = get_session().get(url, headers=headers, timeout=_TIMEOUT)

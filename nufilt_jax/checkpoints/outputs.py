@@ -11,7 +11,7 @@ from nufilt_jax.checkpoints.dtypes import (
     FLOATS,
     INTEGERS,
     AnyArray,
-    Array,
+    NumpyArray,
     bits,
     cast,
     is_exact,
@@ -31,13 +31,13 @@ _CHUNK = 1 << 22  # elements cast and checked at once
 class MadeInParts(Protocol):
     """A tensor that may be made in the type to be written, some rows at a time."""
 
-    def in_parts(self, dtype: np.dtype) -> Iterator[tuple[Array, bool]] | None:
+    def in_parts(self, dtype: np.dtype) -> Iterator[tuple[NumpyArray, bool]] | None:
         """The parts, and whether a finite number of each became infinite; None where it is to be made as a whole."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
-class Target:
+class OutputTensor:
     """A tensor to write.
 
     Attributes:
@@ -70,7 +70,7 @@ class Target:
         return math.prod(self.shape) * bits(self.dtype) // 8
 
 
-def plan_shards(like: Checkpoint, kind: str, dtype: str | None) -> dict[str, list[Target]]:
+def plan_shards(like: Checkpoint, kind: str, dtype: str | None) -> dict[str, list[OutputTensor]]:
     """Tensors of each weight file: as in `like`, or all in one file if the format changes.
 
     Args:
@@ -81,9 +81,10 @@ def plan_shards(like: Checkpoint, kind: str, dtype: str | None) -> dict[str, lis
     copies = [(info.name, copy) for info in like.tensors.values() for copy in info.copies]
     if kind != like.format:
         return {single_file(kind): _converted(like, kind, dtype)}
-    shards: dict[str, list[Target]] = {path.relative_to(like.path).as_posix(): [] for path in like.weight_files}
+    shards: dict[str, list[OutputTensor]] = {path.relative_to(like.path).as_posix(): [] for path in like.weight_files}
+    # As they lie in the base's files: an output stands as its base does.
     for main, info in sorted(copies, key=lambda row: row[1].spans):
-        target = Target(info, main, info.stored_name, _new_dtype(info, dtype), info.axes)
+        target = OutputTensor(info, main, info.stored_name, _new_dtype(info, dtype), info.axes)
         shards[info.file.relative_to(like.path).as_posix()].append(target)
     return shards
 
@@ -92,23 +93,23 @@ def _new_dtype(info: TensorInfo, dtype: str | None) -> str:
     return dtype if dtype is not None and info.dtype in FLOATS else info.dtype
 
 
-def _converted(like: Checkpoint, kind: str, dtype: str | None) -> list[Target]:
+def _converted(like: Checkpoint, kind: str, dtype: str | None) -> list[OutputTensor]:
     """Targets in the other format; Flax models have neither integer buffers nor copies of tied tensors."""
     targets = []
     for name, info in sorted(like.tensors.items()):
         rank = len(info.shape)
         if kind != FLAX:
-            targets.append(Target(info, name, name, _new_dtype(info, dtype), tuple(range(rank))))
+            targets.append(OutputTensor(info, name, name, _new_dtype(info, dtype), tuple(range(rank))))
         elif info.dtype in FLOATS:
             path = to_flax_name(name, rank, like.config)
-            targets.append(Target(info, name, path, _new_dtype(info, dtype), flax_axes(path, rank)))
+            targets.append(OutputTensor(info, name, path, _new_dtype(info, dtype), flax_axes(path, rank)))
         elif info.dtype not in INTEGERS:
             what = f"holds {info.dtype}, which Flax files cannot"
             raise CheckpointError(Problem(str(info.file), what, "use --format safetensors", info.stored_name))
     return targets
 
 
-def stored_bytes(target: Target, value: AnyArray | None, lost: list[Problem]) -> Iterator[bytes | memoryview]:
+def stored_bytes(target: OutputTensor, value: AnyArray | None, lost: list[Problem]) -> Iterator[bytes | memoryview]:
     """The bytes to write, in pieces: the base's own where nothing changes.
 
     Args:
@@ -131,8 +132,9 @@ def stored_bytes(target: Target, value: AnyArray | None, lost: list[Problem]) ->
         lost.append(range_problem(info, target.dtype, target.name))
 
 
-def _rounded(target: Target, value: AnyArray | None, dtype: np.dtype) -> Iterator[tuple[Array, bool]]:
+def _rounded(target: OutputTensor, value: AnyArray | None, dtype: np.dtype) -> Iterator[tuple[NumpyArray, bool]]:
     """The numbers to write, in their type and order, in parts; and of each, whether it has lost any."""
+    # Parts are rows as they are canonical: of a turned matrix they would be columns.
     if isinstance(value, MadeInParts) and target.to_stored == tuple(range(len(target.shape))):
         parts = value.in_parts(dtype)
         if parts is not None:
@@ -142,7 +144,7 @@ def _rounded(target: Target, value: AnyArray | None, dtype: np.dtype) -> Iterato
     canonical = map_tensors([info])[info.name] if value is None else np.asarray(value)
     flat = np.ascontiguousarray(canonical.transpose(target.to_stored)).reshape(-1)
     for start in range(0, flat.size, _CHUNK):
-        piece: Array = flat[start : start + _CHUNK]
+        piece: NumpyArray = flat[start : start + _CHUNK]
         rounded = cast(piece, dtype)
         yield rounded, overflows(piece, rounded) if target.dtype in FLOATS else not is_exact(piece, rounded)
 

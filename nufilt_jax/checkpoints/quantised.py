@@ -46,6 +46,7 @@ def _is_in_reach(
 ) -> bool:
     module = _module(info.name)
     as_weight = f"{module}.weight" if module else "weight"
+    # Packed ones have neither the weight's name nor its shape: any shape of a matrix stands for that.
     if wanted(info.name, info.shape) or wanted(as_weight, (2, 2)):
         return True
     return module in modules or any(name.startswith(info.name) for name in around)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nufilt_jax.checkpoints import flax_files, safetensors_files
-from nufilt_jax.checkpoints.dtypes import Array, numpy_dtype
+from nufilt_jax.checkpoints.dtypes import NumpyArray, numpy_dtype
 from nufilt_jax.checkpoints.folders import (
     ADAPTER_CONFIG,
     ADDED,
@@ -72,7 +72,7 @@ class Checkpoint:
         """What lies in its own files."""
         return tuple(self.tensors.values())
 
-    def read(self, names: Iterable[str] | None = None) -> dict[str, Array]:
+    def read(self, names: Iterable[str] | None = None) -> dict[str, NumpyArray]:
         """Weights by canonical name, in canonical orientation and in the file's own type.
 
         Args:

@@ -78,7 +78,7 @@ def read_header(file: BufferedReader, where: str) -> Header:
             more = f"has damage in more than {_MOST_TOLD} tensors; {len(table) - number} were not looked into"
             problems.append(Problem(where, more, _RELOAD))
             break
-    entries.sort(key=lambda entry: entry.spans)
+    entries.sort(key=lambda entry: entry.spans)  # the header may list them in any order
     problems += _layout_problems(entries, start, size, where) if not problems else []
     return Header(tuple(entries), metadata, tuple(problems))
 
@@ -87,6 +87,7 @@ def header_sha256(path: Path) -> str:
     """Hex digest of a file's header: of names, shapes and types, and of no number."""
     with path.open("rb") as file:
         start = file.read(8)
+        # The length is sound: opening the checkpoint has held it against the file.
         return hashlib.sha256(start + file.read(int.from_bytes(start, "little"))).hexdigest()
 
 
@@ -132,7 +133,7 @@ def _entry(name: str, row: object, start: int) -> Entry | str:
     if not (_are_counts(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]):
         return f"has the impossible place {shown(offsets)} in the file"
     taken, needed = offsets[1] - offsets[0], math.prod(shape) * bits(dtype)
-    if taken * 8 != needed:
+    if taken * 8 != needed:  # in bits: packed types have elements of less than a byte
         return f"takes {taken} bytes, but {dtype} of shape {shape} needs {needed / 8:.0f}"
     return Entry(name, dtype, tuple(shape), ((start + offsets[0], start + offsets[1]),))
 
@@ -212,5 +213,5 @@ def _header_bytes(pieces: list[Piece], metadata: Mapping[str, str]) -> bytes:
         table[piece.name] = {"dtype": piece.dtype, "shape": piece.shape, "data_offsets": [at, end]}
         at = end
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-    padded = text + b" " * (-len(text) % 8)
+    padded = text + b" " * (-len(text) % 8)  # so that the first tensor is aligned
     return len(padded).to_bytes(8, "little") + padded

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from nufilt_jax.checkpoints.added import added_problems, is_added, read_added, write_added
-from nufilt_jax.checkpoints.dtypes import AnyArray, Array
+from nufilt_jax.checkpoints.dtypes import AnyArray, NumpyArray
 from nufilt_jax.checkpoints.folders import ADDED
 from nufilt_jax.checkpoints.hub import parse_source
 from nufilt_jax.checkpoints.reader import Checkpoint, open_checkpoint
@@ -15,7 +15,7 @@ from nufilt_jax.durable import make_folder, move
 from nufilt_jax.errors import CheckpointError, OutputError, Problem, raise_all
 
 
-def load(source: str, *, offline: bool = False) -> dict[str, Array]:
+def load(source: str, *, offline: bool = False) -> dict[str, NumpyArray]:
     """Weights of a model by canonical name, every linear weight `[d_out, d_in]`; also what a merge added to them.
 
     Args:
@@ -64,6 +64,7 @@ def save(
     own = {name: x for name, x in params.items() if name in known or not is_added(name)}
     added = read_added(model.path) | {name: x for name, x in params.items() if name not in own}
     raise_all(CheckpointError, added_problems(added, model, "params"))
+    # A name of its own, as others may be saving to this place; beside it, as no rename leaves a file system.
     staging = out.parent / f".{out.name}.{secrets.token_hex(4)}"
     try:
         make_folder(staging)

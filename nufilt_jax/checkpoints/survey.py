@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nufilt_jax.checkpoints.dtypes import FLOATS, Array, cast, numpy_dtype, overflows
+from nufilt_jax.checkpoints.dtypes import FLOATS, NumpyArray, cast, numpy_dtype, overflows
 from nufilt_jax.checkpoints.tensors import TensorInfo, map_tensors, stream_spans
 
 _BLOCK = 1 << 16  # numbers compared at once: few enough for the processor's cache
@@ -61,6 +61,7 @@ def survey_file(
     """
     base, new_types, digest = base or {}, new_types or {}, hashlib.sha256()
     segments = _segments(path, tensors)
+    # With all that lies between tensors: the hash is of the whole file.
     pieces = stream_spans(path, [(segment.start, segment.end) for segment in segments], stop=stop)
     nonfinite, out_of_range, changes = set[str](), set[str](), dict[str, float]()
     for start, end, info, first in segments:
@@ -100,7 +101,7 @@ def _segments(path: Path, tensors: Iterable[TensorInfo]) -> list[_Segment]:
     return [*found, _Segment(at, path.stat().st_size)]
 
 
-def _partner(base: Mapping[str, TensorInfo], info: TensorInfo) -> Array | None:
+def _partner(base: Mapping[str, TensorInfo], info: TensorInfo) -> NumpyArray | None:
     """The base's numbers in the order in which a tensor's are stored; None if the two cannot be compared."""
     ours = base.get(info.name)
     if ours is None or ours.shape != info.shape or not {ours.dtype, info.dtype} <= FLOATS:
@@ -109,7 +110,7 @@ def _partner(base: Mapping[str, TensorInfo], info: TensorInfo) -> Array | None:
     return canonical.transpose(np.argsort(info.axes)).reshape(-1)  # a view, unless the two are stored in other ways
 
 
-def squared_change(theirs: Array, ours: Array) -> float:
+def squared_change(theirs: NumpyArray, ours: NumpyArray) -> float:
     """Σ (a − b)² of two vectors of any floating types, summed in float64.
 
     Differences are taken in float32, as a merge takes them, unless there is more to lose.
@@ -124,13 +125,13 @@ def squared_change(theirs: Array, ours: Array) -> float:
     return total
 
 
-def _loses(numbers: Array, code: str) -> bool:
+def _loses(numbers: NumpyArray, code: str) -> bool:
     dtype = numpy_dtype(code)
-    blocks: Iterator[Array] = (numbers[start : start + _BLOCK] for start in range(0, numbers.size, _BLOCK))
+    blocks: Iterator[NumpyArray] = (numbers[start : start + _BLOCK] for start in range(0, numbers.size, _BLOCK))
     return dtype is not None and any(overflows(block, cast(block, dtype)) for block in blocks)
 
 
-def _all_finite(numbers: Array, code: str) -> bool:
+def _all_finite(numbers: NumpyArray, code: str) -> bool:
     if mask := _EXPONENT.get(code):
         return not ((numbers.view(np.uint16) & mask) == mask).any()
     # A finite sum proves all terms finite; an infinite one may have overflowed, so look at each.

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from nufilt_jax.checkpoints.dtypes import Array, numpy_dtype
+from nufilt_jax.checkpoints.dtypes import NumpyArray, numpy_dtype
 
 Bytes = UInt8[np.ndarray, " bytes"]
 CHUNK = 1 << 24  # bytes per piece when streaming: 16 MiB keeps memory flat and disks busy
@@ -105,19 +105,19 @@ class UnreadTensors(Mapping[str, Any]):  # not of arrays: a type checker at run 
     def __init__(self, infos: Mapping[str, TensorInfo], stop: threading.Event | None = None) -> None:
         self._infos, self._stop = infos, stop
 
-    def __getitem__(self, name: str) -> Array:
+    def __getitem__(self, name: str) -> NumpyArray:
         return self._read(self._infos[name])
 
     def __contains__(self, name: object) -> bool:
         return name in self._infos
 
-    def part(self, name: str, index: int) -> Array:
+    def part(self, name: str, index: int) -> NumpyArray:
         """Matrix number `index` of a stack of them, read alone."""
         info = self._infos[name]
-        can_split = len(info.spans) == 1 and info.axes[0] == 0
+        can_split = len(info.spans) == 1 and info.axes[0] == 0  # else no matrix lies in one piece
         return self._read(info.part(index)) if can_split else self[name][index]
 
-    def _read(self, info: TensorInfo) -> Array:
+    def _read(self, info: TensorInfo) -> NumpyArray:
         stored = b"".join(stream_bytes(info, stop=self._stop))
         return _as_array(np.frombuffer(stored, np.uint8), info)
 
@@ -159,7 +159,7 @@ def drop_pages(array: Any) -> None:
         mapped.madvise(mmap.MADV_DONTNEED)
 
 
-def map_tensors(infos: Iterable[TensorInfo]) -> dict[str, Array]:
+def map_tensors(infos: Iterable[TensorInfo]) -> dict[str, NumpyArray]:
     """Arrays by canonical name: read-only views of memory-mapped files, in canonical orientation.
 
     The maps live as long as the arrays do, so what a caller drops is unmapped.
@@ -168,7 +168,7 @@ def map_tensors(infos: Iterable[TensorInfo]) -> dict[str, Array]:
     return {info.name: _view(info, maps) for info in infos}
 
 
-def _view(info: TensorInfo, maps: dict[Path, memoryview]) -> Array:
+def _view(info: TensorInfo, maps: dict[Path, memoryview]) -> NumpyArray:
     if info.file not in maps:
         with info.file.open("rb") as file:
             maps[info.file] = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
@@ -176,7 +176,7 @@ def _view(info: TensorInfo, maps: dict[Path, memoryview]) -> Array:
     return _as_array(parts[0] if len(parts) == 1 else np.concatenate(parts), info)
 
 
-def _as_array(stored: Bytes, info: TensorInfo) -> Array:
+def _as_array(stored: Bytes, info: TensorInfo) -> NumpyArray:
     dtype = numpy_dtype(info.dtype)
     if dtype is None:
         raise TypeError(f"{info.stored_name}: {info.dtype} has no numpy type")

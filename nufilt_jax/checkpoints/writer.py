@@ -11,7 +11,7 @@ from nufilt_jax.checkpoints.beside import files_beside, foreign_links, names_bel
 from nufilt_jax.checkpoints.dtypes import FLOATS, OUTPUT_DTYPES, AnyArray, code_of
 from nufilt_jax.checkpoints.folders import FLAX, SAFETENSORS
 from nufilt_jax.checkpoints.names import has_flax_form
-from nufilt_jax.checkpoints.outputs import Target, plan_shards, stored_bytes
+from nufilt_jax.checkpoints.outputs import OutputTensor, plan_shards, stored_bytes
 from nufilt_jax.checkpoints.reader import Checkpoint
 from nufilt_jax.checkpoints.safetensors_files import Piece
 from nufilt_jax.durable import atomic_write, make_folder, sync_tree
@@ -59,7 +59,7 @@ def write_checkpoint(
         raise_all(CheckpointError, _write_shards(new, out, like, shards, kind))
         if index == 0:
             if like.index_file and kind == like.format:
-                _write_index(out / like.index_file, like.index_metadata, whole)
+                _write_index(out / like.index_file, like.index_metadata, whole)  # of all parts, whoever writes them
             _copy_files(like, out, dtype)
         if step == 1:  # else others are writing here; what this process wrote has reached the disk
             sync_tree(out)
@@ -122,13 +122,13 @@ def _main_name(name: str, like: Checkpoint) -> str:
 
 
 def _write_shards(
-    new: Mapping[str, AnyArray], out: Path, like: Checkpoint, shards: Mapping[str, list[Target]], kind: str
+    new: Mapping[str, AnyArray], out: Path, like: Checkpoint, shards: Mapping[str, list[OutputTensor]], kind: str
 ) -> list[Problem]:
     """Writes weight files; returns the tensors that are out of the range of their type."""
     lost: list[Problem] = []
     for file, targets in shards.items():
         pieces = [Piece(t.name, t.dtype, t.shape, stored_bytes(t, new.get(t.main), lost)) for t in targets]
-        (out / file).parent.mkdir(parents=True, exist_ok=True)
+        (out / file).parent.mkdir(parents=True, exist_ok=True)  # an index may name shards in subfolders
         if kind == FLAX:
             flax_files.write_file(out / file, pieces)
         else:
@@ -137,7 +137,7 @@ def _write_shards(
     return lost
 
 
-def _write_index(path: Path, metadata: Mapping[str, Any], shards: Mapping[str, list[Target]]) -> None:
+def _write_index(path: Path, metadata: Mapping[str, Any], shards: Mapping[str, list[OutputTensor]]) -> None:
     total = sum(target.nbytes for targets in shards.values() for target in targets)
     weight_map = {target.name: file for file, targets in shards.items() for target in targets}
     _write_json(path, {"metadata": {**metadata, "total_size": total}, "weight_map": weight_map}, sort=True)

@@ -22,7 +22,7 @@ from nufilt_jax.config import problem
 from nufilt_jax.durable import atomic_write
 from nufilt_jax.engine.evaluation import EVALUATION
 from nufilt_jax.engine.job import read_recipe
-from nufilt_jax.engine.tiny import family_of
+from nufilt_jax.engine.tiny import built_in_family
 from nufilt_jax.errors import (
     CheckpointError,
     ConfigError,
@@ -135,7 +135,7 @@ def _as_merged(
 
 def _images(names: Sequence[str], base: Checkpoint, specs: Mapping[str, Spec], n_images: int) -> Sequence[TaskImages]:
     """Images of the tasks: drawn for built-in models, else from their data sets."""
-    family = family_of(base.config)
+    family = built_in_family(base.config)
     if family is not None and set(names) <= set(family.tasks):
         drawn = (draw(name, "test", n_images, family.looks[name])[0] for name in names)
         return [TaskImages(images, IMAGE_MEAN, IMAGE_STD) for images in drawn]
@@ -174,11 +174,11 @@ def _compared(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
 def _told(recipe: Recipe, compared: Sequence[Mapping[str, Any]]) -> Told:
     """What a report tells of a merge's recipe."""
     settings = recipe.settings.to_json()
-    config, compiled = settings.pop("config"), dict(recipe.compiled)
+    config, compiled = settings.pop("config"), recipe.compiled
     return Told(
         steps=[(step.task, step.seconds, dict(step.timings)) for step in recipe.steps],
         timings=recipe.timings,
-        compiled=(compiled["programs"], compiled["seconds"]) if compiled else None,
+        compiled=(compiled.programs, compiled.seconds) if compiled else None,
         inputs=[
             (model.name, model.source, model.revision, model.sha256 or {}) for model in (recipe.base, *recipe.tasks)
         ],

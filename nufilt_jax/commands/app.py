@@ -14,6 +14,7 @@ from nufilt_jax.commands.arguments import (
     Arguments,
     EvaluateArguments,
     Flag,
+    OwnRule,
     PlanArguments,
     PushArguments,
     Whole,
@@ -33,7 +34,7 @@ EVALUATE_DEFAULTS = EvaluateArguments()
 EXTRACT_DEFAULTS = ExtractArguments()
 PUSH_DEFAULTS = PushArguments()
 WIDE = 1000  # columns of what is no terminal: nothing is wrapped or cut in a file or a pipe
-Folder = Annotated[Path, Parameter(converter=home_expanded)]
+FolderPath = Annotated[Path, Parameter(converter=home_expanded)]
 _BARE: dict[str, Any] = {
     "result_action": "return_value",
     "suppress_keyboard_interrupt": False,  # `main` does the rest
@@ -92,7 +93,7 @@ def merge(arguments: Arguments = NO_ARGUMENTS) -> int:
 
 
 @app.command(group=_MERGE, sort_key=2, **_QUIET_END)
-def add(folder: Folder, /, arguments: AddArguments = ADD_DEFAULTS) -> int:
+def add(folder: FolderPath, /, arguments: AddArguments = ADD_DEFAULTS) -> int:
     """Merge one more task into a finished or interrupted merge.
 
     Base, earlier tasks and all settings are those of the merge.
@@ -111,7 +112,7 @@ def plan(arguments: PlanArguments = PLAN_DEFAULTS) -> int:
 
 
 @app.command(group=_MERGE, sort_key=4, **_QUIET_END)
-def init(path: Folder = Path("merge.toml"), /) -> int:
+def init(path: FolderPath = Path("merge.toml"), /) -> int:
     """Write a commented configuration file, for merge --config.
 
     Args:
@@ -123,7 +124,7 @@ def init(path: Folder = Path("merge.toml"), /) -> int:
 
 
 @app.command(group=_LOOK, **_QUIET_END)
-def evaluate(folder: Folder, /, arguments: EvaluateArguments = EVALUATE_DEFAULTS) -> int:
+def evaluate(folder: FolderPath, /, arguments: EvaluateArguments = EVALUATE_DEFAULTS) -> int:
     """Measure a merged model, or any other, on its tasks.
 
     Writes evaluation.json into its folder.
@@ -139,7 +140,7 @@ def evaluate(folder: Folder, /, arguments: EvaluateArguments = EVALUATE_DEFAULTS
 
 
 @app.command(group=_LOOK, **_QUIET_END)
-def analyze(folder: Folder, /, arguments: AnalyzeArguments = ANALYZE_DEFAULTS) -> int:
+def analyze(folder: FolderPath, /, arguments: AnalyzeArguments = ANALYZE_DEFAULTS) -> int:
     """Say what a merge did, in numbers, pictures and one HTML page.
 
     All of it is written into its folder.
@@ -156,13 +157,21 @@ def analyze(folder: Folder, /, arguments: AnalyzeArguments = ANALYZE_DEFAULTS) -
 
 @app.command(group=_LOOK, **_QUIET_END)
 def verify(
-    folder: Folder, /, *, quick: Flag = False, json: Flag = False, quiet: Flag = False, offline: Flag = False
+    folder: FolderPath,
+    /,
+    *,
+    quick: Flag = False,
+    method: OwnRule = None,
+    json: Flag = False,
+    quiet: Flag = False,
+    offline: Flag = False,
 ) -> int:
     """Check a finished merge against its recipe: inputs and files by their hashes, and every number by merging again.
 
     Args:
       folder: The output folder of the merge.
       quick: Hash inputs and outputs alone, and do not merge again.
+      method: As MODULE:RULE, if a rule of your own made the merge: a recipe imports nothing.
       json: One JSON document on stdout and nothing else there.
       quiet: Nothing but what does not hold.
       offline: Never ask the Hub; use its local cache.
@@ -175,12 +184,13 @@ def verify(
 
 @app.command(group=_SHARE, **_QUIET_END)
 def export(
-    folder: Folder,
+    folder: FolderPath,
     /,
     *,
     what: str,
-    out: Folder,
+    out: FolderPath,
     step: Whole = None,
+    method: OwnRule = None,
     json: Flag = False,
     quiet: Flag = False,
     offline: Flag = False,
@@ -192,6 +202,7 @@ def export(
       what: tau, delta, forecast or stablehlo.
       out: The file to write, or for stablehlo the folder.
       step: Of which step, counted from 1. Without it, the last; of a forecast, all. D is kept of the last alone.
+      method: As MODULE:RULE, if a rule of your own made the merge: a recipe imports nothing.
       json: One JSON document on stdout and nothing else there.
       quiet: Nothing but warnings and errors.
       offline: Never ask the Hub; use its local cache.
@@ -217,7 +228,7 @@ def extract(model: str, /, arguments: ExtractArguments = EXTRACT_DEFAULTS) -> in
 
 
 @app.command(group=_SHARE, **_QUIET_END)
-def push(folder: Folder, repo: str, /, arguments: PushArguments = PUSH_DEFAULTS) -> int:
+def push(folder: FolderPath, repo: str, /, arguments: PushArguments = PUSH_DEFAULTS) -> int:
     """Upload a merged model to the Hugging Face Hub.
 
     Log in with: hf auth login. No token is read or kept here.

@@ -53,6 +53,21 @@ def home_expanded(_: Any, tokens: Sequence[Token]) -> Path:
     return Path(path)
 
 
+def _own_rule(_: Any, tokens: Sequence[Token]) -> str:
+    """Imports a rule of the user's own, which a recipe names and never imports.
+
+    Raises:
+      UsageError: it is a rule of the package, which the recipe tells.
+      ConfigError: there is no such module or rule in it.
+    """
+    from nufilt_jax.methods import load_own  # with JAX
+
+    token = tokens[0]
+    if ":" not in token.value:
+        raise UsageError(Problem(str(token.keyword), f"must be MODULE:RULE, got {shown(token.value)}"))
+    return load_own(token.value).name
+
+
 _MODELS = Parameter(group=Group.create_ordered("Models"))
 _METHOD = Parameter(group=Group.create_ordered("Method"))
 _EVALUATION = Parameter(group=Group.create_ordered("Evaluation"))
@@ -60,6 +75,7 @@ _OUTPUT = Parameter(group=Group.create_ordered("Output and running"))
 Whole = Annotated[int | None, Parameter(converter=_whole_number)]
 Number = Annotated[float | None, Parameter(converter=_number)]
 AnyPath = Annotated[Path | None, Parameter(converter=home_expanded)]
+OwnRule = Annotated[str | None, Parameter(name="--method", converter=_own_rule, show_default=False)]
 Flag = Annotated[bool, Parameter(negative="", show_default=False), _OUTPUT]
 Verbose = Annotated[bool, Parameter(name=("--verbose", "-v"), negative="", show_default=False), _OUTPUT]
 
@@ -202,7 +218,8 @@ if TYPE_CHECKING:
     AddArguments = PlanArguments = Arguments
 else:
     AddArguments = _like_merge("AddArguments", left_out=("config", "add"), hidden=_OF_A_NEW_MERGE)
-    PlanArguments = _like_merge("PlanArguments", left_out=("plan",))
+    of_a_run = ("plan", "distributed", "coordinator", "processes", "process")
+    PlanArguments = _like_merge("PlanArguments", left_out=of_a_run)
 
 
 @Parameter(name="*")
@@ -217,6 +234,7 @@ class EvaluateArguments:
       heads_from: CLIP model whose text tower makes the zero-shot heads; without it, the model's own.
       limit: At most so many examples of each task, for a quick look.
       dtype: In which the forward passes compute: float32 or bfloat16.
+      method: As MODULE:RULE, if a rule of your own made the merge: a recipe imports nothing.
       offline: Never ask the Hub; use its local caches.
       json: One JSON document on stdout and nothing else there.
       quiet: Nothing but warnings and errors.
@@ -230,6 +248,7 @@ class EvaluateArguments:
     heads_from: Annotated[str | None, _EVALUATION] = None
     limit: Annotated[Whole, _EVALUATION] = None
     dtype: Annotated[str | None, _EVALUATION, _default("float32")] = None
+    method: OwnRule = None
     offline: Flag = False
     json: Flag = False
     quiet: Flag = False
@@ -243,12 +262,14 @@ class AnalyzeArguments:
     Attributes:
       images: Images of each task to measure on, where there are any.
       tasks_file: JSON file that describes tasks, beside those known by name.
+      method: As MODULE:RULE, if a rule of your own made the merge: a recipe imports nothing.
       json: One JSON document on stdout and nothing else there.
       quiet: Nothing but warnings and errors.
     """
 
     images: Annotated[int, Parameter(converter=_whole_number)] = 256
     tasks_file: AnyPath = None
+    method: OwnRule = None
     json: Flag = False
     quiet: Flag = False
 
@@ -263,6 +284,7 @@ class PushArguments:
       private: Make the repository a private one, if there is none yet.
       with_state: Upload state/ too: others can then add tasks. It takes about as much as the model in float32.
       message: Of the commit.
+      method: As MODULE:RULE, if a rule of your own made the merge: a recipe imports nothing.
       json: One JSON document on stdout and nothing else there.
       quiet: Nothing but warnings and errors.
     """
@@ -271,5 +293,6 @@ class PushArguments:
     private: Flag = False
     with_state: Flag = False
     message: Annotated[str | None, _OUTPUT, _default("what was merged")] = None
+    method: Annotated[OwnRule, _OUTPUT] = None
     json: Flag = False
     quiet: Flag = False

@@ -16,13 +16,13 @@ from cyclopts import App, ArgumentCollection
 from cyclopts.config import Dict
 
 from nufilt_jax.commands.arguments import Arguments, EvaluateArguments
-from nufilt_jax.commands.spelling import KINDS, spelt
+from nufilt_jax.commands.spelling import SPELLINGS, spelt
 from nufilt_jax.errors import ConfigError, Problem, raise_all
 from nufilt_jax.strict_json import JsonError, parse_object, shown
 
 Values = dict[str, Any]
 
-TASKS = "tasks"  # the table; the option is --task
+TASK_TABLE = "tasks"  # the table; the option is --task
 # Of one run or one process, not of a merge.
 NOT_IN_FILES = ("config", "json", "quiet", "verbose", "plan", "add")
 NOT_IN_FILES += ("distributed", "coordinator", "processes", "process")
@@ -74,10 +74,10 @@ def read_options(path: Path, command: str = "merge") -> Values:
         from nufilt_jax.commands.mergekit import options_of_mergekit
 
         document = options_of_mergekit(document, path)
-    elif "recipe_version" in document:
-        from nufilt_jax.commands.recipe_file import options_of_recipe
+    elif path.suffix.lower() == ".json":
+        from nufilt_jax.commands.recipe_file import is_recipe, options_of_recipe
 
-        document = options_of_recipe(document, path)
+        document = options_of_recipe(document, path) if is_recipe(document) else document
     is_of_merge = command == "merge" or not document.keys().isdisjoint(("base", "model", "method"))
     known = _kinds(Arguments if is_of_merge else EvaluateArguments)
     problems = [*_problems(document, known, path)]
@@ -158,19 +158,19 @@ def _kind(hint: Any) -> Any:
 
 def _problems(document: Mapping[str, Any], known: Mapping[str, Any], path: Path) -> Iterator[Problem]:
     for key, value in document.items():
-        if key not in known and key != TASKS:
-            near = difflib.get_close_matches(key, [TASKS, *known], 1, 0.6)
+        if key not in known and key != TASK_TABLE:
+            near = difflib.get_close_matches(key, [TASK_TABLE, *known], 1, 0.6)
             fix = f"did you mean {near[0]}?" if near else "its keys are the names of options, with _ for -"
             yield Problem(str(path), "is no option", fix, key)
         elif value is not None and (expected := _fault(key, value, known.get(key))):
             yield Problem(str(path), f"must be {expected}, got {shown(value)}", tensor=key)
-    if {"task", TASKS} <= document.keys():
+    if {"task", TASK_TABLE} <= document.keys():
         yield Problem(str(path), "says the same as the table tasks", "leave out one of them", "task")
 
 
 def _fault(key: str, value: Any, kind: Any) -> str:
     """What a value must be and is not; empty if all is well."""
-    if key == TASKS:
+    if key == TASK_TABLE:
         is_table = isinstance(value, dict) and all(isinstance(x, str) for part in value.items() for x in part)
         names = isinstance(value, list) and all(isinstance(x, str) for x in value)
         return "" if is_table or names else "a table NAME = MODEL, in order"
@@ -181,9 +181,9 @@ def _fault(key: str, value: Any, kind: Any) -> str:
     if kind is tuple:
         return "" if isinstance(value, list) and all(isinstance(x, str) for x in value) else "a list of texts"
     if kind is bool:
-        return "" if isinstance(value, bool) else KINDS[bool]
+        return "" if isinstance(value, bool) else SPELLINGS[bool]
     if kind in (int, float):
-        return "" if _reads_as(kind, value) else KINDS[kind]
+        return "" if _reads_as(kind, value) else SPELLINGS[kind]
     # A number too, where an option is a number or a word: order, devices.
     is_plain = isinstance(value, str) or (key in _NUMBERS_OR_WORDS and _reads_as(int, value))
     return "" if is_plain else "a text"
@@ -201,10 +201,10 @@ def _reads_as(kind: type, value: Any) -> bool:
 
 def _values(document: Values, folder: Path) -> Values:
     """Checked values as on the command line, paths found from the file's folder."""
-    values = {key: value for key, value in document.items() if key not in (TASKS, "method_args")}
+    values = {key: value for key, value in document.items() if key not in (TASK_TABLE, "method_args")}
     values |= {key: str(folder / os.path.expanduser(values[key])) for key in _PLACES if key in values}
     values |= {key: located(values[key], folder) for key in _MODELS if key in values}
-    tasks: Any = document.get(TASKS, {})  # or as a list, what the option takes
+    tasks: Any = document.get(TASK_TABLE, {})  # or as a list, what the option takes
     pairs = [text.partition("=") for text in [*values.pop("task", ()), *(tasks if isinstance(tasks, list) else ())]]
     if isinstance(tasks, dict):
         pairs += [(name, "=", source) for name, source in tasks.items()]

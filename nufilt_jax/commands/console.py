@@ -1,7 +1,7 @@
 """What a run shows: progress on stderr while it goes on, tables on stdout when it is done."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,11 @@ from rich.text import Text
 from nufilt_jax.anatomy import FLAT
 from nufilt_jax.commands.text import show_json as show_json
 from nufilt_jax.commands.text import show_line as show_line
-from nufilt_jax.engine.coverage import Rows, coverage, coverage_lines
+from nufilt_jax.engine.coverage import coverage, coverage_lines
 from nufilt_jax.engine.plan import Plan
 from nufilt_jax.errors import printable
 from nufilt_jax.methods.state import LayerReport
+from nufilt_jax.output.facts import Covered
 from nufilt_jax.output.recipe import Recipe
 
 MOST_COLUMNS = 80  # of a table, however wide the terminal
@@ -52,7 +53,7 @@ class ProgressWatcher:
         self._bar = self.progress.add_task("reading", total=None)
         self._task = "reading"
 
-    def head(self, plan: Plan, selected: Rows, left: Rows) -> None:
+    def head(self, plan: Plan, selected: Iterable[Covered], left: Iterable[Covered]) -> None:
         """What will be merged, and in which windows; on no terminal it is told with the results."""
         if not self.progress.disable:
             for line in (*map(printable, coverage_lines(selected, left)), *grid_lines(plan)):
@@ -111,13 +112,13 @@ def plan_document(plan: Plan, estimate: Mapping[str, Any]) -> dict[str, Any]:
         ],
         **plan.settings.to_json(),
         "layers_selected": [layer.removesuffix(FLAT) for layer in plan.selection.layers],
-        "selected": selected,
-        "left": left,
+        "selected": [row.to_json() for row in selected],
+        "left": [row.to_json() for row in left],
         "other_touched": len(plan.selection.other),
         "kept_from_base": len(plan.base.tensors) - len(plan.selection.touched),
         "stacks": [{"layers": n_layers, "shape": list(shape)} for shape, n_layers in _stacks(plan).items()],
-        "windows": [row.entry(row.done) for row in plan.rows],
-        "memory": plan.memory.to_json(),
+        "windows": [row.told(row.done).to_json() for row in plan.rows],
+        "memory": plan.memory.told().to_json(),
         **estimate,
         "warnings": list(plan.warnings),
     }
@@ -166,7 +167,7 @@ def show_plan(console: Console, plan: Plan, estimate: Mapping[str, Any]) -> None
         f"layers  {len(plan.selection.layers)} merged by the method, {len(plan.selection.other)} other tensors "
         f"moved ({plan.settings.other_params}), {document['kept_from_base']} kept from the base",
         *(f"        {row['layers']} of shape [{row['shape'][0]}, {row['shape'][1]}]" for row in document["stacks"]),
-        *map(printable, coverage_lines(document["selected"], document["left"])),
+        *map(printable, coverage_lines(*coverage(plan, {}))),
         *grid_lines(plan),
         *estimate_lines(estimate),
         *([f"out     {plan.out}"] if plan.out else []),
@@ -193,11 +194,10 @@ def show_result(console: Console, recipe: Recipe, out: str) -> None:
         for column, cell in zip(columns.values(), [*cells, " → ".join(losses)], strict=True):
             column.append(cell)
     show_table(console, columns, texts=("task",))
-    if held := recipe.adapter:
-        show_line(console, f"adapter of rank {held['rank']}: {held['energy_lost']:.2%} of the merge's energy is lost")
-    peak, planned = (recipe.memory.get(what) for what in ("peak", "planned"))
-    if not is_done and peak and planned:  # no system but Linux tells
-        show_line(console, f"memory  {peak / 1e9:.2f} GB at most, {planned / 1e9:.2f} GB planned")
+    if (held := recipe.adapter) and held.energy_lost is not None:
+        show_line(console, f"adapter of rank {held.rank}: {held.energy_lost:.2%} of the merge's energy is lost")
+    if not is_done and (memory := recipe.memory) and memory.peak:  # no system but Linux tells
+        show_line(console, f"memory  {memory.peak / 1e9:.2f} GB at most, {memory.planned / 1e9:.2f} GB planned")
     show_line(console, f"{'all is done: ' if is_done else ''}merged model: {out}")
 
 

@@ -10,10 +10,10 @@ from nufilt_jax.commands import console as show
 from nufilt_jax.commands.extract_arguments import ExtractArguments
 from nufilt_jax.commands.failures import traceback_beside, traceback_kept
 from nufilt_jax.config import option, problem
-from nufilt_jax.engine.extraction import extract as run
+from nufilt_jax.engine.extraction import extract_adapter as run
 from nufilt_jax.errors import ConfigError, Problem, UsageError, raise_all
 
-MOST_OUTSIDE = 0.05  # share of the change that no factor holds, beyond which that is warned about
+MOST_LOST = 0.05  # share of the change that no factor holds, beyond which that is warned about
 
 
 def extract(source: str, arguments: ExtractArguments, stdout: Console, stderr: Console) -> int:
@@ -32,7 +32,7 @@ def extract(source: str, arguments: ExtractArguments, stdout: Console, stderr: C
     with traceback_kept(traceback_beside(out.absolute())), watcher.progress:
         found = run(source, base, out, rank=rank, watch=watcher.phase, **how)
     show.show_warnings(stderr, found.notices)
-    if found.outside > MOST_OUTSIDE:
+    if found.outside > MOST_LOST:
         what = f"{source}: {found.outside:.1%} of its squared change is in tensors that the adapter does not hold"
         show.show_warnings(stderr, (f"{what} (select more with --layers)",))
     if arguments.json:

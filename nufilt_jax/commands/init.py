@@ -26,7 +26,7 @@ out = "merged"
 _TASKS = """
 # The fine-tuned models, in the order in which they are merged: NAME = "PATH_OR_HUB[@REV]".
 [tasks]
-cars = "tanganke/clip-vit-base-patch32_stanford-cars"
+stanford-cars = "tanganke/clip-vit-base-patch32_stanford-cars"
 gtsrb = "tanganke/clip-vit-base-patch32_gtsrb"
 
 # Settings of the method without an option of their own; nufilt merge --method help=NAME lists them.

@@ -17,7 +17,7 @@ from nufilt_jax.commands.failures import traceback_beside, traceback_kept
 from nufilt_jax.commands.request import check_usage, cluster_of, continued_job, new_job
 from nufilt_jax.engine.coverage import coverage, outside_warnings
 from nufilt_jax.engine.estimate import estimate
-from nufilt_jax.engine.hosts import Hosts, joined
+from nufilt_jax.engine.hosts import Hosts, together
 from nufilt_jax.engine.inspection import inspect
 from nufilt_jax.engine.plan import Plan, make_plan
 from nufilt_jax.engine.records import facts, layers_as_begun
@@ -47,10 +47,10 @@ def execute(arguments: Arguments, stdout: Console, stderr: Console) -> int:
 
 
 def _plan(arguments: Arguments, scratch: Path, stdout: Console, stderr: Console) -> None:
-    from nufilt_jax.zoo.store import default_folder
+    from nufilt_jax.zoo.store import family_folder
 
     # A plan writes nothing: built-in checkpoints that are not in the cache yet are planned from a passing copy.
-    zoo = None if arguments.model != TINY or default_folder().exists() else scratch
+    zoo = None if arguments.model != TINY or family_folder().exists() else scratch
     watcher = _watcher(arguments, stderr)
     with watcher.progress:
         watcher.phase("reading headers")
@@ -64,7 +64,7 @@ def _plan(arguments: Arguments, scratch: Path, stdout: Console, stderr: Console)
 
 
 def _run(arguments: Arguments, stdout: Console, stderr: Console) -> None:
-    with joined(cluster_of(arguments)) as hosts:
+    with together(cluster_of(arguments)) as hosts:
         if not hosts.is_alone:
             watched.have_come()
             require_backend()

@@ -16,6 +16,7 @@ from nufilt_jax.errors import OutputError, Problem, UsageError
 from nufilt_jax.output.documents import read_json
 from nufilt_jax.output.place import RECIPE, STATE, OutputPlace
 
+_NEVER = re.compile(r"/\.git/|/\.cache/huggingface/")  # the Hub's library leaves these out
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
@@ -67,4 +68,8 @@ def _files(folder: Path, *, with_state: bool) -> dict[str, int]:
     """What is uploaded, with bytes."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     names = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
-    return {name: size for name, size in names.items() if with_state or not name.startswith(f"{STATE}/")}
+    return {
+        name: size
+        for name, size in names.items()
+        if (with_state or not name.startswith(f"{STATE}/")) and not _NEVER.search(f"/{name}")
+    }

@@ -20,19 +20,24 @@ def options_of_recipe(document: Mapping[str, Any], path: Path) -> dict[str, Any]
     recipe = read_recipe(document, folder)
     settings = recipe.settings
     config = {key: value for key, value in settings.to_json()["config"].items() if key not in settings.config.idle}
-    files = [step.examples["file"] for step in recipe.steps if step.examples]
+    folders = {str(Path(step.examples["file"]).parent) for step in recipe.steps if step.examples}
     options: dict[str, Any] = {
         "base": _spelt(recipe.base),
         "tasks": {task.name: _spelt(task) for task in recipe.tasks},
         "method": settings.method,
         "method_args": config,
-        "data": str(Path(files[0]).parent) if files else None,
+        "data": folders.pop() if len(folders) == 1 else None,  # of several, the user has to make one
         "out": f"{folder.name}-again",
     }
     named = ("seed", "layers", "other_params", "format", "dtype", "output", "adapter_out_rank")
     options |= {name: getattr(settings, name) for name in named}
     options["out"] = str(Path.cwd() / options["out"])
     return options | ({"conv": True} if settings.conv else {})
+
+
+def is_recipe(document: Mapping[str, Any]) -> bool:
+    """Whether a document is a recipe, of the first version too, which does not say so."""
+    return "recipe_version" in document or {"base", "tasks", "config", "steps"} <= document.keys()
 
 
 def promised(path: Path | None) -> dict[tuple[str, str | None], Model]:
@@ -43,7 +48,7 @@ def promised(path: Path | None) -> dict[tuple[str, str | None], Model]:
         document = parse_object(path.read_bytes())
     except (OSError, JsonError):  # which the options were read from a moment ago
         return {}
-    return _by_place(read_recipe(document, path.absolute().parent)) if "recipe_version" in document else {}
+    return _by_place(read_recipe(document, path.absolute().parent)) if is_recipe(document) else {}
 
 
 def _by_place(recipe: Recipe) -> dict[tuple[str, str | None], Model]:

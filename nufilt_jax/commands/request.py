@@ -168,10 +168,8 @@ def continued_job(arguments: Arguments, place: OutputPlace) -> Job:
         raise OutputError(Problem(str(place.out), "holds no merge to continue", fix))
     recipe = recorded.recipe
     if recipe.version < VERSION:
-        what = (
-            f"is a merge of nufilt_jax {recipe.versions.get('nufilt_jax', '0.1')}, whose state this version cannot read"
-        )
-        raise OutputError(Problem(str(recorded.folder), what, "continue it with that version, or merge again"))
+        what = "is a merge of a development version of nufilt_jax 0.1, whose state this version cannot read"
+        raise OutputError(Problem(str(recorded.folder), what, "merge again into another folder, or with --config"))
     problems = changed_settings(arguments, recipe.settings)
     evaluation = _evaluation(arguments, problems)
     new = _sources(_tasks(arguments))

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar, get_args
 
 from nufilt_jax.commands.arguments import Arguments, EvaluateArguments
-from nufilt_jax.commands.spelling import KINDS
+from nufilt_jax.commands.spelling import SPELLINGS
 from nufilt_jax.config import ComputeType, MethodConfig, OtherParams, OutputKind, option, problem
 from nufilt_jax.engine.job import EvaluationOptions
 from nufilt_jax.errors import ConfigError, Problem, gathering
@@ -160,7 +160,8 @@ def _parsed(method: str, pairs: tuple[str, ...], problems: list[Problem]) -> dic
             try:
                 values[key] = _read(fields[key].type, text)
             except ValueError:
-                problems.append(problem("method_args", f"{key} must be {KINDS[fields[key].type]}, got {shown(text)}"))
+                wanted = SPELLINGS[fields[key].type]
+                problems.append(problem("method_args", f"{key} must be {wanted}, got {shown(text)}"))
     return values
 
 

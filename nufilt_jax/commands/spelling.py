@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-KINDS: Mapping[Any, str] = {bool: "true or false", int: "a whole number", float: "a number"}
+SPELLINGS: Mapping[Any, str] = {bool: "true or false", int: "a whole number", float: "a number"}
 
 
 def spelt(value: object) -> str:

@@ -17,7 +17,7 @@ from typing import NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, UInt32
+from jaxtyping import Array, Float, Int, UInt32
 
 from nufilt_jax.linalg.dense import inner, matmul
 from nufilt_jax.linalg.factored import Matrix, gathered, rows_of
@@ -84,7 +84,7 @@ def reduced_objective(
     return Objective(unit, gram.scaled((unit / gram.unit) ** 2), pull, jnp.sum(target**2), prior, task)
 
 
-def draw_start(key: UInt32[Array, "2"], rank: int, width: int) -> Float[Array, "r_l n"]:
+def normal_start(key: UInt32[Array, "2"], rank: int, width: int) -> Float[Array, "r_l n"]:
     """A's start, N(0, 0.02²) from a layer's own raw threefry key."""
     # Named: the default generator is the user's to configure, and a merge must not depend on it.
     wrapped = jax.random.wrap_key_data(key, impl="threefry2x32")
@@ -109,29 +109,42 @@ def loss_and_gradients(objective: Objective, adapter: Adapter) -> tuple[Float[Ar
 
 
 def adapt(
-    objective: Objective, start: Float[Array, "r_l n"], *, steps: int, learning_rate: Float[Array, ""] | float
-) -> tuple[Adapter, Float[Array, " steps_and_one"]]:
+    objective: Objective,
+    start: Float[Array, "r_l n"],
+    *,
+    steps: Int[Array, ""] | int,
+    learning_rate: Float[Array, ""] | float,
+    room: int,
+) -> tuple[Adapter, Float[Array, " room"]]:
     """Trains one layer's adapter by Adam (β .9/.999, ε 1e-8, no decay).
 
+    Args:
+      objective: of the layer.
+      start: A's.
+      steps: how many; less than `room`.
+      learning_rate: of every step.
+      room: for losses.
+
     Returns:
-      The adapter, and the loss, times c, before every step and after the last one.
+      The adapter, and the loss, times c, before every step and after the last one; zeros follow.
     """
     # With B at zero the first update is that of the filter alone, and the first loss needs no adapter.
     adapter = Adapter(start.T, jnp.zeros_like(start.T))
     if start.shape[0] == 0:
         # The ablation of r_l = 0; as many losses as ever, so that reports keep their shape.
-        return adapter, jnp.full(steps + 1, objective.constant)
+        return adapter, jnp.full(room, objective.constant)
     # Gradients of c L are c times those of L: so is the ε that leaves the steps as they were.
     epsilon = jnp.maximum(EPSILON * objective.unit**2, LEAST_EPSILON)
     optimizer = optax.adam(learning_rate, eps=cast(float, epsilon))
 
-    def step(carry: tuple, _: None) -> tuple[tuple, Float[Array, ""]]:
-        adapter, moments = carry
+    def step(i: Int[Array, ""], carry: tuple) -> tuple:
+        adapter, moments, losses = carry
         loss, gradients = loss_and_gradients(objective, adapter)
         updates, moments = optimizer.update(gradients, moments)
-        return (optax.apply_updates(adapter, updates), moments), loss
+        return optax.apply_updates(adapter, updates), moments, losses.at[i].set(loss)
 
-    (adapter, _), losses = jax.lax.scan(step, (adapter, optimizer.init(adapter)), length=steps)
+    losses = jnp.zeros(room, objective.constant.dtype)
+    adapter, _, losses = jax.lax.fori_loop(0, steps, step, (adapter, optimizer.init(adapter), losses))
     # The compiler drops what only the gradients need.
     last, _ = loss_and_gradients(objective, adapter)
-    return adapter, jnp.append(losses, last)
+    return adapter, losses.at[steps].set(last)

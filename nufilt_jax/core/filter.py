@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from nufilt_jax.core.settings import RightFactor
 from nufilt_jax.linalg.dense import inner, matmul
-from nufilt_jax.linalg.factored import Matrix, rows_of, spread, with_rows
+from nufilt_jax.linalg.factored import Matrix, by_outputs, rows_of, with_rows
 
 
 class Target(NamedTuple):
@@ -46,14 +46,14 @@ def target(
       new: V1.
     """
     rows = rows_of(task_delta)
-    merged_response = spread(merged_delta, matmul(rows_of(merged_delta), new))
+    merged_response = by_outputs(merged_delta, matmul(rows_of(merged_delta), new))
     if right_factor == "I + BA":
         # F = I leaves nothing of τ (I − F), but what V2 feels of τ is for the adapter to undo.
         felt = matmul(rows, prior)
-        return Target(-jnp.concatenate([spread(task_delta, felt), merged_response], axis=1), felt)
+        return Target(-jnp.concatenate([by_outputs(task_delta, felt), merged_response], axis=1), felt)
     # (I − F) V1, for F = P and F = 0. V2 (V2ᵀ V1) before τ: products with r_v columns, and no n × n projector.
     missing = matmul(prior, inner(prior, new)) if right_factor == "P + BA" else new
-    return Target(spread(task_delta, matmul(rows, missing)) - merged_response, None)
+    return Target(by_outputs(task_delta, matmul(rows, missing)) - merged_response, None)
 
 
 def null_space_filter(

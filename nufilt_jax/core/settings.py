@@ -1,6 +1,7 @@
 """The settings that the core reads; the rules' own stand beside each rule."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -28,7 +29,8 @@ class DirectionsConfig(MethodConfig):
 class SolveConfig(DirectionsConfig):
     """An adapter and its training: one set for every model and task count (Table 9, arXiv:2509.21413v2).
 
-    A pytree: to a compiled program its real numbers are data, and only all else says which program it is.
+    A pytree: to a compiled program its real numbers and its steps are data, and only all else says which program it is.
+    Ranks are shapes: what a program takes grows with them.
 
     Attributes:
       adapter_rank: r_l, rank of the correction B A. 0 trains none.
@@ -56,25 +58,43 @@ class SolveConfig(DirectionsConfig):
         return None
 
     @property
+    def n_losses(self) -> int:
+        """How many losses a solve tells."""
+        return self.steps + 1 if self.closed_form_ridge is None else 2
+
+    @property
+    def room(self) -> int:
+        """For so many losses there is room in a program, which steps that are data do not exceed."""
+        return self.__dict__.get("_room") or self.steps + 1
+
+    @property
     def trained_rank(self) -> int:
         """Rank of the B A that is trained; 0 if there is none."""
         return self.adapter_rank if self.closed_form_ridge is None else 0
 
 
+_ROOM = 64  # losses, or a multiple: more steps are another program
+
+
 def _register(cls: type[SolveConfig]) -> None:
     """Makes a pytree of a class of settings."""
 
-    def flatten(config: SolveConfig) -> tuple[list[Any], tuple[Any, ...]]:
-        fields = [(field, getattr(config, field.name)) for field in dataclasses.fields(config)]
-        return [x for field, x in fields if field.type is float], tuple(
-            x for field, x in fields if field.type is not float
-        )
+    @functools.cache
+    def names() -> tuple[list[str], list[str]]:
+        """Of the fields that are data, and of the others; not before the class is a dataclass."""
+        fields = dataclasses.fields(cls)
+        data = [field.name for field in fields if field.type is float or field.name == "steps"]
+        return data, [field.name for field in fields if field.name not in data]
 
-    def unflatten(others: tuple[Any, ...], numbers: Iterable[Any]) -> SolveConfig:
+    def flatten(config: SolveConfig) -> tuple[list[Any], tuple[Any, ...]]:
+        data, others = ([getattr(config, name) for name in part] for part in names())
+        return data, (-(-config.room // _ROOM) * _ROOM, *others)
+
+    def unflatten(static: tuple[Any, ...], numbers: Iterable[Any]) -> SolveConfig:
         # Not by the class itself, which refuses what is no number of Python's: tracers are not.
-        config, others_left, numbers_left = object.__new__(cls), iter(others), iter(numbers)
-        for field in dataclasses.fields(cls):
-            object.__setattr__(config, field.name, next(numbers_left if field.type is float else others_left))
+        config, (data, others) = object.__new__(cls), names()
+        for name, value in zip(("_room", *others, *data), (*static, *numbers), strict=True):
+            object.__setattr__(config, name, value)
         return config
 
     jax.tree_util.register_pytree_node(cls, flatten, unflatten)

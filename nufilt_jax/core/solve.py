@@ -46,7 +46,7 @@ class GroupSolution(NamedTuple):
 
     Attributes:
       updates: τ (P + BA), or D + τ (P + BA) if the updates are to be added.
-      losses: as of `LayerSolution`.
+      losses: as of `LayerSolution`; zeros follow where steps are data, as far as `SolveConfig.room` goes.
       ok: likewise.
       forecast: what can be told without data.
     """
@@ -76,7 +76,7 @@ def solve_group(
       merged: D = θ^m_{t−1} − θ0, a stack per layer shape, float32.
       task: τ = θ_t − θ0, likewise.
       start: A's start, one per layer in the order of the stacks.
-      config: its real numbers may be traced; all else is static.
+      config: its real numbers and its steps may be traced; all else is static.
       add: add the updates to D, in its memory where the program is given that; static.
       until_certified: what is done about layers whose directions get no certificate, see `subspace.leading`; static.
         Without it, D stays as it is in these layers if the updates are to be added: `mended` comes next.
@@ -216,7 +216,7 @@ def solve_stack(
     Args:
       merged_delta: D = θ^m_{t−1} − θ0 of each layer. Any floating dtype; computed in float32.
       task_delta: τ = θ_t − θ0 of each layer.
-      config: ranks, steps and learning rate; one compilation for all learning rates and ridges.
+      config: ranks, steps and learning rate; one compilation for all learning rates, ridges and, in steps of 64, steps.
       adapter_init: A's start, r_l = `config.adapter_rank` rows; [layers, 0, n] for rank 0 or the closed form.
 
     Returns:
@@ -240,7 +240,7 @@ def solve_stack(
     else:
         found = run_alone(functools.partial(program, until_certified=False), (merged,), (task,), start)
         found = mended(found, (merged,), (task,), start, program)
-    return LayerSolution(rows_of(found.updates[0]), found.losses, found.ok)
+    return LayerSolution(rows_of(found.updates[0]), found.losses[:, : config.n_losses], found.ok)
 
 
 def solve_layer(

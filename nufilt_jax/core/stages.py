@@ -76,11 +76,12 @@ def reduce(
 
 def train(
     objectives: Objective, start: Float[Array, "layers r_l n"], *, config: SolveConfig
-) -> tuple[Adapter, Float[Array, "layers steps_and_one"]]:
+) -> tuple[Adapter, Float[Array, "layers room"]]:
     """Stage 4: all Adam steps of all layers; the losses in the objectives' units."""
     chex.assert_tree_shape_prefix((objectives, start), (len(start),))
     # Every layer by itself: Adam is element by element and the paper's loss a sum over layers, so nothing is lost.
-    return jax.vmap(functools.partial(adapt, steps=config.steps, learning_rate=config.learning_rate))(objectives, start)
+    how = {"steps": config.steps, "learning_rate": config.learning_rate, "room": config.room}
+    return jax.vmap(functools.partial(adapt, **how))(objectives, start)
 
 
 def fuse_updates(

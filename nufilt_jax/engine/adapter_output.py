@@ -1,13 +1,14 @@
 """The merged model as an adapter: what keeps it from being one, how its modules are called, and writing it."""
 
+import dataclasses
 import functools
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from nufilt_jax.anatomy import shape_in, tensor_of
 from nufilt_jax.checkpoints import AdaptedCheckpoint
@@ -16,30 +17,15 @@ from nufilt_jax.checkpoints.peft.writer import NewPair, write_adapter
 from nufilt_jax.engine.merged import merged_tensors
 from nufilt_jax.engine.plan import Plan
 from nufilt_jax.linalg.factored import Factored
+from nufilt_jax.output.facts import MergedAdapter
 
 _CARRIED = ("task_type", "auto_mapping", "fan_in_fan_out")  # of the first adapter's config into the merged one's
 
 
-class Told(NamedTuple):
-    """What is known of the adapter to be written.
-
-    Attributes:
-      modules: what the model's class calls the module of a layer, by canonical name; as the adapters call it.
-      config: settings taken over from the first adapter.
-    """
-
-    modules: Mapping[str, str]
-    config: Mapping[str, Any]
-
-    def to_json(self) -> dict[str, Any]:
-        """For the recipe, from which a merge is gone on with when the adapters are no longer there."""
-        return {"modules": dict(self.modules), "config": dict(self.config)}
-
-
-def told_of(plan: Plan) -> Told:
-    """From the adapters that are at hand and, of those merged earlier, from the recipe."""
-    recorded = plan.recorded.recipe.adapter if plan.recorded else {}
-    modules, config = dict(recorded.get("modules", {})), dict(recorded.get("config", {}))
+def told_of(plan: Plan) -> MergedAdapter:
+    """What is known of the adapter to be written, from those that are at hand and, of others, from the recipe."""
+    recorded = _recorded(plan)
+    modules, config = dict(recorded.modules), dict(recorded.config)
     for task in plan.tasks.values():
         if not isinstance(task, AdaptedCheckpoint):
             continue
@@ -49,12 +35,17 @@ def told_of(plan: Plan) -> Told:
         renamed = {name: new + module.removeprefix(old) if old or new else module for name, module in theirs.items()}
         modules = renamed | modules
         config = config or {key: task.config[key] for key in _CARRIED if task.config.get(key) is not None}
-    return Told(modules, config)
+    return MergedAdapter(modules=modules, config=config)
+
+
+def _recorded(plan: Plan) -> MergedAdapter:
+    """The adapter that is gone on with."""
+    return (plan.recorded and plan.recorded.recipe.adapter) or MergedAdapter()
 
 
 def _prefixes(theirs: Mapping[str, str], ours: Mapping[str, str]) -> tuple[str, str]:
     """In what the names of two adapters differ, which may have been trained with different classes of one model."""
-    for name in theirs.keys() & ours.keys():
+    for name in sorted(theirs.keys() & ours.keys()):  # a set's own order is another in every process
         reversed_names = theirs[name][::-1], ours[name][::-1]
         alike = len(os.path.commonprefix(reversed_names))  # noqa: RUF071  characters are meant
         return theirs[name][: len(theirs[name]) - alike], ours[name][: len(ours[name]) - alike]
@@ -66,7 +57,7 @@ def _whole(task: AdaptedCheckpoint) -> Iterator[Any]:
     yield from (info for name, info in task.tensors.items() if info.spans and name in {x.name for x in task.stored})
 
 
-def write_merged_adapter(plan: Plan, delta: Mapping[str, Any], told: Told, out: Path) -> dict[str, Any]:
+def write_merged_adapter(plan: Plan, delta: Mapping[str, Any], told: MergedAdapter, out: Path) -> MergedAdapter:
     """Writes the adapter, and says what of the merge it holds.
 
     Args:
@@ -76,7 +67,7 @@ def write_merged_adapter(plan: Plan, delta: Mapping[str, Any], told: Told, out: 
       out: a new or empty folder.
 
     Returns:
-      The rank, the share of D's energy that a lower rank than that of the factors loses, and both by module.
+      What was told, with ranks and what they lose.
     """
     most, pairs, whole = plan.settings.adapter_out_rank, dict[str, NewPair](), list[str]()
     energies = dict[str, tuple[float, float]]()  # by module, of what is written and of D; where a rank was cut
@@ -89,11 +80,11 @@ def write_merged_adapter(plan: Plan, delta: Mapping[str, Any], told: Told, out: 
         if not _is_adapted(plan, layer, shape, known):
             whole.append(layer)
             continue
-        rank = min(sum(known), *shape) if known is not None else _dense_rank(plan, layer, module, shape)
+        rank = _dense_rank(plan, layer, module, shape) if known is None else max(1, len(_used(delta[layer].rows)))
         cut = rank if most is None else min(rank, most)
         if known is not None and cut == rank:
             total += 0.0 if most is None else float(np.sum(np.square(delta[layer].rows, dtype=np.float64)))
-            made = functools.partial(_factors, delta, layer, rank)
+            made = functools.partial(_factors, delta, layer)
         else:
             made = functools.partial(_cut, delta, layer, cut, module, energies)
         pairs[module] = NewPair(cut, shape, made)
@@ -106,7 +97,8 @@ def write_merged_adapter(plan: Plan, delta: Mapping[str, Any], told: Told, out: 
     }
     held, of_cut = (sum(column) for column in zip((0.0, 0.0), *energies.values(), strict=True))
     share = _lost(total + held, total + of_cut)
-    return {"rank": max((row["rank"] for row in rows.values()), default=0), "energy_lost": share, "layers": rows}
+    rank = max((pair.rank for pair in pairs.values()), default=0)
+    return dataclasses.replace(told, rank=rank, energy_lost=share, layers=rows)
 
 
 def _lost(held: float, of_all: float) -> float:
@@ -127,7 +119,7 @@ def _dense_rank(plan: Plan, layer: str, module: str, shape: tuple[int, ...]) -> 
     """Of a layer so small that its D was kept whole: the ranks of its tasks, or as many as there can be."""
     before = 0
     if len(plan.tasks) < len(plan.sources):  # tasks that are not at hand are in the adapter that is continued
-        recorded = plan.recorded.recipe.adapter.get("layers") if plan.recorded else None
+        recorded = _recorded(plan).layers
         before = min(shape) if recorded is None else recorded.get(module, {}).get("rank", 0)
     tasks = [task for task in plan.tasks.values() if isinstance(task, AdaptedCheckpoint)]
     ranks = (task.factors[layer].rank for task in tasks if layer in task.factors)
@@ -140,12 +132,17 @@ def _stored_name(name: str, pairs: Mapping[str, NewPair]) -> str:
     return f"{module}.base_layer.{leaf}" if module in pairs else name
 
 
-def _factors(delta: Mapping[str, Any], layer: str, rank: int) -> tuple[np.ndarray, np.ndarray]:
+def _used(rows: Any) -> Int[np.ndarray, " used"]:
+    """Which rows of a factor say anything: ranks are filled up with zeros, see `engine.factors`."""
+    return np.flatnonzero(np.any(np.asarray(rows) != 0, axis=1))
+
+
+def _factors(delta: Mapping[str, Any], layer: str) -> tuple[np.ndarray, np.ndarray]:
     found = delta[layer]
-    basis, rows = np.asarray(found.basis), np.asarray(found.rows)
-    missing = max(0, rank - rows.shape[0])
-    basis, rows = np.pad(basis, ((0, 0), (0, missing))), np.pad(rows, ((0, missing), (0, 0)))
-    return rows[:rank], basis[:, :rank]
+    used = _used(found.rows)
+    if not len(used):  # peft knows no rank of 0
+        used = np.zeros(1, int)
+    return np.asarray(found.rows)[used], np.asarray(found.basis)[:, used]
 
 
 def _cut(
@@ -163,7 +160,7 @@ def truncated(delta: Any, rank: int) -> tuple[Float[np.ndarray, "k n"], Float[np
     if rows.shape[0] < rows.shape[1]:
         q, triangle = np.linalg.qr(rows.T)
         v, s, ut = np.linalg.svd(triangle, full_matrices=False)
-        u, vt = ut.T, (q @ v).T
+        u, vt = ut.T, (q @ v).T  # of the transpose, in which U and V change places
     else:
         u, s, vt = np.linalg.svd(rows, full_matrices=False)
     b = u[:, :rank] * s[:rank]

@@ -50,4 +50,4 @@ class ReadAhead(Generic[Item, Loaded]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
-        self._pool.shutdown()
+        self._pool.shutdown()  # waits: no thread may read on when the run has ended

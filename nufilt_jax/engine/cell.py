@@ -26,7 +26,7 @@ from nufilt_jax.methods.state import MergeState, Numbers
 from nufilt_jax.output.hashes import file_sha256
 
 
-class Task(NamedTuple):
+class TaskAtHand(NamedTuple):
     """A task that is ready to be merged into a window, and the time that reading it took."""
 
     name: str
@@ -53,7 +53,7 @@ def rule_of(plan: Plan, window: Window) -> methods.Merger:
     )
 
 
-def load_task(plan: Plan, window: Window, name: str, stop: threading.Event) -> Task:
+def load_task(plan: Plan, window: Window, name: str, stop: threading.Event) -> TaskAtHand:
     """Forms a task vector on the device, tensor by tensor from the mapped base and the task's files.
 
     Args:
@@ -71,8 +71,8 @@ def load_task(plan: Plan, window: Window, name: str, stop: threading.Event) -> T
         ranks = [task_rank(stack, number, checkpoint, in_factors=thin) for stack in window.stacks]
         vector = task_vector(base, theirs, tuple(stack.layers for stack in window.stacks), ranks)
     with clock.spent_on("put"):
-        jax.block_until_ready(vector.stacks)
-    return Task(name, checkpoint, vector, clock)
+        jax.block_until_ready(vector.stacks)  # copies run on by themselves: else the solve would pay for them
+    return TaskAtHand(name, checkpoint, vector, clock)
 
 
 def touched(window: Window) -> tuple[str, ...]:
@@ -83,7 +83,7 @@ def touched(window: Window) -> tuple[str, ...]:
 def update(
     rule: methods.Merger,
     state: MergeState,
-    task: Task,
+    task: TaskAtHand,
     watcher: Watcher,
     data: methods.TaskData | None,
     numbers: Numbers | None,
@@ -96,6 +96,7 @@ def update(
     how: dict[str, Any] = {"on_stack": watcher.stack, "donate": True, "data": data, "numbers": numbers}
     compiled = CompileLog()
     with naming_files(task.checkpoint), task.clock.spent_on("solve"), compiled.listening():
+        # Waited for in here: until it is through, neither its time nor an error of it is known.
         state = jax.block_until_ready(rule.update(state, task.vector, **how))
     task.clock.add("compile", compiled.seconds)  # a part of "solve"
     return state

@@ -25,37 +25,37 @@ from nufilt_jax.core.settings import SolveConfig
 ADAM_FLOPS = 26  # per trained number: two moments, two corrections, root, quotient, step
 
 
-class Count(NamedTuple):
+class Work(NamedTuple):
     """Work of a stage."""
 
     flops: float = 0
     bytes: float = 0
 
-    def __add__(self, other: "Count") -> "Count":  # pyright: ignore[reportIncompatibleMethodOverride]
-        return Count(self.flops + other.flops, self.bytes + other.bytes)
+    def __add__(self, other: "Work") -> "Work":  # pyright: ignore[reportIncompatibleMethodOverride]
+        return Work(self.flops + other.flops, self.bytes + other.bytes)
 
-    def times(self, factor: float) -> "Count":
+    def times(self, factor: float) -> "Work":
         """The work of `factor` such."""
-        return Count(self.flops * factor, self.bytes * factor)
+        return Work(self.flops * factor, self.bytes * factor)
 
 
-def product(m: int, k: int, n: int) -> Count:
+def product(m: int, k: int, n: int) -> Work:
     """A product [m, k] [k, n]."""
-    return Count(2 * m * k * n, 4 * (m * k + k * n + m * n))
+    return Work(2 * m * k * n, 4 * (m * k + k * n + m * n))
 
 
-def total(counts: Iterable[Count]) -> Count:
+def total(counts: Iterable[Work]) -> Work:
     """All of them together."""
-    return sum(counts, Count())
+    return sum(counts, Work())
 
 
-def reduce_count(m: int, n: int, config: SolveConfig) -> Count:
+def reduce_count(m: int, n: int, config: SolveConfig) -> Work:
     """One layer's stage 3."""
     p, v = config.filter_rank, config.task_rank
     return total([product(p, n, v), product(n, p, v), *[product(m, n, v)] * 2, product(n, m, v)])
 
 
-def adam_count(m: int, n: int, config: SolveConfig, *, factored: bool = False) -> Count:
+def adam_count(m: int, n: int, config: SolveConfig, *, factored: bool = False) -> Work:
     """One layer's stage 4: all steps, and the last loss.
 
     Args:
@@ -74,11 +74,11 @@ def adam_count(m: int, n: int, config: SolveConfig, *, factored: bool = False) -
         *(product(r_l, n, v), product(n, v, r_l)),
     ]
     trained = 2 * n * r_l
-    update = Count(ADAM_FLOPS * trained, 4 * 7 * trained)  # gradient, number and two moments read, three written
+    update = Work(ADAM_FLOPS * trained, 4 * 7 * trained)  # gradient, number and two moments read, three written
     return total(products).times(config.steps + 1) + update.times(config.steps)
 
 
-def fuse_count(m: int, n: int, config: SolveConfig) -> Count:
+def fuse_count(m: int, n: int, config: SolveConfig) -> Work:
     """One layer's stage 5."""
     r_l, p = config.adapter_rank, config.filter_rank
     products = [product(m, n, p + r_l), product(m, p + r_l, n)]

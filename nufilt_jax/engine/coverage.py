@@ -1,8 +1,8 @@
 """What a merge selects, what it leaves although the tasks moved it, and how much of each task's change that is."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 from nufilt_jax.anatomy import FLAT, family_of, is_buffer, shape_in
 from nufilt_jax.checkpoints import Checkpoint
@@ -10,18 +10,18 @@ from nufilt_jax.checkpoints.dtypes import FLOATS
 from nufilt_jax.engine.plan import Plan
 from nufilt_jax.methods import find
 from nufilt_jax.methods.selection import Selection, published_layers, reach_of
+from nufilt_jax.output.facts import Covered
 from nufilt_jax.output.recipe import Settings
-from nufilt_jax.patterns import Group, patterns
+from nufilt_jax.patterns import NameGroup, patterns
 
 MOST_OUTSIDE = 0.05  # share of a task's squared change beyond which leaving it out is warned about
 
-Changes = Mapping[str, Mapping[str, float]]  # by task and tensor, Σ (θ_t − θ0)²
-Rows = list[dict[str, Any]]
+SquaredChanges = Mapping[str, Mapping[str, float]]  # by task and tensor, Σ (θ_t − θ0)²
 
 
-def coverage(plan: Plan, changes: Changes) -> tuple[Rows, Rows]:
+def coverage(plan: Plan, changes: SquaredChanges) -> tuple[tuple[Covered, ...], tuple[Covered, ...]]:
     """What a plan merges, and what it leaves: `selected` and `left` of plan and recipe."""
-    before = plan.recorded.recipe.left if plan.recorded else []
+    before = plan.recorded.recipe.left if plan.recorded else ()
     return _selected(plan.base, plan.merged_layers), _left_rows(plan.base, plan.selection, changes, before)
 
 
@@ -30,33 +30,38 @@ def outside_share(base: Checkpoint, selection: Selection, moved: Mapping[str, fl
     return _share(_left(base, selection), moved)
 
 
-def _selected(base: Checkpoint, layers: Iterable[str]) -> Rows:
+def _selected(base: Checkpoint, layers: Iterable[str]) -> tuple[Covered, ...]:
     """The layers that the method merges, by pattern, with counts."""
     rows = []
     for group in patterns(layer.removesuffix(FLAT) for layer in layers):
         shapes = (shape_in(base.tensors, name) for name in group.names)
         rows.append(_row(group, sum(map(math.prod, shapes))))
-    return rows
+    return tuple(rows)
 
 
-def _left_rows(base: Checkpoint, selection: Selection, changes: Changes, before: Rows) -> Rows:
+def _left_rows(
+    base: Checkpoint, selection: Selection, changes: SquaredChanges, before: Iterable[Covered]
+) -> tuple[Covered, ...]:
     """The trained tensors that stay as the base has them, by pattern; with `changes`, those alone that a task moved.
 
     `share` is by task the part of its squared change that is lost there; of tasks that are not at hand as `before`,
     the rows of the recipe so far, has it.
     """
-    known = {row["pattern"]: row.get("share", {}) for row in before}
+    known = {row.pattern: row.share or {} for row in before}
     rows = []
     for group in patterns(_left(base, selection)):
         shares = dict(known.get(group.pattern, {}))
         shares |= {task: _share(group.names, moved) for task, moved in changes.items() if any(moved.values())}
         if not changes or any(shares.values()):
             row = _row(group, sum(base.tensors[name].size for name in group.names))
-            rows.append(row | ({"share": {task: round(share, 6) for task, share in shares.items()}} if shares else {}))
-    return rows
+            rounded = {task: round(share, 6) for task, share in shares.items()}
+            rows.append(dataclasses.replace(row, share=rounded or None))
+    return tuple(rows)
 
 
-def outside_warnings(base: Checkpoint, selection: Selection, settings: Settings, changes: Changes) -> tuple[str, ...]:
+def outside_warnings(
+    base: Checkpoint, selection: Selection, settings: Settings, changes: SquaredChanges
+) -> tuple[str, ...]:
     """A warning for each task of whose squared change more than `MOST_OUTSIDE` is left out.
 
     What the published choice for CLIP leaves of the vision tower is meant to be left: it is told and not warned about.
@@ -76,13 +81,13 @@ def outside_warnings(base: Checkpoint, selection: Selection, settings: Settings,
     return tuple(warnings)
 
 
-def coverage_lines(selected: Rows, left: Rows) -> list[str]:
+def coverage_lines(selected: Iterable[Covered], left: Iterable[Covered]) -> list[str]:
     """Both as text: `model.layers.*.self_attn.{q,k,v,o}_proj  4 x 32`."""
-    lines = [f"merged  {row['pattern']}  {row['kinds']} x {row['layers'] // row['kinds']}" for row in selected]
+    lines = [f"merged  {row.pattern}  {row.kinds} x {row.layers // row.kinds}" for row in selected]
     for row in left:
-        shares = row.get("share", {}).values()
+        shares = (row.share or {}).values()
         lost = f": up to {max(shares):.1%} of a task's squared change" if shares else ""
-        lines.append(f"left    {row['pattern']}  {row['kinds']} x {row['layers'] // row['kinds']}{lost}")
+        lines.append(f"left    {row.pattern}  {row.kinds} x {row.layers // row.kinds}{lost}")
     return lines
 
 
@@ -109,5 +114,5 @@ def _left(base: Checkpoint, selection: Selection) -> list[str]:
     ]
 
 
-def _row(group: Group, parameters: int) -> dict[str, Any]:
-    return {"pattern": group.pattern, "kinds": group.kinds, "layers": len(group.names), "parameters": parameters}
+def _row(group: NameGroup, parameters: int) -> Covered:
+    return Covered(pattern=group.pattern, kinds=group.kinds, layers=len(group.names), parameters=parameters)

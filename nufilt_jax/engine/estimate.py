@@ -1,12 +1,15 @@
 """What a merge will take, before it begins: bytes, disk, seconds."""
 
+import contextlib
+import functools
 import math
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from nufilt_jax.checkpoints import Checkpoint
@@ -15,12 +18,14 @@ from nufilt_jax.engine.counts import adam_count, fuse_count, reduce_count
 from nufilt_jax.engine.grid import Stack
 from nufilt_jax.engine.plan import Plan
 from nufilt_jax.linalg.chebyshev import block_width
+from nufilt_jax.linalg.dense import matmul
 from nufilt_jax.linalg.subspace import FULL_WIDTH
 from nufilt_jax.methods import find
 from nufilt_jax.methods.stacked import total_rank
 
-# Fitted to a ViT-B/32 on 2 cores; benchmarks/results/end_to_end.json and memory*.json hold estimates beside runs.
-_SHARE_OF_PRODUCTS = 0.42  # of the rate of large products, that a whole solve reaches
+# Fitted on 2 cores of several kinds; benchmarks/results/end_to_end.json, scale.json and memory*.json hold estimates
+# beside runs. Of the rate of large products a whole solve of a ViT-B/32 reached 0.49 and 0.63, one of 7B shapes 0.75.
+_SHARE_OF_PRODUCTS = 0.58
 _DEGREE = 12  # products with the Gram matrix, of a decomposition by iteration
 _EIGH = 60  # times n³ operations at that rate, for all eigenvectors: LAPACK is far from it
 _CHECKED = 0.6e9  # bytes per second: read, hashed, and looked through
@@ -50,6 +55,7 @@ def _stored(model: Checkpoint) -> int:
 def plan_disk(plan: Plan, n_bytes: Mapping[str, int]) -> dict[str, int]:
     """Bytes of disk that the merge needs for its output and its state, and that are free there."""
     here = Path.cwd() if plan.out is None else plan.out.parent
+    # The folders above an output may be the merge's to make: the nearest one that is there tells of the disk.
     there = next(folder for folder in (here, *here.absolute().parents) if folder.is_dir())
     return {"needed": n_bytes["model"] + n_bytes["state"], "free": shutil.disk_usage(there).free}
 
@@ -112,14 +118,21 @@ def _directions(m: int, n: int, rank: int, factored: bool) -> float:
 
 
 def products_per_second(seconds: float = 1.0) -> float:
-    """Operations per second of products of large matrices in float32, measured here for about so long."""
+    """Operations per second of products of large matrices in float32, measured here for about so long.
+
+    By JAX, whose products may run at twice another library's rate or at half of it; by numpy where JAX has no device.
+    """
     x = np.full((1024, 1024), 1 / 32, np.float32)
-    product = np.empty_like(x)
+    multiply: Callable[[], Any] = functools.partial(np.matmul, x, x)
+    with contextlib.suppress(RuntimeError, AssertionError):  # a plan needs no backend
+        y, product = jax.device_put(x), jax.jit(matmul)
+        multiply = lambda: jax.block_until_ready(product(y, y))  # noqa: E731
+        multiply()  # compiles
     best, start = math.inf, time.perf_counter()
     while time.perf_counter() - start < seconds:
         begun = time.perf_counter()
-        np.matmul(x, x, out=product)
-        best = min(best, time.perf_counter() - begun)
+        multiply()
+        best = min(best, time.perf_counter() - begun)  # what else the machine does can only slow it
     return 2 * 1024**3 / best
 
 

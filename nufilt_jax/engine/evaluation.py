@@ -10,8 +10,8 @@ from nufilt_jax.analysis.plots import draw_accuracy_matrix
 from nufilt_jax.checkpoints import Checkpoint, load, open_checkpoint, parse_source
 from nufilt_jax.config import problem
 from nufilt_jax.engine.job import EvaluationOptions, read_recipe
-from nufilt_jax.engine.scores import Row, merged_row, plain_row
-from nufilt_jax.engine.tiny import built_in_tasks, family_of
+from nufilt_jax.engine.scores import ScoreRow, merged_row, plain_row
+from nufilt_jax.engine.tiny import built_in_family, built_in_tasks
 from nufilt_jax.errors import (
     ConfigError,
     EvaluationError,
@@ -30,7 +30,7 @@ from nufilt_jax.evaluation.tokenizer import open_tokenizer
 from nufilt_jax.output.documents import read_json, read_scores, write_json
 from nufilt_jax.output.place import RECIPE
 from nufilt_jax.output.recipe import Recipe, Step
-from nufilt_jax.zoo import default_folder
+from nufilt_jax.zoo import family_folder
 
 EVALUATION = "evaluation.json"
 PICTURE = "accuracy_matrix.png"
@@ -78,7 +78,7 @@ def open_suite(names: Sequence[str], model: Checkpoint, options: EvaluationOptio
 
 def _described(names: Sequence[str], specs: Mapping[str, Spec], config: Mapping[str, Any]) -> list[str]:
     """The tasks that have a description, or need one: all but a built-in model's own."""
-    family = family_of(config)
+    family = built_in_family(config)
     return [name for name in names if name in specs or family is None or name not in family.tasks]
 
 
@@ -86,7 +86,7 @@ def _open_heads(model: Checkpoint, options: EvaluationOptions) -> TextHeads:
     if options.heads_from is not None:
         source, revision = parse_source(options.heads_from)
         model = open_checkpoint(source, revision=revision, offline=options.offline, role="base")
-    heads = TextHeads(model.read(), model.config, model.path, cache=default_folder().with_name("heads"))
+    heads = TextHeads(model.read(), model.config, model.path, cache=family_folder().with_name("heads"))
     open_tokenizer(model.path)  # it is used with the first head, which is long after a merge has begun
     return heads
 
@@ -104,7 +104,7 @@ class Evaluation:
         suite: Suite,
         options: EvaluationOptions,
         tell: Tell,
-        compare: Callable[[str], list[Row]] | None = None,
+        compare: Callable[[str], list[ScoreRow]] | None = None,
     ) -> None:
         """Takes an opened suite.
 
@@ -139,6 +139,7 @@ class Evaluation:
             title = f"{recipe.settings.method}: accuracy after each step"
             draw_accuracy_matrix(accuracy_matrix(scores, self._names), self._names, folder / PICTURE, title=title)
         except MissingExtraError as error:
+            # The merge is done: that no picture can be drawn is no reason to lose it.
             self.warnings += [str(found) for found in error.problems]
 
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from nufilt_jax import __version__
-from nufilt_jax.anatomy import FLAT, shape_in, tensor_of
+from nufilt_jax.anatomy import FLAT, Shape, shape_in, tensor_of
 from nufilt_jax.checkpoints import Checkpoint, fit, open_checkpoint, open_task, safetensors_files
 from nufilt_jax.checkpoints.safetensors_files import Piece
 from nufilt_jax.checkpoints.writer import output_error
@@ -30,7 +30,6 @@ from nufilt_jax.output.stored import Stored
 PLATFORMS = ("cpu", "cuda", "tpu")
 MODULES = "solve.json"  # of the folder with the compiled solve's StableHLO: what is in its files
 
-Shape = tuple[int, ...]
 ArrayOf = Callable[[str], np.ndarray]
 
 
@@ -142,7 +141,7 @@ def _write(out: Path, shapes: Mapping[str, Shape], array_of: ArrayOf, told: Mapp
 
 
 def export_forecast(folder: Path, step: int | None, out: Path) -> int:
-    """Writes what is known of each layer of each step without data, as a JSON list of flat rows.
+    """Writes what is known of each layer of each step without data, as a JSON object `{"rows": [...]}` of flat rows.
 
     Args:
       folder: where the merge stands.

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from nufilt_jax.anatomy import tensor_of
+from nufilt_jax.anatomy import is_lookup, tensor_of
 from nufilt_jax.checkpoints import Checkpoint, fit, open_checkpoint, open_task, parse_source
 from nufilt_jax.checkpoints.dtypes import FLOATS, numpy_dtype
 from nufilt_jax.checkpoints.partners import Fitted, listed
@@ -75,7 +75,7 @@ class Extraction:
         return dataclasses.asdict(self)
 
 
-def extract(
+def extract_adapter(
     source: str,
     base_source: str,
     out: Path,
@@ -108,7 +108,7 @@ def extract(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(Problem(str(out), "exists and is not an empty folder", "choose another --out, or remove it"))
     base, model = _opened(source, base_source, offline)
-    reachable = _reachable(base, layers)
+    reachable, tables = _reachable(base, layers)
     fitted = fit(base, model, reachable, asked_for=layers is not None)
     raise_all(CheckpointError, fitted.problems)
     model, names = fitted.task, tuple(name for name in reachable if name not in fitted.kept)
@@ -120,7 +120,7 @@ def extract(
     if not pairs:
         raise CheckpointError(Problem(source, "differs from the base in none of the layers", "give another base"))
     result = _summary(base, model, [found[name][0] for name in names], names)
-    result = dataclasses.replace(result, notices=(*model.notices, *_notices(fitted)))
+    result = dataclasses.replace(result, notices=(*model.notices, *_notices(fitted, tables)))
     _publish(out, lambda folder: write_adapter(folder, pairs, base, dtype=dtype), result)
     return result
 
@@ -132,16 +132,19 @@ def _opened(source: str, base_source: str, offline: bool) -> tuple[Checkpoint, C
     return base, open_task(name, base, revision=revision, offline=offline)
 
 
-def _reachable(base: Checkpoint, layers: str | None) -> tuple[str, ...]:
-    """The matrices that an adapter can reach, by name."""
+def _reachable(base: Checkpoint, layers: str | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The matrices that an adapter's factors can reach, and the chosen lookup tables, which peft adapts otherwise."""
     held = {name: info for name, info in base.tensors.items() if info.dtype in FLOATS}
     shapes = {name: jax.ShapeDtypeStruct(info.shape, numpy_dtype(info.dtype)) for name, info in held.items()}
     chosen = select(shapes, layers=layers).layers
-    return tuple(name for name in chosen if name == tensor_of(name) and name.endswith(".weight"))
+    whole = [name for name in chosen if name == tensor_of(name) and name.endswith(".weight")]
+    tables = tuple(name for name in whole if is_lookup(name))
+    return tuple(name for name in whole if name not in tables), tables
 
 
-def _notices(fitted: Fitted) -> Iterator[str]:
+def _notices(fitted: Fitted, tables: tuple[str, ...]) -> Iterator[str]:
     source = fitted.task.source
+    yield from (f"{source}: {name} is a lookup table, and has no place in the adapter" for name in tables)
     yield from (f"{source}: {notice}" for notice in fitted.renamed)
     if fitted.kept:
         tensors = "1 tensor has" if len(fitted.kept) == 1 else f"{len(fitted.kept)} tensors have"
@@ -163,8 +166,9 @@ def _extracted(
     most = min(rank, m, n)
     program = functools.partial(_leading, rank=most)
     a, b, sizes, certified = jax.device_get(run_alone(functools.partial(program, until_certified=False), vectors))
+    # Alone, as a merge does: beside others the result would depend on which they are.
     again = [i for i, ok in enumerate(certified) if not ok]
-    a, b, sizes = np.array(a), np.array(b), np.array(sizes)
+    a, b, sizes = np.array(a), np.array(b), np.array(sizes)  # copies: fetched ones are read-only
     for i in again:
         found = jax.device_get(run_alone(functools.partial(program, until_certified=True), vectors[i : i + 1]))
         a[i], b[i], sizes[i] = (x[0] for x in found[:3])
@@ -173,9 +177,10 @@ def _extracted(
         whole, kept = (float(x) for x in sizes[i])
         used = int(np.count_nonzero(np.any(a[i], axis=1)))
         if not np.isfinite(a[i]).all() or not np.isfinite(b[i]).all():
-            info = model.tensors[name]
+            is_of_base = not all(np.isfinite(x).all() for _, x in base.read((name,)).items())
+            info = (base if is_of_base else model).tensors[name]
             raise CheckpointError(Problem(str(info.file), "has NaN or infinite numbers", "", info.stored_name))
-        share = min(1.0, (kept / whole) ** 2) if whole > 0 else 1.0
+        share = min(1.0, (kept / whole) ** 2) if whole > 0 else 1.0  # rounding may hold a little more than all
         layer = ExtractedLayer(module=prefix + module_of(base, name), shape=(m, n), rank=used, kept=share)
         results[name] = layer, functools.partial(_pair, a[i], b[i])
     return results
@@ -222,7 +227,7 @@ def _summary(base: Checkpoint, model: Checkpoint, layers: Sequence[ExtractedLaye
 
 def _publish(out: Path, write: Callable[[Path], None], result: Extraction) -> None:
     """Writes beside the place, then renames."""
-    staging = out.parent / f".{out.name}.{secrets.token_hex(4)}"
+    staging = out.parent / f".{out.name}.{secrets.token_hex(4)}"  # beside it: no rename leaves a file system
     try:
         make_folder(staging)
         write(staging)

@@ -35,6 +35,7 @@ def ranks_of(
     found = {}
     for layer in selection.layers + selection.other:
         shape = shape_in(base.tensors, layer)
+        # Factors are known by whole tensors: not of a matrix in a stack of experts, nor of a kernel laid flat.
         if layer != tensor_of(layer) or len(shape) != 2:
             continue
         before = stored.rank(layer) if stored.done(layer) else 0
@@ -52,6 +53,7 @@ def _added(task: Checkpoint, base: Checkpoint, layer: str) -> int | None:
     """The rank that a task adds to a layer; None if it holds the whole layer."""
     if isinstance(task, AdaptedCheckpoint) and layer in task.factors:
         return _padded(task.factors[layer].rank)
+    # The same object: what an adapter leaves as it was is listed with the base's own entry.
     return 0 if task.tensors.get(layer) is base.tensors.get(layer) else None
 
 

@@ -14,8 +14,9 @@ from typing import Literal, NamedTuple
 
 from nufilt_jax.linalg.chunks import chunk_size
 from nufilt_jax.methods.stacked import total_rank
+from nufilt_jax.output.facts import WindowDone
 
-Walk = Literal["rows", "columns"]
+Direction = Literal["rows", "columns"]
 
 
 class Stack(NamedTuple):
@@ -78,9 +79,9 @@ class Window(NamedTuple):
         """Bytes of its D."""
         return sum(stack.total for stack in self.stacks)
 
-    def entry(self, done: int) -> dict[str, int]:
+    def told(self, done: int) -> WindowDone:
         """A window in plan and recipe, with the number of tasks that are merged into it."""
-        return {"layers": len(self.layers), "bytes": self.n_bytes, "tasks": done}
+        return WindowDone(layers=len(self.layers), bytes=self.n_bytes, tasks=done)
 
 
 class Cell(NamedTuple):
@@ -137,6 +138,7 @@ def pieces(stack: Stack, most_bytes: float) -> list[Stack]:
                 return parts
     if len(finest) > 1:
         return finest
+    # None as fine as asked for keeps the bits: a coarser cut comes nearer to that than the whole stack.
     coarser = (_cut(stack, n_pieces) for n_pieces in range(wanted, 1, -1))
     return next((parts for parts in coarser if all(map(_is_alike, parts))), finest)
 
@@ -168,6 +170,7 @@ def dealt(rows: Sequence[Window], n_tasks: int, n_hands: int) -> list[list[Windo
     def left(row: Window) -> int:
         return (n_tasks - row.done) * row.n_bytes
 
+    # Stable: among equals the number decides, so that processes that deal by themselves deal alike.
     for row in sorted((row for row in rows if row.done < n_tasks), key=left, reverse=True):
         hand = work.index(min(work))
         hands[hand].append(row)
@@ -203,7 +206,7 @@ def restarted(stacks: Sequence[Stack], done: Callable[[str], int], most_bytes: f
 def cells(
     rows: Sequence[Window],
     n_tasks: int,
-    walk: Walk,
+    walk: Direction,
     n_looks: Callable[[int], int] = lambda task: 0,
     whole: Sequence[Window] = (),
 ) -> Iterator[Cell]:

@@ -101,7 +101,7 @@ class Hosts:
             try:
                 return self._client.blocking_key_value_get(key, _POLL)
             except jax.errors.JaxRuntimeError as error:
-                if "DEADLINE_EXCEEDED" not in str(error):
+                if "DEADLINE_EXCEEDED" not in str(error):  # of its class are all errors of the service: the text tells
                     raise
             self.check()
 
@@ -142,7 +142,7 @@ class Hosts:
         Raises:
           ConfigError: facts that differ, all listed.
         """
-        told = {what: str(value) for what, value in facts.items()}
+        told = {what: str(value) for what, value in facts.items()}  # as texts: JSON makes lists of tuples
         first = self.meet(point, told if self.is_first else None)[0]
         differing = [what for what in dict.fromkeys([*told, *first]) if told.get(what) != first.get(what)]
         where = f"process {self.index}"
@@ -160,11 +160,12 @@ class Hosts:
             return Agreed()
         told = self.meet("memory", [socket.gethostname(), free_memory() // 2])
         names = [name for name, _ in told]
+        # Processes of one machine each see all of what is free there, and share it.
         return Agreed(self.count, min(free // names.count(name) for name, free in told))
 
 
 @contextlib.contextmanager
-def joined(cluster: Cluster | None) -> Iterator[Hosts]:
+def together(cluster: Cluster | None) -> Iterator[Hosts]:
     """The processes of a run, this one alone if there is no cluster; however the context ends, all end.
 
     Before anything else has been done with JAX.
@@ -182,6 +183,7 @@ def joined(cluster: Cluster | None) -> Iterator[Hosts]:
     except StoppedError:
         raise
     except BaseException as error:
+        # Another process has stopped all, and its cause is told. What nobody foresaw is told besides.
         if not hosts.stop() and isinstance(error, NufiltError | OSError):
             raise StoppedError from error
         raise

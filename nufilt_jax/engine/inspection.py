@@ -80,7 +80,7 @@ def _read_all(plan: Plan) -> list[list[Findings]]:
         path = checkpoint.weight_files[index]
         if checkpoint is plan.base and _is_unread(plan):
             return Findings("", frozenset(), frozenset(), {})
-        if plan.is_finished:
+        if plan.is_finished:  # nothing will be merged: hashes alone are compared
             return survey_file(path, (), stop=stop)
         tensors = [info for info in checkpoint.stored if info.file == path]
         if checkpoint is plan.base:
@@ -95,7 +95,7 @@ def _read_all(plan: Plan) -> list[list[Findings]]:
             ]
             return [[future.result() for future in files] for files in coming]
         finally:
-            stop.set()
+            stop.set()  # after a failure the other threads would read their files to the end
 
 
 def _sha256(findings: Iterable[Findings], checkpoint: Checkpoint) -> dict[str, str]:
@@ -108,6 +108,7 @@ def _changes(task: Checkpoint, findings: Iterable[Findings]) -> dict[str, float]
     found = {name: x for part in findings for name, x in part.changes.items()}
     if isinstance(task, AdaptedCheckpoint):
         found |= task.squared_changes()
+    # One NaN in their sum would leave no tensor a share.
     return {name: x for name, x in found.items() if math.isfinite(x)}
 
 

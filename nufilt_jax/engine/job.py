@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nufilt_jax.config import ComputeType
+from nufilt_jax.config import ComputeType, problem
 from nufilt_jax.errors import ConfigError, OutputError, Problem
 from nufilt_jax.methods import find
 from nufilt_jax.output.place import OutputPlace
@@ -87,7 +87,7 @@ def read_recipe(document: Mapping[str, Any], folder: Path) -> Recipe:
             find(method)
         except ConfigError as error:
             what = f"was merged by {method}, and a recipe imports nothing"
-            fix = f"it is a rule of your own: say --method {method} with add or merge"
+            fix = f"it is a rule of your own: say --method {method}"
             raise OutputError(Problem(str(folder), what, fix)) from error
     return Recipe.from_json(document, folder, lambda method: find(method).config)
 
@@ -142,3 +142,14 @@ class Job:
     def n_merged(self) -> int:
         """Number of leading tasks whose files are not needed."""
         return self.continues.done if self.continues else 0
+
+
+def other_merge_problems(
+    recipe: Recipe, folder: Path, settings: Settings, names: list[str], *, is_written: bool
+) -> list[Problem]:
+    """Refuses a command that differs from the merge that stands in its output folder, difference by difference."""
+    fix = f"choose another --out, remove {folder}, or continue it with --add"
+    return [
+        problem(key, f"is {old!r} in the merge in {folder}, got {new!r}", fix)
+        for key, old, new in recipe.differences(settings, names, is_written=is_written)
+    ]

@@ -7,9 +7,9 @@ import gc
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
@@ -18,10 +18,12 @@ from nufilt_jax.config import MethodConfig, problem
 from nufilt_jax.engine.grid import Stack, Window, restarted, smallest
 from nufilt_jax.errors import ConfigError, Problem
 from nufilt_jax.methods.stacked import total_rank
+from nufilt_jax.output.facts import MemoryUse
 
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{prefix}B": 10 ** (3 * power) for power, prefix in enumerate("KMGT", 1)}
 _UNITS |= {f"{prefix}iB": 2 ** (10 * power) for power, prefix in enumerate("KMGT", 1)}
+# Digits are counted: with hundreds of them a number would be infinite as a float.
 _SIZE = re.compile(r"(?P<number>\d{1,15}(\.\d{1,9})?)\s*(?P<unit>[A-Za-z]*)")
 
 # Of Python, JAX and orbax, and of compilers at work, beside what is counted below: measured at 0.48 GB where the
@@ -66,10 +68,10 @@ class Memory:
     planned: int
     read_ahead: bool
 
-    def to_json(self) -> dict[str, Any]:
+    def told(self) -> MemoryUse:
         """For plan and recipe."""
-        told = "--max-memory" if self.is_asked_for else "half of what is free"
-        return {"allowed": self.allowed, "by": told, "planned": self.planned}
+        by = "--max-memory" if self.is_asked_for else "half of what is free"
+        return MemoryUse(allowed=self.allowed, by=by, planned=self.planned)
 
 
 def parse_size(text: str) -> int:
@@ -89,9 +91,42 @@ def parse_size(text: str) -> int:
 
 
 def free_memory() -> int:
-    """Bytes that this machine could still give."""
+    """Bytes that this machine could still give, or the container or batch job that this process is in."""
     free = _told_by("/proc/meminfo", "MemAvailable")
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 if free is None else free
+    # Where nobody tells what is free, half of all there is counts as that.
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 if free is None else free
+    return min([free, *left_in_groups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
+
+
+def left_in_groups(told: Path, mounted: Path) -> Iterator[int]:
+    """Bytes that each limit on this process leaves it, of its own control group and of those around that.
+
+    Args:
+      told: names the process's groups.
+      mounted: where they are folders; those of the first version in one below it for each resource.
+    """
+    with contextlib.suppress(OSError):  # another system, or none of it is shown here
+        for line in told.read_text().splitlines():
+            _, kinds, name = line.split(":", 2)
+            if kinds not in ("", "memory"):
+                continue
+            root = mounted / kinds
+            most, used = (
+                (f"memory.{x}_in_bytes" for x in ("limit", "usage")) if kinds else ("memory.max", "memory.current")
+            )
+            place = root / name.lstrip("/")
+            # Within a container its own group is the root, whatever its name outside.
+            for folder in dict.fromkeys((root, *(x for x in (place, *place.parents) if x.is_relative_to(root)))):
+                with contextlib.suppress(OSError, ValueError):  # `max` is no number, and no limit
+                    limit, now = (int((folder / file).read_text()) for file in (most, used))
+                    yield max(limit - now + _reclaimable(folder), 0)
+
+
+def _reclaimable(group: Path) -> int:
+    """Bytes of a control group's files in memory, which give way."""
+    told = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    names = ("inactive_file", "active_file")
+    return sum(int(told.get(f"total_{name}", told.get(name, 0))) for name in names)
 
 
 def release_memory() -> None:
@@ -129,7 +164,8 @@ def largest_on_device(there: int, stacks: Iterable[Stack], config: MethodConfig,
       reach: what it keeps and needs.
     """
     # All layers of a stack are solved at once there.
-    programs = [workspace(stack.shape, 1, config) / stack.n_bytes for stack in stacks if stack.is_solved]
+    solved = [stack for stack in stacks if stack.is_solved]
+    programs = [workspace(stack.shape, 1, config, stack.ranks) / stack.n_bytes for stack in solved]
     return _OF_DEVICE * there / (reach.states + 2 + reach.workspace + max(programs, default=0.0))
 
 
@@ -216,7 +252,7 @@ def plan_windows(
     allowed = given if cap is None else cap
     whole = sum(stack.total for stack in stacks)
     least = whole if reach.whole_model else smallest(stacks)
-    n_least = 1 if reach.whole_model or least == whole else 2
+    n_least = 1 if reach.whole_model or least == whole else 2  # 2 for any number above 1: no D is in memory at the end
     for read_ahead in (True, False):
         fits = sizes.peak(whole, 1, reach, read_ahead=read_ahead) <= allowed
         if fits or sizes.peak(least, n_least, reach, read_ahead=read_ahead) <= allowed:
@@ -252,7 +288,7 @@ def _most(allowed: int, sizes: Sizes, reach: Reach, *, read_ahead: bool) -> int:
 
 
 def _impossible(cap: int, needed: int, reach: Reach) -> Problem:
-    least = math.ceil(needed / 1e6)
+    least = math.ceil(needed / 1e6)  # up: this very cap, given again, has to do
     why = "with all layers together, as this method needs" if reach.whole_model else "layer by layer"
     what = f"{cap / 1e9:.2f} GB are too little: {why} this merge takes {least / 1e3:.3f} GB"
     return problem("max_memory", what, f"at least --max-memory {least}MB")

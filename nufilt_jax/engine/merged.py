@@ -12,8 +12,8 @@ import numpy as np
 
 from nufilt_jax.checkpoints.tensors import drop_pages
 from nufilt_jax.linalg.factored import Factored, dense
-from nufilt_jax.methods.stacked import Array, Params
-from nufilt_jax.methods.state import joined, merged_tensor
+from nufilt_jax.methods.stacked import Params, Tensor
+from nufilt_jax.methods.state import merged_tensor, whole_delta
 from nufilt_jax.output.stored import Stored
 
 _ROWS_BYTES = 1 << 23  # of what is made at once: larger arrays the C library fetches anew from the system, page by page
@@ -29,13 +29,13 @@ class MergedTensor:
       dtype: float32, or float64 if θ0 is that.
     """
 
-    def __init__(self, name: str, base: Array, delta: Mapping[str, Array]) -> None:
+    def __init__(self, name: str, base: Tensor, delta: Mapping[str, Tensor]) -> None:
         self.shape, self.dtype = base.shape, np.dtype(np.float64 if base.dtype == np.float64 else np.float32)
         self._name, self._base, self._delta = name, base, delta
 
     def made(self) -> np.ndarray:
         """The tensor, some rows at a time: whole, its summands would need as much again."""
-        delta = joined(self._delta, self._name, self._base)
+        delta = whole_delta(self._delta, self._name, self._base)
         if not self.shape:
             return np.asarray(merged_tensor(self._base, delta, self.dtype))
         result = np.empty(self.shape, self.dtype)
@@ -60,10 +60,10 @@ class MergedTensor:
         return self._rounded(dtype, cpu) if self._base.dtype in types and dtype in types else None
 
     def _rounded(self, dtype: np.dtype, cpu: Any) -> Iterator[tuple[np.ndarray, bool]]:
-        delta = joined(self._delta, self._name, self._base)
+        delta = whole_delta(self._delta, self._name, self._base)
         n_rows = _divisor(self.shape[0], max(1, _ROWS_BYTES // (4 * self.shape[1])))
         if isinstance(delta, Factored):
-            delta = Factored(delta.basis, jax.device_put(delta.rows, cpu))
+            delta = Factored(delta.basis, jax.device_put(delta.rows, cpu))  # once: every part needs all of them
         coming: list[tuple[jax.Array, jax.Array]] = []
         for start in range(0, self.shape[0], n_rows):
             part = slice(start, start + n_rows)
@@ -84,6 +84,7 @@ class MergedTensor:
 def _summed(base: jax.Array, delta: Any, *, dtype: np.dtype) -> tuple[jax.Array, jax.Array]:
     """θ0 + D in float32, rounded once; and by row the largest number before that."""
     total = base.astype(jnp.float32) + (dense(delta) if isinstance(delta, Factored) else delta)
+    # What is no number here is nothing that rounding made, and would hide what rounding does.
     finite = jnp.where(jnp.isfinite(total), jnp.abs(total), 0)
     return total.astype(dtype), jnp.max(finite, axis=1)
 
@@ -109,7 +110,7 @@ def _divisor(n: int, most: int) -> int:
     return found if 4 * found >= min(n, most) else most
 
 
-def merged_tensors(base: Params, delta: Mapping[str, Array]) -> dict[str, MergedTensor]:
+def merged_tensors(base: Params, delta: Mapping[str, Tensor]) -> dict[str, MergedTensor]:
     """The touched tensors, by canonical name: rounded once, when written.
 
     Args:
@@ -125,7 +126,7 @@ class StoredDelta(Mapping[str, Any]):  # not of arrays: a type checker at run ti
     def __init__(self, stored: Stored) -> None:
         self._stored = stored
 
-    def __getitem__(self, layer: str) -> Array:
+    def __getitem__(self, layer: str) -> Tensor:
         return self._stored.deltas([layer])[layer]
 
     def __contains__(self, layer: object) -> bool:

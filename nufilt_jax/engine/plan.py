@@ -19,15 +19,15 @@ from nufilt_jax.checkpoints.outputs import plan_shards
 from nufilt_jax.config import MethodConfig, option, problem
 from nufilt_jax.engine.devices import idle_devices
 from nufilt_jax.engine.factors import output_problems
-from nufilt_jax.engine.grid import Stack, Walk, Window
-from nufilt_jax.engine.job import EvaluationOptions, Job, Recorded, recorded_in
+from nufilt_jax.engine.grid import Direction, Stack, Window
+from nufilt_jax.engine.job import EvaluationOptions, Job, Recorded, other_merge_problems, recorded_in
 from nufilt_jax.engine.layout import lay_out
 from nufilt_jax.engine.memory import Memory
 from nufilt_jax.errors import CheckpointError, ConfigError, NufiltError, Problem, gathering, raise_all
 from nufilt_jax.methods import find
 from nufilt_jax.methods.selection import Selection, reach_of, select, wanted_by
 from nufilt_jax.output.place import OutputPlace
-from nufilt_jax.output.recipe import Model, Settings, other_merge_problems
+from nufilt_jax.output.recipe import Model, Settings
 from nufilt_jax.output.stored import Stored
 
 
@@ -96,7 +96,7 @@ class Plan:
         return len(find(self.settings.method).looks(task)) if len(self.rows) > 1 else 0
 
     @property
-    def walk(self) -> Walk:
+    def walk(self) -> Direction:
         """Row by row, unless the whole model is wanted after each step, or numbers of it before."""
         needs_model = self.evaluation is not None or bool(self.examples)
         return "columns" if needs_model or find(self.settings.method).survey else "rows"

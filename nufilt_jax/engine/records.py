@@ -1,6 +1,7 @@
 """What goes into a recipe: what went in, how, and what each step did."""
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import os
 import platform
@@ -25,6 +26,7 @@ from nufilt_jax.errors import NufiltError
 from nufilt_jax.linalg.chunks import LAPACK_BATCH, layers_at_once
 from nufilt_jax.methods import find
 from nufilt_jax.methods.state import LayerReport
+from nufilt_jax.output.facts import Host
 from nufilt_jax.output.place import OutputPlace
 from nufilt_jax.output.recipe import Model, Recipe, Step
 
@@ -50,12 +52,12 @@ def new_recipe(plan: Plan, inspection: Inspection) -> Recipe:
         selected=selected,
         left=left,
         steps=tuple(step.as_resumed() for step in (recorded.steps if recorded else ())),
-        windows=recorded.windows if recorded else [],
+        windows=recorded.windows if recorded else (),
         versions=versions,
         device=device,
         host=_host(plan.recorded, versions, device),
-        memory=plan.memory.to_json(),
-        adapter=told_of(plan).to_json() if plan.settings.output == "adapter" else {},
+        memory=plan.memory.told(),
+        adapter=told_of(plan) if plan.settings.output == "adapter" else None,
     )
 
 
@@ -71,20 +73,20 @@ def device_entry() -> str:
     return f"{device.platform}: {device.device_kind}"
 
 
-def host_entry() -> dict[str, Any]:
-    """What the bits of a merge depend on, beside the versions and the kind of device, and what others may differ by.
+def this_host() -> Host:
+    """This one.
 
     Chunks of layers share the degree of a polynomial (see `linalg.chunks`), and XLA compiles for the processor at hand.
     The number of cores by itself changes nothing.
     """
-    entry = {"machine": platform.machine(), "processor": _processor(), "layers_at_once": layers_at_once()}
-    return entry | {"tolerance": tolerance_entry()}
+    told = {"machine": platform.machine(), "processor": _processor(), "layers_at_once": layers_at_once()}
+    return Host(**told, tolerance=tolerance_entry())
 
 
-def layers_then(host: Mapping[str, Any]) -> int:
+def layers_then(host: Host) -> int:
     """How many layers were solved at a time, by a recipe's `host`; as many as here, where it does not tell."""
-    told = host.get("layers_at_once")
-    return told if type(told) is int and 0 < told <= LAPACK_BATCH else layers_at_once()
+    told = host.layers_at_once
+    return told if type(told) is int and 0 < told <= LAPACK_BATCH else layers_at_once()  # JSON's true is an int, too
 
 
 def layers_as_begun(place: OutputPlace) -> int:
@@ -95,21 +97,24 @@ def layers_as_begun(place: OutputPlace) -> int:
     with contextlib.suppress(NufiltError):  # which is told where the merge is gone on with
         recorded = recorded_in(place)
         if recorded is not None and recorded.has_begun:
-            host = recorded.recipe.host
-            if {**host, "is_mixed": False} == {**host_entry(), "layers_at_once": layers_then(host), "is_mixed": False}:
-                return layers_then(host)
+            then, n_layers = recorded.recipe.host, layers_then(recorded.recipe.host)
+            if _unmixed(then) == dataclasses.replace(this_host(), layers_at_once=n_layers):
+                return n_layers
     return layers_at_once()
 
 
-def _host(recorded: Recorded | None, versions: Mapping[str, str], device: str) -> dict[str, Any]:
-    """The host; `is_mixed` tells that something was merged on another one, by other versions or on another device."""
-    here = host_entry()
+def _unmixed(host: Host) -> Host:
+    """The same, whatever else something was merged on."""
+    return dataclasses.replace(host, is_mixed=None)
+
+
+def _host(recorded: Recorded | None, versions: Mapping[str, str], device: str) -> Host:
+    here = this_host()
     if recorded is None or not recorded.has_begun:
         return here
     then = recorded.recipe
-    now = {**here, "is_mixed": False}, versions, device
-    is_mixed = ({**then.host, "is_mixed": False}, then.versions, then.device) != now or then.host.get("is_mixed")
-    return {**here, "is_mixed": True} if is_mixed else here
+    is_mixed = (_unmixed(then.host), then.versions, then.device) != (here, versions, device) or then.host.is_mixed
+    return dataclasses.replace(here, is_mixed=True) if is_mixed else here
 
 
 def _processor() -> str:
@@ -130,7 +135,7 @@ def facts(plan: Plan, inspection: Inspection) -> dict[str, Any]:
         **{option(name): value for name, value in {**settings, **config}.items()},
         **{f"{model}: SHA-256 of {file}": x for model, sha256 in models.items() for file, x in sha256.items()},
         **{f"the version of {name}": version for name, version in version_entry().items()},
-        "the division into windows": [row.entry(row.done) for row in plan.rows],
+        "the division into windows": [row.told(row.done).to_json() for row in plan.rows],
     }
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import shutil
-from typing import Any
 
 from nufilt_jax.checkpoints import write_added, write_checkpoint
 from nufilt_jax.engine.adapter_output import told_of, write_merged_adapter
@@ -12,13 +11,14 @@ from nufilt_jax.engine.inspection import Inspection
 from nufilt_jax.engine.memory import peak_memory
 from nufilt_jax.engine.merged import merged_tensors
 from nufilt_jax.engine.plan import Plan
-from nufilt_jax.engine.records import device_entry, host_entry, new_recipe
+from nufilt_jax.engine.records import device_entry, new_recipe, this_host
 from nufilt_jax.engine.timing import Clock, CompileLog
 from nufilt_jax.engine.walk import Walk
-from nufilt_jax.engine.watching import Evaluation, Watcher
+from nufilt_jax.engine.watching import Scorer, Watcher
 from nufilt_jax.errors import EvaluationError, NufiltError, OutputError, Problem, SolveError
 from nufilt_jax.methods import find
 from nufilt_jax.output.card import model_card
+from nufilt_jax.output.facts import Compiled, MergedAdapter
 from nufilt_jax.output.place import OutputPlace
 from nufilt_jax.output.recipe import Recipe
 from nufilt_jax.output.stored import Stored
@@ -31,7 +31,7 @@ def run(
     watcher: Watcher,
     clock: Clock,
     *,
-    evaluation: Evaluation | None = None,
+    evaluation: Scorer | None = None,
     hosts: Hosts | None = None,
 ) -> Recipe:
     """Merges what is not merged yet. The caller holds the place's lock, or the first of several processes does.
@@ -55,9 +55,9 @@ def run(
     if plan.recorded is not None and plan.is_finished:
         return plan.recorded.recipe.as_resumed()
     recipe = new_recipe(plan, inspection)
-    told = hosts.meet("host", [host_entry(), device_entry()])
+    told = hosts.meet("host", [this_host().to_json(), device_entry()])
     if any(other != told[0] for other in told):
-        recipe = dataclasses.replace(recipe, host={**recipe.host, "is_mixed": True})
+        recipe = dataclasses.replace(recipe, host=dataclasses.replace(recipe.host, is_mixed=True))
     compiled = CompileLog(watcher.compiling)
     outside = {name: outside_share(plan.base, plan.selection, moved) for name, moved in inspection.changes.items()}
     try:
@@ -67,8 +67,8 @@ def run(
             recipe = walk.recipe()
             watcher.phase("writing the model")
             with clock.spent_on("write_model"):
-                held = _write_model(plan, walk, place, hosts)
-            recipe = dataclasses.replace(recipe, adapter={**recipe.adapter, **held})
+                adapter = _write_model(plan, walk, place, hosts)
+            recipe = dataclasses.replace(recipe, adapter=adapter)
             if evaluation is not None:
                 evaluation.finish(place.staging, recipe)
     except (OutputError, EvaluationError):  # what is done can be gone on with, elsewhere or without an evaluation
@@ -79,8 +79,10 @@ def run(
         if hosts.is_alone:
             place.discard()
         raise
-    memory = {**recipe.memory, "peak": peak_memory()}
-    recipe = dataclasses.replace(recipe, timings=clock.as_dict(), compiled=compiled.as_dict(), memory=memory)
+    memory = dataclasses.replace(plan.memory.told(), peak=peak_memory())
+    recipe = dataclasses.replace(
+        recipe, timings=clock.as_dict(), compiled=Compiled(**compiled.as_dict()), memory=memory
+    )
     rule = find(plan.settings.method)
     told = recipe.as_seen_from(place.out)
     card = model_card(told, rule.source, needs_data=rule.needs_data, adds_parameters=rule.adds_parameters)
@@ -90,26 +92,26 @@ def run(
     return recipe
 
 
-def _write_model(plan: Plan, walk: Walk, place: OutputPlace, hosts: Hosts) -> dict[str, Any]:
+def _write_model(plan: Plan, walk: Walk, place: OutputPlace, hosts: Hosts) -> MergedAdapter | None:
     """The merged model in the place's staging folder; what cannot be written leaves all steps as they are.
 
     Of several processes each writes some of the weight files, and an adapter the first one alone.
 
     Returns:
-      What an adapter holds; nothing of a whole model.
+      The adapter, if that is the output.
 
     Raises:
       OutputError: the disk is full, or numbers are out of the range of the type asked for.
     """
     settings = plan.settings
     try:
-        held: dict[str, Any] = {}
-        if settings.output != "adapter":
+        adapter = told_of(plan) if settings.output == "adapter" else None
+        if adapter is None:
             _write_whole(plan, walk, place, hosts)
         elif hosts.is_first:
-            held = write_merged_adapter(plan, walk.delta, told_of(plan), place.staging)
+            adapter = write_merged_adapter(plan, walk.delta, adapter, place.staging)
         hosts.meet("written")
-        return held
+        return adapter
     except StoppedError:
         raise
     except NufiltError as error:

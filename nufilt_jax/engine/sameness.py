@@ -13,6 +13,9 @@ import numpy as np
 from nufilt_jax.anatomy import tensor_of
 from nufilt_jax.checkpoints import Checkpoint, open_checkpoint, read_added
 from nufilt_jax.checkpoints.dtypes import FLOATS
+from nufilt_jax.checkpoints.folders import PEFT
+from nufilt_jax.checkpoints.peft.adapted import factor_arrays
+from nufilt_jax.checkpoints.peft.reader import adapted
 from nufilt_jax.checkpoints.tensors import TensorInfo, stream_bytes
 from nufilt_jax.errors import Problem
 from nufilt_jax.methods.stacked import whole
@@ -86,7 +89,7 @@ def compare(
 
     found = Comparison()
     phase("comparing the models")
-    _compare_models(found, folder, again, base, tolerance)
+    _compare_models(found, folder, again, base, tolerance, is_exact=is_exact)
     where = str(folder)
     _compare_arrays(found, where, "added", read_added(folder), read_added(again), tolerance)
     if not has_state(folder):
@@ -119,14 +122,15 @@ def _near_equal(folder: Path) -> set[str]:
 
 
 def _compare_models(
-    found: Comparison, folder: Path, again: Path, base: Checkpoint, tolerance: Callable[[str], float]
+    found: Comparison, folder: Path, again: Path, base: Checkpoint, tolerance: Callable[[str], float], *, is_exact: bool
 ) -> None:
     old, new = (open_checkpoint(str(path), adapters=True) for path in (folder, again))
-    for name in sorted(old.tensors.keys() ^ new.tensors.keys()):
+    for name in sorted(old.tensors.keys() ^ new.tensors.keys()):  # a set has no order that lasts
         only = "is there" if name in old.tensors else "is missing"
         found.problems.append(Problem(str(folder), f"{only}, and is not what the recipe gives", _AGAIN, name))
+    judged = frozenset() if is_exact or old.format != PEFT else _compare_products(found, old, new, base, tolerance)
     for name, info in old.tensors.items():
-        if (other := new.tensors.get(name)) is None:
+        if (other := new.tensors.get(name)) is None or name in judged:
             continue
         found.tensors += 1
         if (info.dtype, info.shape) != (other.dtype, other.shape):
@@ -140,6 +144,26 @@ def _compare_models(
             _judge(found, str(info.file), info.stored_name, *pair, start, tolerance(name))
         else:
             found.problems.append(Problem(str(info.file), "is not what the recipe gives", _AGAIN, info.stored_name))
+
+
+def _compare_products(
+    found: Comparison, old: Checkpoint, new: Checkpoint, base: Checkpoint, tolerance: Callable[[str], float]
+) -> frozenset[str]:
+    """Holds B A of two adapters against each other; gives the names of the factors that this is said of.
+
+    On another machine the factors of a truncated product may have other signs, or be turned among near equals.
+    """
+    ours, theirs = (adapted(base, one).factors for one in (old, new))
+    judged = set[str]()
+    for name in ours.keys() & theirs.keys():
+        (b, a), (b_new, a_new) = (factor_arrays(factors[name]) for factors in (ours, theirs))
+        judged |= {ours[name].a.stored_name, ours[name].b.stored_name}
+        found.tensors += 2
+        if (b.shape, a.shape) == (b_new.shape, a_new.shape) and np.array_equal(b, b_new) and np.array_equal(a, a_new):
+            found.identical += 2
+        else:
+            _judge(found, str(ours[name].a.file), name, b @ a, b_new @ a_new, None, tolerance(name))
+    return frozenset(judged)
 
 
 def _same_bytes(a: TensorInfo, b: TensorInfo) -> bool:
@@ -187,12 +211,17 @@ def _judge(found: Comparison, where: str, name: str, old: Any, new: Any, start: 
     difference, update, size = np.sqrt(squares)
     is_share = update and np.isfinite(squares).all()
     share = float(difference / update) if is_share else math.inf
+    if difference == 0:  # of -0.0 and 0.0 the bits alone differ
+        share = 0.0
     rounding = 0.0 if start is None or not tolerance else float(ml_dtypes.finfo(old.dtype).eps) * size
     if share > found.worst:
         found.worst, found.worst_tensor = share, name
-    if not difference <= tolerance * update + rounding:
+    # So put, what is no number is a problem.
+    if not tolerance or not difference <= tolerance * update + rounding:
         what = "is not what the recipe gives"
-        if math.isfinite(share):
+        if difference == 0:
+            what += ": the sign of a zero differs"
+        elif math.isfinite(share):
             what += f": it differs by {share:.2g} of its update, where {tolerance:.2g} is allowed"
         found.problems.append(Problem(where, what, _AGAIN, name))
 

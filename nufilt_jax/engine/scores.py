@@ -7,10 +7,10 @@ import numpy as np
 
 from nufilt_jax.evaluation import accuracy_matrix, average_accuracy, backward_transfer
 
-Row = dict[str, Any]
+ScoreRow = dict[str, Any]
 
 
-def plain_row(name: str, accuracy: Mapping[str, float]) -> Row:
+def plain_row(name: str, accuracy: Mapping[str, float]) -> ScoreRow:
     """A model that is no merge."""
     mean = float(np.mean(list(accuracy.values())))
     return {"name": name, "accuracy": dict(accuracy), "acc": mean, "bwt": None, "seconds": None, "compile": None}
@@ -18,7 +18,7 @@ def plain_row(name: str, accuracy: Mapping[str, float]) -> Row:
 
 def merged_row(
     name: str, scores: Sequence[Mapping[str, float]], tasks: Sequence[str], seconds: float, compiling: float
-) -> Row:
+) -> ScoreRow:
     """A merge, by what was measured after every step; `bwt` is None if a step was not evaluated on its own task.
 
     Args:

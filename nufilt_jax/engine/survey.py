@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from nufilt_jax import methods
-from nufilt_jax.engine.cell import Task, naming_files
+from nufilt_jax.engine.cell import TaskAtHand, naming_files
 from nufilt_jax.engine.grid import Cell, Window, cells
 from nufilt_jax.engine.hosts import Hosts
 from nufilt_jax.engine.plan import Plan
@@ -37,7 +37,7 @@ class Survey:
             for point in dict.fromkeys(_point(cell) for cell in everything if cell.look is not None):
                 self._hosts.tell(point, [])
 
-    def look(self, cell: Cell, rule: methods.Merger, state: MergeState, task: Task) -> None:
+    def look(self, cell: Cell, rule: methods.Merger, state: MergeState, task: TaskAtHand) -> None:
         """Takes the look of a cell; after the last window's it is known what the look finds. Gives up the state.
 
         Raises:
@@ -59,7 +59,7 @@ class Survey:
             return [self._parts[place] for place in sorted(self._parts)]
         told = self._hosts.meet(point, [(place, _written(part)) for place, part in self._parts.items()])
         seen = dict(entry for entries in told for entry in entries)
-        return [_read(seen[place]) for place in sorted(seen)]
+        return [_read(seen[place]) for place in sorted(seen)]  # as from one process: window by window
 
     def numbers(self, task: int, past: Sequence[str] = ()) -> Numbers | None:
         """What was found before a column, in this run or in an earlier one; None if nothing had to be.
@@ -69,7 +69,7 @@ class Survey:
           past: layers into which it is merged already; needed in the middle of a column that an earlier run began.
         """
         if past and self._plan.n_looks(task) and task not in self._numbers:
-            self._numbers[task] = self._stored.others(past[:1])["numbers"]
+            self._numbers[task] = self._stored.others(past[:1])["numbers"]  # any layer will do: each window has them
         return self._numbers.get(task)
 
 

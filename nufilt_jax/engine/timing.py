@@ -57,7 +57,7 @@ class CompileLog:
     def listening(self) -> Iterator[None]:
         """Counts what is compiled inside."""
         monitoring.register_event_duration_secs_listener(self._on_duration)
-        monitoring.register_event_listener(self._on_event)
+        monitoring.register_event_listener(self._on_event)  # of the cache: it says hits by events without a length
         try:
             yield
         finally:

@@ -13,10 +13,10 @@ from nufilt_jax import methods
 from nufilt_jax.checkpoints import load
 from nufilt_jax.config import ComputeType
 from nufilt_jax.engine.examples import write_examples
-from nufilt_jax.engine.scores import Row, merged_row, plain_row
+from nufilt_jax.engine.scores import ScoreRow, merged_row, plain_row
 from nufilt_jax.engine.timing import CompileLog
 from nufilt_jax.evaluation import Task, evaluate_tasks
-from nufilt_jax.evaluation.ready import OnBatch, ReadyTask, spread
+from nufilt_jax.evaluation.ready import OnBatch, ReadyTask, evenly_spread
 from nufilt_jax.evaluation.suite import Suite
 from nufilt_jax.presets import TINY_CONFIG, Preset, shuffled
 from nufilt_jax.zoo import materialise
@@ -38,7 +38,7 @@ def tiny_preset(order: int | None, folder: Path | None = None, *, examples: bool
     return Preset(str(zoo.base), shuffled(tasks, 1 if order is None else order), TINY_CONFIG, data)
 
 
-def family_of(config: Mapping[str, Any]) -> Family | None:
+def built_in_family(config: Mapping[str, Any]) -> Family | None:
     """The built-in family whose models have this `config.json`, and so know its tasks; None for other models."""
     for family in FAMILIES.values():
         if {**config, _DTYPE: family.config[_DTYPE]} == family.config:
@@ -75,21 +75,21 @@ def built_in_tasks(
 
     Args:
       names: of its tasks.
-      config: its `config.json`, see `family_of`.
+      config: its `config.json`, see `built_in_family`.
       limit: at most so many images of each task, evenly spread; None for all.
       dtype: in which the forward pass computes.
 
     Raises:
       MissingExtraError: `digits` needs scikit-learn.
     """
-    family = family_of(config)
+    family = built_in_family(config)
     assert family is not None  # for the type checker: the caller has asked
     drawn = evaluation_tasks(tuple(names), family=family)
     return {task.name: _BuiltInTask(_some(task, limit), config, dtype) for task in drawn}
 
 
 def _some(task: Task, limit: int | None) -> Task:
-    rows = spread(len(task.labels), limit)
+    rows = evenly_spread(len(task.labels), limit)
     return dataclasses.replace(task, images=task.images[rows], labels=task.labels[rows])
 
 
@@ -102,7 +102,7 @@ class TinyStudy:
         self._zoo = materialise()
         self._base = load(str(self._zoo.base))
 
-    def rows(self, method: str) -> list[Row]:
+    def rows(self, method: str) -> list[ScoreRow]:
         """Scores of the base, of each task's own model, and of merges by other methods than `method`."""
         individual = {task.name: task.score(self._model(task.name)) for task in self._suite.tasks}
         return [
@@ -114,7 +114,7 @@ class TinyStudy:
     def _model(self, name: str) -> Mapping[str, np.ndarray]:
         return load(str(self._zoo.tasks[name]))
 
-    def _alternative(self, method: str) -> Row:
+    def _alternative(self, method: str) -> ScoreRow:
         rule = methods.get(method)
         state, scores, seconds, compiled = rule.init(self._base), list[dict[str, float]](), 0.0, CompileLog()
         for name in self._names:

@@ -22,6 +22,7 @@ def uninterrupted() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # which gets no signals
         yield
         return
+    # No function stands there where a signal is ignored, or kills at once: that stays as it is.
     handlers = {int(number): handler for number in SIGNALS if callable(handler := signal.getsignal(number))}
     caught: list[tuple[int, FrameType | None, float]] = []
 
@@ -38,7 +39,7 @@ def uninterrupted() -> Iterator[None]:
         yield
     finally:
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler)  # before what was caught is handed on: that may raise
     if caught:
         number, frame, _ = caught[0]
         handlers[number](number, frame)

@@ -10,7 +10,7 @@ from nufilt_jax.checkpoints import open_checkpoint
 from nufilt_jax.engine.inspection import inspect
 from nufilt_jax.engine.job import Job
 from nufilt_jax.engine.plan import make_plan
-from nufilt_jax.engine.records import host_entry, layers_then, version_entry
+from nufilt_jax.engine.records import layers_then, this_host, version_entry
 from nufilt_jax.engine.run import run
 from nufilt_jax.engine.sameness import Comparison, compare, has_state
 from nufilt_jax.engine.timing import Clock
@@ -109,11 +109,11 @@ def differences_from(recipe: Recipe, device: str) -> list[tuple[str, Any, Any]]:
       recipe: of the merge.
       device: of this process, as `engine.records.device_entry` tells it.
     """
-    here, now = host_entry(), version_entry()
+    here, now = this_host(), version_entry()
     pairs = [(name, recipe.versions.get(name), now.get(name)) for name in sorted({*recipe.versions, *now})]
     pairs += [("device", recipe.device, device)]
-    pairs += [(name, recipe.host.get(name), here[name]) for name in _OF_HOST]
-    pairs += [("hosts", "several", "one")] if recipe.host.get("is_mixed") else []
+    pairs += [(name, getattr(recipe.host, name), getattr(here, name)) for name in _OF_HOST]
+    pairs += [("hosts", "several", "one")] if recipe.host.is_mixed else []
     return [(what, then, now) for what, then, now in pairs if then != now]
 
 

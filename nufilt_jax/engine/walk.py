@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from nufilt_jax.engine.ahead import ReadAhead
-from nufilt_jax.engine.cell import Task, examples, file_entry, load_task, rule_of, touched, update
+from nufilt_jax.engine.cell import TaskAtHand, examples, file_entry, load_task, rule_of, touched, update
 from nufilt_jax.engine.factors import kept, restored
 from nufilt_jax.engine.grid import Cell, Window, cells, dealt
 from nufilt_jax.engine.hosts import Hosts, StoppedError
@@ -19,9 +19,9 @@ from nufilt_jax.engine.row import Row
 from nufilt_jax.engine.survey import Survey
 from nufilt_jax.engine.timing import Clock
 from nufilt_jax.engine.uninterrupted import uninterrupted
-from nufilt_jax.engine.watching import Evaluation, Watcher
+from nufilt_jax.engine.watching import Scorer, Watcher
 from nufilt_jax.errors import EvaluationError, NufiltError
-from nufilt_jax.methods.stacked import Array, Params
+from nufilt_jax.methods.stacked import Params, Tensor
 from nufilt_jax.methods.state import MergeState
 from nufilt_jax.output.place import OutputPlace
 from nufilt_jax.output.recipe import Recipe, Step
@@ -49,7 +49,7 @@ class Walk:
         stored: Stored,
         watcher: Watcher,
         clock: Clock,
-        evaluation: Evaluation | None,
+        evaluation: Scorer | None,
         outside: Mapping[str, float],
         hosts: Hosts,
     ) -> None:
@@ -83,7 +83,7 @@ class Walk:
         if hosts.is_first and (pending or not hosts.is_alone):
             self._place.record(self.recipe())  # whether the disk takes it is known before any work
         hosts.meet("begun")
-        if not hosts.is_first:
+        if not hosts.is_first:  # what the first wrote is seen by those alone who share its file system
             self._place.require_begun()
         self._survey.begin(len(self._names))
         self._since = time.perf_counter()
@@ -123,7 +123,7 @@ class Walk:
 
     def recipe(self) -> Recipe:
         """The recipe as far as windows are kept on disk."""
-        windows = [row.window.entry(row.n_kept) for row in self.rows]
+        windows = tuple(row.window.told(row.n_kept) for row in self.rows)
         done = min(row.n_kept for row in self.rows)
         return dataclasses.replace(self._recipe, steps=self.steps(done), windows=windows)
 
@@ -151,14 +151,15 @@ class Walk:
         return list({window.folder: window for windows in found for window in windows}.values())
 
     @property
-    def added(self) -> dict[str, Array]:
+    def added(self) -> dict[str, Tensor]:
         """Parameters that the method adds to the model."""
         if self._state is not None:
             return dict(self._state.added)
+        # Rules that add any work on the whole model, so that there is one window.
         return dict(self._stored.others(self._plan.rows[0].layers).get("added", {}))
 
     @property
-    def delta(self) -> Mapping[str, Array]:
+    def delta(self) -> Mapping[str, Tensor]:
         """D of every layer, on the host: of the window in memory, or read from disk when it is asked for."""
         if self._state is not None and len(self.rows) == 1:
             return self._state.delta.on_host()
@@ -204,26 +205,27 @@ class Walk:
             return
         start = time.perf_counter()
         told = [CellRecord(cell.step.told(self._told.get(cell.step.task)), cell.forecast) for cell in row.records]
-        if not self._hosts.is_alone:
+        if not self._hosts.is_alone:  # writing would make anew a folder that has vanished, without its recipe
             self._place.require_begun()
         deltas, ranks = kept(state.delta.on_host(), row.window.stacks, len(told))
         window = StoredWindow(self._place.state, row.window.number, row.window.layers, tuple(told), ranks)
         arrays: dict[str, Any] = {**deltas, "extra": dict(state.extra), "added": dict(state.added)}
         arrays["numbers"] = dict(self._survey.numbers(window.done - 1) or {})
+        # Before the recipe: what that tells of stands on disk.
         row.kept = self._place.keep(window, arrays)
         self._stored.add(row.kept)
         if self._hosts.is_first:
             self._place.record(self.recipe())
         self._since = time.perf_counter()
-        self._write_rate = max(1.0, row.window.n_bytes) / (self._since - start)
+        self._write_rate = max(1.0, row.window.n_bytes) / (self._since - start)  # never 0: costs are divided by it
         self._clock.add("write_state", self._since - start)
 
     # A cell.
 
-    def _load(self, cell: Cell, stop: threading.Event) -> Task:
+    def _load(self, cell: Cell, stop: threading.Event) -> TaskAtHand:
         return load_task(self._plan, cell.window, self._names[cell.task], stop)
 
-    def _merge(self, cell: Cell, tasks: ReadAhead[Cell, Task], number: int, total: int) -> None:
+    def _merge(self, cell: Cell, tasks: ReadAhead[Cell, TaskAtHand], number: int, total: int) -> None:
         row, name = cast(Row, self._row), self._names[cell.task]
         start = time.perf_counter()
         task = self._taken(cell, tasks, number, total)
@@ -242,7 +244,7 @@ class Walk:
         del task, state  # before the next one is read
         release_memory()
 
-    def _look(self, cell: Cell, tasks: ReadAhead[Cell, Task], number: int, total: int) -> None:
+    def _look(self, cell: Cell, tasks: ReadAhead[Cell, TaskAtHand], number: int, total: int) -> None:
         """Looks at a window, and leaves it."""
         self._keep()  # what the column before has made of it
         with self._clock.spent_on("survey"):
@@ -252,7 +254,7 @@ class Walk:
             del task, state
             self._leave()
 
-    def _taken(self, cell: Cell, tasks: ReadAhead[Cell, Task], number: int, total: int) -> Task:
+    def _taken(self, cell: Cell, tasks: ReadAhead[Cell, TaskAtHand], number: int, total: int) -> TaskAtHand:
         """The task vector of a cell, which begins; that of the next one then begins to be read."""
         window = f"window {self._plan.rows.index(cell.window) + 1} of {len(self.rows)}" if len(self.rows) > 1 else ""
         self._watcher.cell(self._names[cell.task], window, number, total)
@@ -278,7 +280,7 @@ class Walk:
         if self._evaluation.covers(self._told.get(name, Step(task=name))):
             return
         if len(self.rows) > 1:
-            self._keep()
+            self._keep()  # the model is read window by window, from disk
         with self._clock.spent_on("evaluate"):
             self._tell(name, **self._evaluation.entry(self._whole(), name))
         if len(self.rows) > 1:

@@ -8,7 +8,7 @@ from nufilt_jax.methods.state import LayerReport
 from nufilt_jax.output.recipe import Recipe, Step
 
 
-class Evaluation(Protocol):
+class Scorer(Protocol):
     """Scores the merged model; see `engine.evaluation`."""
 
     def entry(self, params: Mapping[str, Any], task: str) -> dict[str, Any]:

@@ -25,8 +25,8 @@ from nufilt_jax.models.t5_names import to_t5_tree
 # so the authors' program has it.
 T5_EXAMPLES, T5_FIRST_TOKEN = 100, 1
 
-Batch = dict[str, Any]
-Forward = Callable[[Mapping[str, Any], Batch], Any]
+Inputs = dict[str, Any]
+Answer = Callable[[Mapping[str, Any], Inputs], Any]
 
 
 def clip_task_data(
@@ -39,7 +39,7 @@ def clip_task_data(
     batch_size: int,
     examples_per_class: int,
     seed: int,
-) -> tuple[Iterator[Batch], Forward]:
+) -> tuple[Iterator[Inputs], Answer]:
     """Batches of a seed set, and the zero-shot classifier's logits.
 
     Args:
@@ -80,7 +80,7 @@ def t5_task_data(
     steps: int,
     batch_size: int,
     seed: int,
-) -> tuple[Iterator[Batch], Forward]:
+) -> tuple[Iterator[Inputs], Answer]:
     """Batches of a seed set of texts, and the logits of the first word of the answers.
 
     Args:
@@ -135,10 +135,10 @@ def shuffled_batches(
 
 
 @functools.lru_cache
-def _clip_forward(config: ClipVisionConfig, whole_model: bool) -> Forward:
+def _clip_forward(config: ClipVisionConfig, whole_model: bool) -> Answer:
     """The same function for the same config, so that what runs it is compiled once."""
 
-    def forward(params: Mapping[str, Any], batch: Batch) -> Float[Array, "b slots"]:
+    def forward(params: Mapping[str, Any], batch: Inputs) -> Float[Array, "b slots"]:
         features = vision_features(to_flax_tree(params, config, whole_model=whole_model), batch["pixel_values"], config)
         scale = jnp.exp(params["logit_scale"]) if "logit_scale" in params else 100.0
         logits = class_logits(features, batch["prototypes"], scale)
@@ -148,8 +148,8 @@ def _clip_forward(config: ClipVisionConfig, whole_model: bool) -> Forward:
 
 
 @functools.lru_cache
-def _t5_forward(config: T5Config) -> Forward:
-    def forward(params: Mapping[str, Any], batch: Batch) -> Float[Array, "b vocab"]:
+def _t5_forward(config: T5Config) -> Answer:
+    def forward(params: Mapping[str, Any], batch: Inputs) -> Float[Array, "b vocab"]:
         tokens = batch["input_ids"]
         start = jnp.full((len(tokens), 1), T5_FIRST_TOKEN, tokens.dtype)
         return t5_tree_logits(to_t5_tree(params, config), tokens, batch["attention_mask"], start, config)[:, 0]

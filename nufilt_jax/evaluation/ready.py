@@ -9,10 +9,10 @@ from jax.typing import ArrayLike
 OnBatch = Callable[[str, int, int], None]
 
 
-def spread(n_rows: int, limit: int | None) -> list[int]:
+def evenly_spread(n_rows: int, limit: int | None) -> list[int]:
     """At most `limit` of the rows 0 to `n_rows - 1`, evenly spread; None for all.
 
-    >>> spread(10, 4)
+    >>> evenly_spread(10, 4)
     [0, 2, 5, 7]
     """
     n_chosen = n_rows if limit is None else min(limit, n_rows)

@@ -77,7 +77,7 @@ def with_rows(x: Float[Matrix, "*batch m n"], rows: Float[Array, "*batch r k"]) 
     return Factored(x.basis, rows) if isinstance(x, Factored) else rows
 
 
-def spread(x: Float[Matrix, "m n"], y: Float[Array, "r k"]) -> Float[Array, "m k"]:
+def by_outputs(x: Float[Matrix, "m n"], y: Float[Array, "r k"]) -> Float[Array, "m k"]:
     """What stands by the rows of X, by its outputs, Q Y of a factored X: `rows_of(x)` times F becomes X F."""
     return matmul(x.basis, y) if isinstance(x, Factored) else y
 
@@ -127,7 +127,7 @@ def _beyond(q: Float[Array, "m k"], v: Float[Array, "m r"]) -> Float[Array, "m r
     """Orthonormal columns that span with those of Q what V spans with them; zero where V has nothing new.
 
     Where a column of V lies in the span of Q, its rest is rounding, and its direction anything: the second pass makes
-    that orthogonal to Q too.
+    that orthogonal to Q too. Columns of zeros, which a rank is filled up with, stay so.
     """
 
     def rest(v: Float[Array, "m r"]) -> Float[Array, "m r"]:
@@ -135,7 +135,7 @@ def _beyond(q: Float[Array, "m k"], v: Float[Array, "m r"]) -> Float[Array, "m r
 
     first, _ = jnp.linalg.qr(rest(v))
     second, sizes = jnp.linalg.qr(rest(first))
-    is_new = jnp.abs(jnp.diagonal(sizes)) > _NOTHING_NEW
+    is_new = (jnp.abs(jnp.diagonal(sizes)) > _NOTHING_NEW) & jnp.any(v != 0, axis=0)
     return jnp.where(is_new, rest(second), 0)
 
 

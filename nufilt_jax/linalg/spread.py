@@ -20,7 +20,6 @@ from nufilt_jax.linalg.dispatch import run_alone
 
 AXIS = "layers"
 
-Array = Any  # of a host or a device
 # For each stack, what takes its place, and what else there is to tell of it.
 Found = tuple[tuple[Any, Any], ...]
 Function = Callable[..., Found]
@@ -31,7 +30,7 @@ def layer_mesh(devices: Sequence[Any]) -> Mesh:
     return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=tuple(devices))
 
 
-def spread(function: Function, mesh: Mesh, stacks: Sequence[Array], others: Sequence[Any], **static: Any) -> Found:
+def spread(function: Function, mesh: Mesh, stacks: Sequence[Any], others: Sequence[Any], **static: Any) -> Found:
     """`function(stacks, others)`, the layers of each stack divided among the devices of a mesh.
 
     Every device gets equally many; the last ones are filled up with copies of a stack's last layer.
@@ -77,7 +76,7 @@ def spread_program(
         rest = [jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), x) for _, x in told]
 
         # A loop that is gone through once or not at all: what it carries stays where it is.
-        def once(_: Array, found: Found) -> Found:
+        def once(_: Any, found: Found) -> Found:
             return call(tuple(stack for stack, _ in found), others)
 
         return jax.lax.fori_loop(0, turn[0].astype(jnp.int32), once, tuple(zip(stacks, rest, strict=True)))
@@ -90,7 +89,7 @@ def spread_program(
 def laid_out(tree: Any, mesh: Mesh) -> Any:
     """Arrays over the devices of a mesh, by their first axis, filled up with copies of their last row."""
 
-    def lay(x: Array) -> jax.Array:
+    def lay(x: Any) -> jax.Array:
         rows = _share(len(x), mesh)
         pieces = [x[min(i * rows, len(x) - 1) : (i + 1) * rows] for i in range(mesh.size)]
         filled = zip((_filled(piece, rows) for piece in pieces), mesh.devices.flat, strict=True)
@@ -105,7 +104,7 @@ def _share(n_layers: int, mesh: Mesh) -> int:
     return -(-n_layers // mesh.size)
 
 
-def _filled(piece: Array, n_rows: int) -> Array:
+def _filled(piece: Any, n_rows: int) -> Any:
     missing = n_rows - len(piece)
     return jnp.concatenate([piece, jnp.repeat(piece[-1:], missing, axis=0)]) if missing else piece
 
@@ -126,7 +125,7 @@ def _in_turn(program: Callable[..., Found], mesh: Mesh, stacks: tuple, others: t
     """One device after another; those that have nothing but copies are left out."""
     told: list[list[Any]] = []  # for each device, what there is to tell of its layers
     for number in range(mesh.size):
-        turn: Bool[Array, " devices"] = laid_out(jnp.arange(mesh.size) == number, mesh)
+        turn: Bool[Any, " devices"] = laid_out(jnp.arange(mesh.size) == number, mesh)
         found = run_alone(program, stacks, others, turn)
         stacks = tuple(stack for stack, _ in found)
         told.append([jax.tree.map(lambda x, i=number: _pieces(x)[i], rest) for _, rest in found])

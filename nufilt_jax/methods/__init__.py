@@ -81,7 +81,7 @@ def register(rule: Rule[Any]) -> Rule[Any]:
     Raises:
       ConfigError: another rule has that name.
     """
-    if RULES.setdefault(rule.name, rule) is not rule or rule.name in ALIASES:
+    if rule.name in ALIASES or RULES.setdefault(rule.name, rule) is not rule:
         raise ConfigError(problem("method", f"there is a method {rule.name!r} already", "choose another name"))
     return rule
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from nufilt_jax.config import Variant
-from nufilt_jax.methods.adaptation import WHOLE_MODEL, LearningConfig, adapt, model_params
+from nufilt_jax.methods.adaptation import TRAINED_MODEL, LearningConfig, model_params, train_by_adam
 from nufilt_jax.methods.selection import every_tensor
-from nufilt_jax.methods.stacked import Array, Params, Stacked, TaskVector
+from nufilt_jax.methods.stacked import Params, Stacked, TaskVector, Tensor
 from nufilt_jax.methods.state import Advance, Context, MergeState, Rule
 
 
@@ -28,7 +28,7 @@ class AdaMergingConfig(LearningConfig):
     variant: Variant = "code"
 
 
-Coefficients = tuple[Array, ...]  # one number per tensor, in the stacks of τ
+Coefficients = tuple[Tensor, ...]  # one number per tensor, in the stacks of τ
 
 
 def advance(state: MergeState, task: TaskVector, context: Context[AdaMergingConfig]) -> Advance:
@@ -38,11 +38,11 @@ def advance(state: MergeState, task: TaskVector, context: Context[AdaMergingConf
     kept = state.delta if config.variant == "text" else None
     start = tuple(jnp.full(len(members), config.init, jnp.float32) for members in task.names)
     frozen = (model_params(state.base), kept, task)
-    coefficients, report = adapt(_params, start, frozen, context, f"{len(task)} coefficients")
-    return Advance(_moved(kept, task, coefficients), {WHOLE_MODEL: report})
+    coefficients, report = train_by_adam(_params, start, frozen, context, f"{len(task)} coefficients")
+    return Advance(_moved(kept, task, coefficients), {TRAINED_MODEL: report})
 
 
-def weighted(coefficient: Float[Array, ""], tau: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+def weighted(coefficient: Float[Tensor, ""], tau: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """clip(c, 0, 1) τ; outside [0, 1] the coefficient gets no gradient."""
     return jnp.clip(jnp.asarray(coefficient), 0.0, 1.0) * jnp.asarray(tau)
 

@@ -18,7 +18,7 @@ from nufilt_jax.config import MethodConfig, number
 from nufilt_jax.errors import ConfigError, Problem, SolveError
 from nufilt_jax.methods.data import Batch, Forward, TaskData
 from nufilt_jax.methods.selection import is_float
-from nufilt_jax.methods.stacked import Array, Params
+from nufilt_jax.methods.stacked import Params, Tensor
 from nufilt_jax.methods.state import Context, LayerReport
 
 Entropy = Literal["of_each", "of_mean"]
@@ -43,7 +43,7 @@ class LearningConfig(MethodConfig):
     entropy: Entropy = "of_each"
 
 
-WHOLE_MODEL = "model"  # under this name stands the report of a rule that trains all layers at once
+TRAINED_MODEL = "model"  # under this name stands the report of a rule that trains all layers at once
 
 _AHEAD = 4  # steps under way at a time, each with its batch on the device
 
@@ -56,7 +56,7 @@ def model_params(base: Params) -> dict[str, jax.Array]:
     return {name: jnp.asarray(x, jnp.float32) for name, x in base.items() if is_float(x.dtype)}
 
 
-def entropy(logits: Float[Array, "examples classes"], kind: Entropy) -> Float[Array, ""]:
+def entropy(logits: Float[Tensor, "examples classes"], kind: Entropy) -> Float[Tensor, ""]:
     """How undecided a model is.
 
     Args:
@@ -70,7 +70,7 @@ def entropy(logits: Float[Array, "examples classes"], kind: Entropy) -> Float[Ar
     return -jnp.mean(jnp.sum(p * jnp.log(p + 1e-8), axis=-1))
 
 
-def adapt(
+def train_by_adam(
     build: Build, variables: Any, frozen: Any, context: Context[LearningConfig], description: str
 ) -> tuple[Any, LayerReport]:
     """Trains `variables` by Adam for the config's steps, one batch each.
@@ -135,10 +135,10 @@ def _step(
     forward: Forward,
     learning_rate: float,
     kind: Entropy,
-) -> tuple[Any, optax.OptState, Float[Array, ""]]:
+) -> tuple[Any, optax.OptState, Float[Tensor, ""]]:
     """One step of Adam (β .9/.999, ε 1e-8, no decay), and the loss before it."""
 
-    def loss_of(variables: Any) -> Array:
+    def loss_of(variables: Any) -> Tensor:
         return entropy(jnp.asarray(forward(build(variables, frozen), batch)), kind)
 
     loss, gradients = jax.value_and_grad(loss_of)(variables)

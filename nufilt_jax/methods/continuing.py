@@ -4,12 +4,12 @@ from collections.abc import Mapping
 
 from nufilt_jax.errors import ConfigError, Problem
 from nufilt_jax.methods.merger import Merger
-from nufilt_jax.methods.stacked import Array, TaskVector, task_vector
+from nufilt_jax.methods.stacked import TaskVector, Tensor, task_vector
 from nufilt_jax.methods.state import MergeState, check_task
 
 
 def continue_from(
-    base: Mapping[str, Array], merged: Mapping[str, Array], rule: Merger | None = None, *, step: int = 1
+    base: Mapping[str, Tensor], merged: Mapping[str, Tensor], rule: Merger | None = None, *, step: int = 1
 ) -> MergeState:
     """The state after `step` tasks, of which only the merged model is left: D = θ^m − θ0.
 

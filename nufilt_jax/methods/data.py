@@ -3,11 +3,11 @@
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from nufilt_jax.methods.stacked import Array, Params
+from nufilt_jax.methods.stacked import Params, Tensor
 
 Batch = Any  # a pytree of arrays
 
-Forward = Callable[[Params, Batch], Array]
+Forward = Callable[[Params, Batch], Tensor]
 
 
 class TaskData(NamedTuple):

@@ -11,11 +11,11 @@ from nufilt_jax.linalg.chunks import in_chunks, layers_at_once
 from nufilt_jax.linalg.compiling import Program
 from nufilt_jax.linalg.dispatch import run_alone
 from nufilt_jax.linalg.factored import Factored, Matrix, dense, plus, with_rows
-from nufilt_jax.methods.stacked import Array, Stacked, Stacks, TaskVector
+from nufilt_jax.methods.stacked import Stacked, TaskVector, Tensor, TensorStacks
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _blend(delta: Stacks, task: Stacks, keep: Array, gain: Array) -> tuple[jax.Array, ...]:
+def _blend(delta: TensorStacks, task: TensorStacks, keep: Tensor, gain: Tensor) -> tuple[jax.Array, ...]:
     pairs = zip(delta, task, strict=True)
     return tuple(jnp.asarray(keep) * jnp.asarray(d) + jnp.asarray(gain) * _array(t) for d, t in pairs)
 
@@ -37,7 +37,7 @@ def blend(delta: Stacked, task: TaskVector, *, keep: float, gain: float) -> Stac
 
 
 @functools.partial(Program, donate_argnums=0)
-def _blend_factored(delta: Factored, task: Factored, keep: Array, gain: Array) -> Any:
+def _blend_factored(delta: Factored, task: Factored, keep: Tensor, gain: Tensor) -> Any:
     """The same in factors: the basis of τ is taken up into that of D."""
 
     def layer(d: Factored, t: Factored) -> Matrix:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from nufilt_jax.config import Variant
 from nufilt_jax.methods.selection import every_tensor
-from nufilt_jax.methods.stacked import Array, Stacked, Stacks, TaskVector, restacked
+from nufilt_jax.methods.stacked import Stacked, TaskVector, Tensor, TensorStacks, restacked
 from nufilt_jax.methods.state import Advance, Context, MergeState, Rule, ScaledConfig, scaled
 
 
@@ -50,19 +50,21 @@ def advance(state: MergeState, task: TaskVector, context: Context[MagmaxConfig])
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _replace(delta: Stacks, task: Stacks, scale: Float[Array, ""]) -> Stacks:
+def _replace(delta: TensorStacks, task: TensorStacks, scale: Float[Tensor, ""]) -> TensorStacks:
     """λ M_t from λ M_{t−1}, whose memory it takes."""
     return tuple(_larger(d, scale * t) for d, t in zip(delta, task, strict=True))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _accumulate(delta: Stacks, largest: Stacks, task: Stacks, scale: Float[Array, ""]) -> tuple[Stacks, Stacks]:
+def _accumulate(
+    delta: TensorStacks, largest: TensorStacks, task: TensorStacks, scale: Float[Tensor, ""]
+) -> tuple[TensorStacks, TensorStacks]:
     """D + λ M_t and M_t; takes the memory of D."""
     largest = tuple(_larger(m, t) for m, t in zip(largest, task, strict=True))
     return tuple(d + scale * m for d, m in zip(delta, largest, strict=True)), largest
 
 
-def _larger(old: Array, new: Array) -> Array:
+def _larger(old: Tensor, new: Tensor) -> Tensor:
     """Element by element the one of larger magnitude; the new one if both are alike, and what is no number."""
     return jnp.where((jnp.abs(new) < jnp.abs(old)) | jnp.isnan(old), old, new)
 

@@ -15,14 +15,14 @@ from nufilt_jax.linalg.dispatch import is_traced, run_alone
 from nufilt_jax.linalg.factored import all_finite
 from nufilt_jax.linalg.spread import spread
 from nufilt_jax.methods.elementwise import blend
-from nufilt_jax.methods.stacked import Array, Names, Stacked, Stacks, TaskVector
+from nufilt_jax.methods.stacked import Names, Stacked, TaskVector, Tensor, TensorStacks
 from nufilt_jax.methods.state import Context, ScaledConfig
 
 # The mathematics of one layer: arrays in, a pytree of arrays out, its config by keyword.
 LayerRule = Callable[..., Any]
 
 
-def each_layer(rule: LayerRule, *stacks: Array, config: MethodConfig, mesh: Mesh | None = None) -> Any:
+def each_layer(rule: LayerRule, *stacks: Tensor, config: MethodConfig, mesh: Mesh | None = None) -> Any:
     """`rule` for every layer of a stack, as one program; on CPU a few layers at a time.
 
     Args:
@@ -43,15 +43,15 @@ def each_layer(rule: LayerRule, *stacks: Array, config: MethodConfig, mesh: Mesh
 
 
 def _of_one_stack(
-    first: Stacks, others: tuple[Stacks, ...], *, rule: LayerRule, config: MethodConfig
-) -> tuple[tuple[Array, tuple], ...]:
+    first: TensorStacks, others: tuple[TensorStacks, ...], *, rule: LayerRule, config: MethodConfig
+) -> tuple[tuple[Tensor, tuple], ...]:
     """The same as `linalg.spread` takes it."""
     found = _program(*first, *others[0], rule=rule, config=config)
     return ((found[0], found[1:]),) if isinstance(found, tuple) else ((found, ()),)
 
 
 @functools.partial(Program, static_argnames=("rule", "config"), donate_argnums=0)
-def _program(*stacks: Array, rule: LayerRule, config: MethodConfig) -> Any:
+def _program(*stacks: Tensor, rule: LayerRule, config: MethodConfig) -> Any:
     layer = jax.vmap(functools.partial(rule, config=config))
 
     def chunked(size: Callable[[], int]) -> Callable[..., Any]:
@@ -81,7 +81,7 @@ def require_finite(merged: Stacked, fix: str = "") -> None:
 
 
 @jax.jit
-def _is_finite(stacks: Stacks) -> Stacks:
+def _is_finite(stacks: TensorStacks) -> TensorStacks:
     """Of every tensor of every stack, whether all its numbers are finite."""
     return tuple(all_finite(x) for x in stacks)
 

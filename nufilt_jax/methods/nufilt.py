@@ -12,7 +12,7 @@ from jaxtyping import UInt32
 
 from nufilt_jax.anatomy import FLAT
 from nufilt_jax.config import number
-from nufilt_jax.core.adapt import draw_start
+from nufilt_jax.core.adapt import normal_start
 from nufilt_jax.core.filter import authors_first_filter
 from nufilt_jax.core.settings import DirectionsConfig, SolveConfig
 from nufilt_jax.core.solve import GroupSolution, mended, solve_group
@@ -23,7 +23,7 @@ from nufilt_jax.linalg.factored import Factored
 from nufilt_jax.linalg.spread import spread
 from nufilt_jax.linalg.stacks import MatrixStacks, bounds, joined, rows
 from nufilt_jax.methods.selection import published_layers
-from nufilt_jax.methods.stacked import Array, Group, Stacked, TaskVector, groups_of
+from nufilt_jax.methods.stacked import Group, Stacked, TaskVector, Tensor, groups_of
 from nufilt_jax.methods.starts import adapter_keys, given_starts
 from nufilt_jax.methods.state import Advance, Context, LayerReport, MergeState, OnStack, Rule, as_it_is
 
@@ -95,7 +95,7 @@ def advance(state: MergeState, task: TaskVector, context: Context[SolveConfig]) 
     def finish(begun: _UnderWay) -> None:
         found = begun.found if is_inline else _mended(begun, config)
         merged[begun.group] = found.updates
-        report.update(_told(begun.group, found, context.on_stack))
+        report.update(_told(begun.group, found, config, context.on_stack))
 
     for group in groups:
         keys = _starts(group, state.step + 1, context)
@@ -127,8 +127,12 @@ def advance(state: MergeState, task: TaskVector, context: Context[SolveConfig]) 
 
 def _unmoved(group: Group, config: SolveConfig) -> dict[str, LayerReport]:
     """The reports of layers that a task did not change: nothing is solved, and nothing is lost."""
-    n_losses = 2 if config.closed_form_ridge is not None else config.steps + 1 if config.trained_rank else 0
-    return {name: LayerReport(np.zeros(n_losses, np.float32)) for name in group.names}
+    return {name: LayerReport(np.zeros(_n_told(config), np.float32)) for name in group.names}
+
+
+def _n_told(config: SolveConfig) -> int:
+    """How many losses are told: an objective that nothing was fitted to has none worth telling."""
+    return config.n_losses if config.trained_rank > 0 or config.closed_form_ridge is not None else 0
 
 
 class _UnderWay(NamedTuple):
@@ -146,11 +150,13 @@ def _mended(begun: _UnderWay, config: SolveConfig) -> GroupSolution:
     return mended(begun.found, None, begun.task, begun.keys, again)
 
 
-def _told(group: Group, solution: GroupSolution, on_stack: OnStack | None) -> dict[str, LayerReport]:
+def _told(
+    group: Group, solution: GroupSolution, config: SolveConfig, on_stack: OnStack | None
+) -> dict[str, LayerReport]:
     """The reports of a group's layers, fetched in one go; layers whose solution is not finite have none."""
     told = solution.losses, solution.ok, solution.forecast
     losses, ok, forecast = told if is_traced(told) else jax.device_get(told)
-    whole = LayerReport(losses, forecast)
+    whole = LayerReport(losses[:, : _n_told(config)], forecast)
     if on_stack is not None:
         on_stack(f"{len(group.names)} layers of width {group.width}", whole)
     return {
@@ -162,7 +168,7 @@ def _told(group: Group, solution: GroupSolution, on_stack: OnStack | None) -> di
 def _step(
     deltas: MatrixStacks,
     task: MatrixStacks,
-    keys: UInt32[Array, "layers 2"],
+    keys: UInt32[Tensor, "layers 2"],
     *,
     config: SolveConfig,
     until_certified: bool,
@@ -170,15 +176,12 @@ def _step(
     """D + τ (P + BA) for the layers of one width; takes the memory of D."""
     width = deltas[0].shape[-1]
     drawn = keys.ndim == 2
-    start = jax.vmap(lambda key: draw_start(key, config.trained_rank, width))(keys) if drawn else jnp.asarray(keys)
-    solution = solve_group(deltas, task, start, config=config, add=True, until_certified=until_certified)
-    # An objective that nothing was fitted to has no losses worth telling.
-    solves = config.trained_rank > 0 or config.closed_form_ridge is not None
-    return solution if solves else solution._replace(losses=solution.losses[:, :0])
+    start = jax.vmap(lambda key: normal_start(key, config.trained_rank, width))(keys) if drawn else jnp.asarray(keys)
+    return solve_group(deltas, task, start, config=config, add=True, until_certified=until_certified)
 
 
 def _spread_step(
-    deltas: tuple[Array, ...],
+    deltas: tuple[Tensor, ...],
     task: tuple[Any, ...],
     keys: UInt32[np.ndarray, "layers 2"],
     config: SolveConfig,
@@ -191,8 +194,8 @@ def _spread_step(
 
 
 def _stack_by_stack(
-    deltas: MatrixStacks, others: tuple[tuple[Array, Array], ...], *, config: SolveConfig
-) -> tuple[tuple[Array, GroupSolution], ...]:
+    deltas: MatrixStacks, others: tuple[tuple[Tensor, Tensor], ...], *, config: SolveConfig
+) -> tuple[tuple[Tensor, GroupSolution], ...]:
     """`_step` as `linalg.spread` takes it: a device has a part of every stack."""
     task, keys = zip(*others, strict=True)
     found = _step(deltas, task, jnp.concatenate(keys), config=config, until_certified=False)

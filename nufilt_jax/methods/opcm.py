@@ -17,7 +17,7 @@ from nufilt_jax.config import MethodConfig, number
 from nufilt_jax.linalg.dense import inner, matmul, thin_svd, unit_scale
 from nufilt_jax.methods.matrices import each_layer, require_finite
 from nufilt_jax.methods.selection import every_tensor, is_linear_layer, n_copies
-from nufilt_jax.methods.stacked import Stacked, Stacks, TaskVector
+from nufilt_jax.methods.stacked import Stacked, TaskVector, TensorStacks
 from nufilt_jax.methods.state import Advance, Context, Look, MergeState, Numbers, Rule, as_it_is
 
 
@@ -156,7 +156,7 @@ def _norm(sizes: Float[Array, "tensors 2"]) -> Float[Array, ""]:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _rescale(
-    stacks: Stacks, norm: Float[Array, ""], mean: Float[Array, ""]
+    stacks: TensorStacks, norm: Float[Array, ""], mean: Float[Array, ""]
 ) -> tuple[tuple[jax.Array, ...], Float[Array, ""]]:
     """A model of a norm brought to norm `mean`, and the divisor λ; 1 for a zero model, which stays zero."""
     scale = jnp.where(norm > 0, norm / mean, 1)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int64, UInt32
 
-from nufilt_jax.methods.stacked import Array, Stacks
+from nufilt_jax.methods.stacked import Tensor, TensorStacks
 
 Weights = tuple[tuple[int, ...], ...]
 
@@ -23,17 +23,17 @@ _BITS = 2
 class Count(NamedTuple):
     """Non-negative whole numbers up to 2⁴⁸ as high·2¹⁶ + low: models have more entries than 32 bits can count."""
 
-    high: UInt32[Array, "..."]
-    low: UInt32[Array, "..."]
+    high: UInt32[Tensor, "..."]
+    low: UInt32[Tensor, "..."]
 
 
-def is_less(a: Count, b: Count) -> Bool[Array, "..."]:
+def is_less(a: Count, b: Count) -> Bool[Tensor, "..."]:
     """Whether a < b."""
     return (a.high < b.high) | ((a.high == b.high) & (a.low < b.low))
 
 
-def count(
-    tests: Callable[..., tuple[Bool[Array, "..."], ...]], *operands: Stacks, weights: Weights | None = None
+def count_entries(
+    tests: Callable[..., tuple[Bool[Tensor, "..."], ...]], *operands: TensorStacks, weights: Weights | None = None
 ) -> Count:
     """How many entries of a model pass each of several tests.
 
@@ -56,10 +56,10 @@ def count(
     return total
 
 
-def _count_each(tests: Callable[..., tuple], parts: tuple) -> UInt32[Array, "tensors tests"]:
+def _count_each(tests: Callable[..., tuple], parts: tuple) -> UInt32[Tensor, "tensors tests"]:
     """The counts of every tensor of a stack; one after another, so that what the tests compute stays small."""
 
-    def of_tensor(tensors: tuple) -> UInt32[Array, " tests"]:
+    def of_tensor(tensors: tuple) -> UInt32[Tensor, " tests"]:
         passed = [test.astype(jnp.uint32) for test in tests(*tensors)]
         # One reduction for all tests reads the tensor once; row by row it is the fastest.
         add = lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True))  # noqa: E731
@@ -69,13 +69,13 @@ def _count_each(tests: Callable[..., tuple], parts: tuple) -> UInt32[Array, "ten
     return jax.lax.map(of_tensor, tuple(_as_matrices(part) for part in parts))
 
 
-def _as_matrices(stack: Float[Array, "tensors ..."]) -> Float[Array, "tensors rows columns"]:
+def _as_matrices(stack: Float[Tensor, "tensors ..."]) -> Float[Tensor, "tensors rows columns"]:
     return stack.reshape(len(stack), -1, stack.shape[-1] if stack.ndim > 1 else 1)
 
 
 def kth_smallest_magnitude(
-    stacks: Stacks, k: int | UInt32[Array, ""], weights: Weights | None = None
-) -> Float[Array, ""]:
+    stacks: TensorStacks, k: int | UInt32[Tensor, ""], weights: Weights | None = None
+) -> Float[Tensor, ""]:
     """The k-th smallest |x| of all entries of a model.
 
     The bits of a magnitude, read as a whole number, are ordered like the magnitudes. The answer's bits are found from
@@ -84,31 +84,31 @@ def kth_smallest_magnitude(
     Args:
       stacks: float32 and finite.
       k: from 1 to the number of entries, by weight; 0 gives 0. An array if it is known only while the program runs.
-      weights: as in `count`; an entry of weight w is w entries.
+      weights: as in `count_entries`; an entry of weight w is w entries.
 
     Returns:
       The magnitude, bit by bit that of an entry.
     """
     wanted = Count(jnp.uint32(k >> HALF), jnp.uint32(k & (2**HALF - 1)))
 
-    def narrow(step: Array, found: UInt32[Array, ""]) -> UInt32[Array, ""]:
+    def narrow(step: Tensor, found: UInt32[Tensor, ""]) -> UInt32[Tensor, ""]:
         shift = jnp.uint32(32 - _BITS) - _BITS * step.astype(jnp.uint32)
         bounds = [found + (jnp.uint32(digit) << shift) for digit in range(1, 2**_BITS)]
-        below = count(lambda x: tuple(magnitude_bits(x) < bound for bound in bounds), stacks, weights=weights)
+        below = count_entries(lambda x: tuple(magnitude_bits(x) < bound for bound in bounds), stacks, weights=weights)
         return found + (jnp.sum(is_less(below, wanted), dtype=jnp.uint32) << shift)
 
     bits = jax.lax.fori_loop(0, 32 // _BITS, narrow, jnp.uint32(0))
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def half_counts(stacks: Stacks, weights: Weights, upper: int | None = None) -> Int64[np.ndarray, "values"]:
+def half_counts(stacks: TensorStacks, weights: Weights, upper: int | None = None) -> Int64[np.ndarray, "values"]:
     """How many magnitudes have each of the values that half of their bits can take; on the host.
 
     The order statistics of a model of which only parts are at hand: counts add up, `place_in` reads them.
 
     Args:
       stacks: float32 and finite.
-      weights: as in `count`.
+      weights: as in `count_entries`.
       upper: looks at the lower halves of those that have this upper half; None looks at all upper halves.
     """
     counts = np.zeros(2**HALF, np.int64)
@@ -130,6 +130,6 @@ def place_in(counts: Int64[np.ndarray, "values"], k: int) -> tuple[int, int]:
     return value, k - int(up_to[value - 1] if value else 0)
 
 
-def magnitude_bits(x: Float[Array, "*shape"]) -> UInt32[Array, "*shape"]:
+def magnitude_bits(x: Float[Tensor, "*shape"]) -> UInt32[Tensor, "*shape"]:
     """The bits of |x|: ordered like |x|, also where a processor takes very small numbers for zero."""
     return jax.lax.bitcast_convert_type(jnp.abs(x), jnp.uint32)

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from nufilt_jax import anatomy
-from nufilt_jax.anatomy import Family
+from nufilt_jax.anatomy import ModelFamily
 from nufilt_jax.config import OtherParams
 from nufilt_jax.errors import ConfigError, Problem
 from nufilt_jax.patterns import expression, patterns
@@ -18,10 +18,10 @@ CLIP_VISION = "vision_model."
 T5_EMBEDDING = "shared.weight"  # one tensor, which a T5 knows under three names
 
 # Which of a model's tensors a rule works on, by name, shape, and the model's family.
-Scope = Callable[[str, tuple[int, ...], Family], bool]
+Scope = Callable[[str, tuple[int, ...], ModelFamily], bool]
 
 
-def published_layers(name: str, shape: tuple[int, ...], family: Family = "other") -> bool:
+def published_layers(name: str, shape: tuple[int, ...], family: ModelFamily = "other") -> bool:
     """The layers that NUFILT merges: the paper's for its models, all linear layers of the blocks of any other.
 
     The paper's are CLIP's attention and first feed-forward matrices, all of T5's blocks, and those of LLaVA's language
@@ -34,13 +34,13 @@ def published_layers(name: str, shape: tuple[int, ...], family: Family = "other"
     return anatomy.is_linear(name, shape)
 
 
-def is_linear_layer(name: str, shape: tuple[int, ...], family: Family = "other") -> bool:
+def is_linear_layer(name: str, shape: tuple[int, ...], family: ModelFamily = "other") -> bool:
     """Weights of linear layers: matrices that are no embeddings."""
     # What is looked up multiplies no input: the authors' programs go by the kind of module here.
     return (len(shape) == 2 or anatomy.is_experts(name, shape)) and not anatomy.is_lookup(name)
 
 
-def every_tensor(name: str, shape: tuple[int, ...], family: Family = "other") -> bool:
+def every_tensor(name: str, shape: tuple[int, ...], family: ModelFamily = "other") -> bool:
     """All."""
     return True
 
@@ -170,6 +170,7 @@ def _names_outside(names: Iterable[str], pattern: re.Pattern[str]) -> bool:
     """
     found = [name for name in names if pattern.search(name)]
     outside = [name for name in found if not name.startswith(CLIP_VISION)]
+    # Under a module that is called otherwise, `_`, an expression that needs the module's name finds nothing.
     by_module = (not pattern.search("_" + name[len(name.partition(".")[0]) :]) for name in outside)
     return bool(outside) and (len(outside) == len(found) or any(by_module))
 

@@ -14,9 +14,9 @@ import numpy as np
 from nufilt_jax.anatomy import layer_shape, part_of, tensor_of
 from nufilt_jax.linalg.factored import Factored
 
-Array = jax.Array | np.ndarray  # of host or device; inside one layer's program it is jaxtyping's, a `jax.Array`
-Params = Mapping[str, Array]
-Stacks = tuple[Any, ...]  # arrays or factored, of any shapes, each with a leading axis over its tensors
+Tensor = jax.Array | np.ndarray  # of host or device; inside one layer's program it is jaxtyping's, a `jax.Array`
+Params = Mapping[str, Tensor]
+TensorStacks = tuple[Any, ...]  # arrays or factored, of any shapes, each with a leading axis over its tensors
 Names = tuple[tuple[str, ...], ...]
 Ranks = Mapping[str, tuple[int, ...]]  # of layers whose D is factored: what every task adds at most
 
@@ -25,7 +25,7 @@ _ALIGNMENT = 64  # bytes; a host array that starts on such a boundary becomes a 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Stacked(Mapping[str, Array]):
+class Stacked(Mapping[str, Tensor]):
     """A mapping from names to tensors, whose leaves are stacks of tensors of one shape.
 
     Attributes:
@@ -33,14 +33,14 @@ class Stacked(Mapping[str, Array]):
       names: of each stack's tensors.
     """
 
-    stacks: Stacks
+    stacks: TensorStacks
     names: Names = dataclasses.field(metadata={"static": True})
 
     @functools.cached_property
     def _places(self) -> dict[str, tuple[int, int]]:
         return {name: (i, j) for i, members in enumerate(self.names) for j, name in enumerate(members)}
 
-    def __getitem__(self, name: str) -> Array:
+    def __getitem__(self, name: str) -> Tensor:
         i, j = self._places[name]
         return self.stacks[i][j]
 
@@ -86,7 +86,7 @@ class TaskVector(Stacked):
 class InParts(Protocol):
     """Parameters of which one matrix of a stack of experts can be read alone."""
 
-    def part(self, name: str, index: int) -> Array:
+    def part(self, name: str, index: int) -> Tensor:
         """Matrix number `index` of a tensor."""
         ...
 
@@ -99,12 +99,12 @@ class Changes(Protocol):
         """Whether a tensor is the base's own."""
         ...
 
-    def change(self, name: str) -> tuple[Array, Array] | None:
+    def change(self, name: str) -> tuple[Tensor, Tensor] | None:
         """τ of a matrix as factors `[m, r]` and `[r, n]`, in float32; None of one that has none."""
         ...
 
 
-def layer_of(params: Params, layer: str) -> Array:
+def layer_of(params: Params, layer: str) -> Tensor:
     """A layer of a model, by the names of `anatomy.layers_in`."""
     name, index = part_of(layer)
     if index is not None:
@@ -195,7 +195,7 @@ def stacked(params: Params, names: Names) -> Stacked:
     return Stacked(tuple(jax.device_put(part) for part in parts), names)
 
 
-def restacked(params: Params, names: Names) -> Stacks:
+def restacked(params: Params, names: Names) -> TensorStacks:
     """Tensors of a mapping, such as a `Stacked` was made, as stacks again."""
     return tuple(jnp.stack([jnp.asarray(params[name]) for name in members]) for members in names)
 
@@ -253,7 +253,7 @@ def _told_change(base: Params, task: Params, layer: str) -> np.ndarray:
     return _change(layer_of(task, layer), layer_of(base, layer))
 
 
-def _change(task: Array, base: Array) -> np.ndarray:
+def _change(task: Tensor, base: Tensor) -> np.ndarray:
     """θ_t − θ0, subtracted in float64 where a file holds that: in float32 a small change would be lost."""
     theirs, ours = np.asarray(task), np.asarray(base)
     wide = np.float64 if np.float64 in (theirs.dtype, ours.dtype) else np.float32
@@ -261,11 +261,11 @@ def _change(task: Array, base: Array) -> np.ndarray:
 
 
 @jax.jit
-def _subtract(pairs: list[tuple[Array, Array]]) -> jax.Array:
+def _subtract(pairs: list[tuple[Tensor, Tensor]]) -> jax.Array:
     return jnp.stack([(_wide(t) - _wide(b)).astype(jnp.float32) for t, b in pairs])
 
 
-def _wide(x: Array) -> jax.Array:
+def _wide(x: Tensor) -> jax.Array:
     """In float32, or in float64 if it is that."""
     return jnp.asarray(x, jnp.float64 if x.dtype == np.float64 else jnp.float32)
 

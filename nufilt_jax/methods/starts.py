@@ -11,7 +11,7 @@ from jaxtyping import UInt32
 from nufilt_jax.anatomy import FLAT
 from nufilt_jax.core import adapt
 from nufilt_jax.errors import ConfigError, Problem, raise_all
-from nufilt_jax.methods.stacked import Array, Group
+from nufilt_jax.methods.stacked import Group, Tensor
 
 
 def adapter_keys(seed: int, step: int, names: tuple[str, ...]) -> UInt32[np.ndarray, "layers 2"]:
@@ -24,7 +24,7 @@ def adapter_keys(seed: int, step: int, names: tuple[str, ...]) -> UInt32[np.ndar
     return np.frombuffer(b"".join(digests), dtype="<u4").reshape(-1, 2).astype(np.uint32)
 
 
-def given_starts(starts: Mapping[str, Array], group: Group, rank: int) -> np.ndarray:
+def given_starts(starts: Mapping[str, Tensor], group: Group, rank: int) -> np.ndarray:
     """A's starts of a group's layers, `[layers, rank, width]` in float32, in the group's order.
 
     Args:
@@ -68,4 +68,4 @@ def draw_start(seed: int, step: int, name: str, rank: int, width: int) -> jax.Ar
     >>> draw_start(0, 2, "model.layers.0.mlp.up_proj.weight", 4, 16).shape
     (4, 16)
     """
-    return adapt.draw_start(jnp.asarray(adapter_keys(seed, step, (name,))[0]), rank, width)
+    return adapt.normal_start(jnp.asarray(adapter_keys(seed, step, (name,))[0]), rank, width)

@@ -18,7 +18,7 @@ from nufilt_jax.linalg.factored import Factored, dense
 from nufilt_jax.methods.data import TaskData
 from nufilt_jax.methods.elementwise import blend
 from nufilt_jax.methods.selection import Scope, published_layers
-from nufilt_jax.methods.stacked import Array, Params, Stacked, TaskVector
+from nufilt_jax.methods.stacked import Params, Stacked, TaskVector, Tensor
 
 C = TypeVar("C", bound=MethodConfig)
 # What is only read: a rule's context serves every function that asks for less of it.
@@ -45,7 +45,7 @@ class LayerReport(NamedTuple):
       forecast: what can be told without data; None for rules that look at no directions.
     """
 
-    losses: Array
+    losses: Tensor
     forecast: Forecast | None = None
 
 
@@ -64,15 +64,15 @@ class MergeState:
       report: what the last step said about its layers.
     """
 
-    base: dict[str, Array]
+    base: dict[str, Tensor]
     delta: Stacked
     step: int = dataclasses.field(default=0, metadata={"static": True})
-    extra: dict[str, Array] = dataclasses.field(default_factory=dict)
-    added: dict[str, Array] = dataclasses.field(default_factory=dict)
+    extra: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    added: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     report: dict[str, LayerReport] = dataclasses.field(default_factory=dict)
 
     @property
-    def merged(self) -> dict[str, Array]:
+    def merged(self) -> dict[str, Tensor]:
         """θ^m: every tensor of the base, in its own dtype, and what the rule added."""
         base, delta = self.base, self.delta
         moved = {name: merged_tensor(base[name], _whole(delta, name, base[name])) for name in self.touched}
@@ -89,7 +89,7 @@ class MergeState:
         return tuple(dict.fromkeys(map(tensor_of, self.delta)))
 
 
-def joined(delta: Mapping[str, Any], name: str, base: Array) -> Any:
+def whole_delta(delta: Mapping[str, Any], name: str, base: Tensor) -> Any:
     """D of a whole tensor, put together from its layers; a factored one as it is kept."""
     if name in delta:
         return delta[name]
@@ -100,16 +100,17 @@ def joined(delta: Mapping[str, Any], name: str, base: Array) -> Any:
     return np.stack(parts) if isinstance(parts[0], np.ndarray) else jnp.stack(parts)
 
 
-def merged_tensor(base: Array, delta: Array, dtype: np.dtype | None = None) -> Array:
+def merged_tensor(base: Tensor, delta: Tensor, dtype: np.dtype | None = None) -> Tensor:
     """θ0 + D, added in float32, or in float64 if θ0 is that, and rounded once, to `dtype` or to the base's own."""
+    # What is on the host is added there: a model need not fit on the device.
     xp = np if isinstance(base, np.ndarray) else jnp
     wide = np.float64 if base.dtype == np.float64 else np.float32
     return (xp.asarray(base, wide) + xp.asarray(delta, wide)).astype(dtype or base.dtype)
 
 
-def _whole(delta: Mapping[str, Any], name: str, base: Array) -> Array:
+def _whole(delta: Mapping[str, Any], name: str, base: Tensor) -> Tensor:
     """D of a whole tensor, multiplied out if it is factored; vectors are not."""
-    part = joined(delta, name, base)
+    part = whole_delta(delta, name, base)
     return dense(part) if isinstance(part, Factored) else part
 
 
@@ -145,11 +146,11 @@ class Advance(NamedTuple):
 
     delta: Stacked
     report: Mapping[str, LayerReport] = MappingProxyType({})
-    extra: Mapping[str, Array] = MappingProxyType({})
-    added: Mapping[str, Array] = MappingProxyType({})
+    extra: Mapping[str, Tensor] = MappingProxyType({})
+    added: Mapping[str, Tensor] = MappingProxyType({})
 
 
-Step = Callable[[MergeState, TaskVector, Context[C]], Advance]
+StepFunction = Callable[[MergeState, TaskVector, Context[C]], Advance]
 
 
 def as_it_is(state: MergeState, task: TaskVector, context: Context[MethodConfig]) -> Advance:
@@ -212,8 +213,8 @@ class Rule(Generic[C]):
 
     name: str
     config: type[C]
-    first: Step[C] = as_it_is  # Eq. (1) of arXiv:2509.21413v2; not so for half of its baselines
-    advance: Step[C]
+    first: StepFunction[C] = as_it_is  # Eq. (1) of arXiv:2509.21413v2; not so for half of its baselines
+    advance: StepFunction[C]
     scope: Scope = published_layers
     update: str = "a rule of your own"
     touches: str = "what its scope says"

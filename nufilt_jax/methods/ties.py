@@ -19,7 +19,7 @@ from nufilt_jax.methods.order import (
     HALF,
     Count,
     Weights,
-    count,
+    count_entries,
     half_counts,
     is_less,
     kth_smallest_magnitude,
@@ -27,7 +27,7 @@ from nufilt_jax.methods.order import (
     place_in,
 )
 from nufilt_jax.methods.selection import every_tensor, n_copies
-from nufilt_jax.methods.stacked import Array, Stacked, Stacks, TaskVector, restacked
+from nufilt_jax.methods.stacked import Stacked, TaskVector, Tensor, TensorStacks, restacked
 from nufilt_jax.methods.state import Advance, Context, Look, MergeState, Numbers, Rule, ScaledConfig
 
 
@@ -87,38 +87,38 @@ def _weights(task: TaskVector, config: TiesConfig) -> Weights:
     return tuple(tuple(n_copies(name, config.embedding_copies) for name in members) for members in task.names)
 
 
-def _previous(state: MergeState, task: TaskVector, config: TiesConfig) -> Stacks:
+def _previous(state: MergeState, task: TaskVector, config: TiesConfig) -> TensorStacks:
     """The previous output, in the stacks of τ; none if D is the operand."""
     return restacked(state.extra, task.names) if config.variant == "text" else ()
 
 
-def _operands(state: MergeState, task: TaskVector, config: TiesConfig) -> tuple[Stacks, Stacks]:
+def _operands(state: MergeState, task: TaskVector, config: TiesConfig) -> tuple[TensorStacks, TensorStacks]:
     return _previous(state, task, config) or state.delta.stacks, task.stacks
 
 
-def _by_name(outputs: Stacks, task: TaskVector) -> dict[str, Array]:
+def _by_name(outputs: TensorStacks, task: TaskVector) -> dict[str, Tensor]:
     """Outputs to be remembered, by the names of τ; none if there are none."""
     return dict(Stacked(outputs, task.names)) if outputs else {}
 
 
 @functools.partial(jax.jit, static_argnames="weights", donate_argnums=0)
 def _step(
-    delta: Stacks,
-    previous: Stacks,
-    task: Stacks,
-    cuts: Float[Array, "2"],
-    majority: Bool[Array, ""],
-    scale: Float[Array, ""],
+    delta: TensorStacks,
+    previous: TensorStacks,
+    task: TensorStacks,
+    cuts: Float[Tensor, "2"],
+    majority: Bool[Tensor, ""],
+    scale: Float[Tensor, ""],
     *,
     weights: Weights,
-) -> tuple[Stacks, Stacks]:
+) -> tuple[TensorStacks, TensorStacks]:
     """D + λ c Z, and Z where it is to be remembered; takes the memory of D."""
     outputs = _merged(previous or delta, task, cuts, majority)
     return _add(delta, outputs, scale, weights=weights), outputs if previous else ()
 
 
 @functools.partial(jax.jit, static_argnames="weights", donate_argnums=0)
-def _add(delta: Stacks, outputs: Stacks, scale: Float[Array, ""], *, weights: Weights) -> Stacks:
+def _add(delta: TensorStacks, outputs: TensorStacks, scale: Float[Tensor, ""], *, weights: Weights) -> TensorStacks:
     """D + λ c Z, c the copies of each tensor; takes the memory of D."""
     merged = []
     for d, z, copies in zip(delta, outputs, weights, strict=True):
@@ -164,7 +164,7 @@ def _elected(parts: Sequence[Numbers], config: TiesConfig, found: Numbers | None
 # The kernel.
 
 
-def ties(x: Float[Array, "*shape"], y: Float[Array, "*shape"], density: float) -> Float[jax.Array, "*shape"]:
+def ties(x: Float[Tensor, "*shape"], y: Float[Tensor, "*shape"], density: float) -> Float[jax.Array, "*shape"]:
     """Z = TIES_p(x, y) of one pair of arrays: trim each, elect a sign for every entry, sum the entries that have it.
 
     Args:
@@ -177,7 +177,7 @@ def ties(x: Float[Array, "*shape"], y: Float[Array, "*shape"], density: float) -
 
 
 def ties_at(
-    x: Float[Array, "*shape"], y: Float[Array, "*shape"], k: int | UInt32[Array, ""]
+    x: Float[Tensor, "*shape"], y: Float[Tensor, "*shape"], k: int | UInt32[Tensor, ""]
 ) -> Float[jax.Array, "*shape"]:
     """`ties` with the order k of the thresholds, which may be known only while the program runs."""
     xs, ys = (x[None],), (y[None],)
@@ -190,7 +190,9 @@ def cut_order(n_entries: int, density: float) -> int:
     return n_entries - int(n_entries * (density / 100 if density > 1 else density))
 
 
-def _cuts_and_majority(xs: Stacks, ys: Stacks, *, k: int | UInt32[Array, ""], weights: Weights) -> dict[str, Array]:
+def _cuts_and_majority(
+    xs: TensorStacks, ys: TensorStacks, *, k: int | UInt32[Tensor, ""], weights: Weights
+) -> dict[str, Tensor]:
     """The thresholds of two models, each one vector in the eyes of threshold and election, and the sign they elect.
 
     Args:
@@ -210,30 +212,32 @@ _found = jax.jit(_cuts_and_majority, static_argnames=("k", "weights"))
 
 
 @functools.partial(jax.jit, static_argnames="weights")
-def _votes(xs: Stacks, ys: Stacks, cuts: Float[Array, "2"], *, weights: Weights) -> Count:
+def _votes(xs: TensorStacks, ys: TensorStacks, cuts: Float[Tensor, "2"], *, weights: Weights) -> Count:
     """How many entries of x + y, both trimmed, are negative, and how many positive."""
 
-    def is_negative_or_positive(x: Array, y: Array) -> tuple[Array, Array]:
+    def is_negative_or_positive(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         total = trim(x, cuts[0]) + trim(y, cuts[1])
         return total < 0, total > 0
 
-    return count(is_negative_or_positive, xs, ys, weights=weights)
+    return count_entries(is_negative_or_positive, xs, ys, weights=weights)
 
 
-def _merged(xs: Stacks, ys: Stacks, cuts: Float[Array, "2"], majority: Bool[Array, ""]) -> tuple[jax.Array, ...]:
+def _merged(
+    xs: TensorStacks, ys: TensorStacks, cuts: Float[Tensor, "2"], majority: Bool[Tensor, ""]
+) -> tuple[jax.Array, ...]:
     """Z of two models."""
     pairs = zip(xs, ys, strict=True)
     return tuple(disjoint_sum(trim(x, cuts[0]), trim(y, cuts[1]), majority) for x, y in pairs)
 
 
-def trim(x: Float[Array, "*shape"], cut: Float[Array, ""]) -> Float[Array, "*shape"]:
+def trim(x: Float[Tensor, "*shape"], cut: Float[Tensor, ""]) -> Float[Tensor, "*shape"]:
     """Sets the entries of magnitude below `cut` to zero."""
     # All that equal the threshold stay, so that the order of entries never matters.
     return jnp.where(magnitude_bits(x) >= magnitude_bits(cut), x, 0)
 
 
 def disjoint_sum(
-    x: Float[Array, "*shape"], y: Float[Array, "*shape"], majority: Bool[Array, ""]
+    x: Float[Tensor, "*shape"], y: Float[Tensor, "*shape"], majority: Bool[Tensor, ""]
 ) -> Float[jax.Array, "*shape"]:
     """The sum of those of x and y that have the sign of x + y; where they cancel, the majority's: positive if true."""
     total = x + y

@@ -46,7 +46,7 @@ def _merge(d: Float[Array, "m n"], t: Float[Array, "m n"], *, config: TsvMConfig
     u_d, s_d, v_d = _leading(d, k)
     u_t, s_t, v_t = _leading(after(t, s_d), k)
     u = _polar(jnp.concatenate([u_d, u_t], axis=1))
-    v = _polar(after(jnp.concatenate([v_d, v_t], axis=1), u))
+    v = _polar(after(jnp.concatenate([v_d, v_t], axis=1), u))  # one decomposition at a time, see `chunks.after`
     return config.scale * matmul(u * jnp.concatenate([s_d, s_t])[None], v.T)
 
 

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from nufilt_jax.anatomy import Family
+from nufilt_jax.anatomy import ModelFamily
 from nufilt_jax.errors import Problem, SolveError, raise_all
 from nufilt_jax.linalg.dense import thin_svd
-from nufilt_jax.methods.adaptation import WHOLE_MODEL, LearningConfig, adapt, model_params
+from nufilt_jax.methods.adaptation import TRAINED_MODEL, LearningConfig, model_params, train_by_adam
 from nufilt_jax.methods.elementwise import blend
 from nufilt_jax.methods.matrices import each_layer, split
-from nufilt_jax.methods.stacked import Array, Params, Stacked, TaskVector
+from nufilt_jax.methods.stacked import Params, Stacked, TaskVector, Tensor
 from nufilt_jax.methods.starts import adapter_keys
 from nufilt_jax.methods.state import Advance, Context, MergeState, Rule
 
@@ -52,7 +52,7 @@ _TOUCHED = (
 _FEED_FORWARD = re.compile(r"(?P<block>.+\.(mlp|DenseReluDense))\.((?P<first>fc1|wi|wi_0|wi_1)|fc2|wo)\.weight")
 
 
-def attention_and_feed_forward(name: str, shape: tuple[int, ...], family: Family = "other") -> bool:
+def attention_and_feed_forward(name: str, shape: tuple[int, ...], family: ModelFamily = "other") -> bool:
     """Attention, with CLIP's biases and T5's tables of relative positions, and the feed-forward matrices."""
     return any(re.fullmatch(pattern, name) for pattern in _TOUCHED)
 
@@ -74,8 +74,8 @@ def advance(state: MergeState, task: TaskVector, context: Context[WemoeConfig]) 
     attention = {name: base[name] for name in delta if not is_feed_forward(name)}
     frozen = {**base, **_shifted(attention, delta), **experts}
     start = grow_gates(state, task, config, context.seed)
-    gates, report = adapt(_params, start, frozen, context, f"gates of {len(start) // 2} blocks")
-    return Advance(delta, {WHOLE_MODEL: report}, added={**experts, **gates})
+    gates, report = train_by_adam(_params, start, frozen, context, f"gates of {len(start) // 2} blocks")
+    return Advance(delta, {TRAINED_MODEL: report}, added={**experts, **gates})
 
 
 def _params(gates: Params, frozen: Params) -> Params:
@@ -83,7 +83,7 @@ def _params(gates: Params, frozen: Params) -> Params:
 
 
 @jax.jit
-def _shifted(base: Params, delta: Stacked) -> dict[str, Array]:
+def _shifted(base: Params, delta: Stacked) -> dict[str, Tensor]:
     return {name: base[name] + delta[name] for name in base}
 
 
@@ -92,12 +92,12 @@ def expert_name(matrix: str, step: int) -> str:
     return f"{matrix.removesuffix('.weight')}.experts.{step}"
 
 
-def grow(state: MergeState, task: TaskVector, config: WemoeConfig) -> tuple[Stacked, dict[str, Array]]:
+def grow(state: MergeState, task: TaskVector, config: WemoeConfig) -> tuple[Stacked, dict[str, Tensor]]:
     """The new D, zero where experts stand, and the factors of all experts, those of this task included.
 
     Takes the memory of D.
     """
-    experts: dict[str, Array] = {name: jnp.asarray(x) for name, x in state.added.items() if ".experts." in name}
+    experts: dict[str, Tensor] = {name: jnp.asarray(x) for name, x in state.added.items() if ".experts." in name}
     rank = config.later_rank if state.step else config.first_rank
     mixed, plain = split(state.delta, is_feed_forward)
     delta = blend(state.delta.only(plain), task.only(plain), keep=1.0, gain=config.scale)
@@ -126,13 +126,13 @@ def _factors(
     return d + gain * tau, s[:k, None] * vt[:k], u[:, :k]
 
 
-def grow_gates(state: MergeState, task: TaskVector, config: WemoeConfig, seed: int) -> dict[str, Array]:
+def grow_gates(state: MergeState, task: TaskVector, config: WemoeConfig, seed: int) -> dict[str, Tensor]:
     """All gates with one row more: N(0, 0.01²), and a bias of `scale`."""
     widths: dict[str, int] = {}
     for name, (n_outputs, n_inputs) in ((name, task.shapes[name]) for name in task if is_feed_forward(name)):
         found = cast(re.Match, _FEED_FORWARD.fullmatch(name))
         widths[found["block"]] = n_inputs if found["first"] else n_outputs
-    gates: dict[str, Array] = {}
+    gates: dict[str, Tensor] = {}
     for (block, width), key in zip(widths.items(), adapter_keys(seed, state.step + 1, tuple(widths)), strict=True):
         wrapped = jax.random.wrap_key_data(jnp.asarray(key), impl="threefry2x32")
         row = GATE_STD * jax.random.normal(wrapped, (1, width), jnp.float32)
@@ -141,7 +141,7 @@ def grow_gates(state: MergeState, task: TaskVector, config: WemoeConfig, seed: i
     return gates
 
 
-def _appended(rows: Array | None, new: Array) -> Array:
+def _appended(rows: Tensor | None, new: Tensor) -> Tensor:
     # Older rows are trained on with the new one: what they knew of their tasks is not kept.
     return new if rows is None else jnp.concatenate([jnp.asarray(rows), new])
 

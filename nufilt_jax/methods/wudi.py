@@ -59,6 +59,7 @@ def advance(state: MergeState, task: TaskVector, context: Context[WudiConfig]) -
     for members in matrices:
         (d,), (t,) = state.delta.only((members,)).stacks, task.only((members,)).stacks
         shape = t.shape[1:]
+        # An embedding may have the shape of a linear layer, and then stands in the same stack.
         solved = np.array([is_solved(name, shape) for name in members])
         part, losses = each_layer(_layer, d, t, solved, config=config, mesh=context.mesh)
         merged += Stacked((part,), (members,))

@@ -75,7 +75,7 @@ def layer_norm(hidden: Float[Array, "*b d"], eps: float, name: str) -> Float[Arr
     return norm(hidden.astype(jnp.float32)).astype(hidden.dtype)
 
 
-def dense(inputs: Float[Array, "*b n"], n_outputs: int, name: str, *, use_bias: bool = True) -> Float[Array, "*b m"]:
+def linear(inputs: Float[Array, "*b n"], n_outputs: int, name: str, *, use_bias: bool = True) -> Float[Array, "*b m"]:
     """A linear layer of either tower, computed in the inputs' dtype."""
     layer = nn.Dense(n_outputs, use_bias=use_bias, dtype=inputs.dtype, precision=_HIGHEST, name=name)
     return layer(inputs)
@@ -96,7 +96,7 @@ class ClipVisionModule(nn.Module):
         pooled = _Transformer(self.config, name="vision_model")(pixel_values)
         if self.projection_dim is None:
             return pooled
-        return dense(pooled, self.projection_dim, "visual_projection", use_bias=False)
+        return linear(pooled, self.projection_dim, "visual_projection", use_bias=False)
 
 
 class _Transformer(nn.Module):
@@ -195,7 +195,7 @@ class _Attention(nn.Module):
         n_heads = self.config.num_attention_heads
 
         def project(name: str) -> Float[Array, "b tokens heads e"]:
-            return dense(hidden, width, name).reshape(n_batch, n_tokens, n_heads, width // n_heads)
+            return linear(hidden, width, name).reshape(n_batch, n_tokens, n_heads, width // n_heads)
 
         query, key, value = project("q_proj"), project("k_proj"), project("v_proj")
         scores = jnp.einsum("bqhe,bkhe->bhqk", query, key, precision=_HIGHEST) * (width // n_heads) ** -0.5
@@ -204,7 +204,7 @@ class _Attention(nn.Module):
             scores = jnp.where(visible[:, None], scores, jnp.finfo(scores.dtype).min)
         weights = jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(scores.dtype)
         mixed = jnp.einsum("bhqk,bkhe->bqhe", weights, value, precision=_HIGHEST)
-        return dense(mixed.reshape(hidden.shape), width, "out_proj")
+        return linear(mixed.reshape(hidden.shape), width, "out_proj")
 
 
 class _Mlp(nn.Module):
@@ -214,8 +214,8 @@ class _Mlp(nn.Module):
     def __call__(self, hidden: Float[Array, "b tokens d"]) -> Float[Array, "b tokens d"]:
         if self.has_variable("params", "gate"):
             return self._mixed(hidden.astype(jnp.float32)).astype(hidden.dtype)
-        inner = dense(hidden, self.config.intermediate_size, "fc1")
-        return dense(self._activate(inner), self.config.hidden_size, "fc2")
+        inner = linear(hidden, self.config.intermediate_size, "fc1")
+        return linear(self._activate(inner), self.config.hidden_size, "fc2")
 
     def _mixed(self, hidden: Float[Array, "b tokens d"]) -> Float[Array, "b tokens d"]:
         gate, first, last = (self.get_variable("params", name) for name in ("gate", "fc1", "fc2"))

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from nufilt_jax.errors import CheckpointError, Problem
-from nufilt_jax.models.clip import ClipEncoder, dense, layer_norm
+from nufilt_jax.models.clip import ClipEncoder, layer_norm, linear
 from nufilt_jax.models.clip_config import ClipTextConfig, parse_text_config
 from nufilt_jax.models.clip_text_names import to_text_tree
 
@@ -81,7 +81,7 @@ class ClipTextModule(nn.Module):
         pooled = _Transformer(self.config, name="text_model")(input_ids, attention_mask)
         if self.projection_dim is None:
             return pooled
-        return dense(pooled, self.projection_dim, "text_projection", use_bias=False)
+        return linear(pooled, self.projection_dim, "text_projection", use_bias=False)
 
 
 class _Transformer(nn.Module):

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from nufilt_jax.errors import CheckpointError, ConfigError, Problem
 from nufilt_jax.models.t5_config import T5Config, parse_t5_config
-from nufilt_jax.models.t5_layers import MASKED, KeysValues, Memory, Stack
+from nufilt_jax.models.t5_layers import MASKED, BlockStack, Encoded, KeysValues
 from nufilt_jax.models.t5_names import to_t5_tree
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -185,8 +185,8 @@ class T5Module(nn.Module):
         """Names the parts as the checkpoints do."""
         config = self.config
         self.shared = nn.Embed(config.vocab_size, config.d_model)
-        self.encoder = Stack(config, config.num_layers)
-        self.decoder = Stack(config, config.num_decoder_layers, is_decoder=True)
+        self.encoder = BlockStack(config, config.num_layers)
+        self.decoder = BlockStack(config, config.num_decoder_layers, is_decoder=True)
         if self.separate_head:
             self.lm_head = nn.Dense(config.vocab_size, use_bias=False, precision=_HIGHEST, dot_general=_product)
 
@@ -199,16 +199,16 @@ class T5Module(nn.Module):
         """Logits at every position of the decoder."""
         return self.decode(decoder_input_ids, self.encode(input_ids, attention_mask))[0]
 
-    def encode(self, input_ids: Int[Array, "b t"], attention_mask: Int[Array, "b t"] | Bool[Array, "b t"]) -> Memory:
+    def encode(self, input_ids: Int[Array, "b t"], attention_mask: Int[Array, "b t"] | Bool[Array, "b t"]) -> Encoded:
         """What the decoder sees of the input."""
         visible = attention_mask.astype(bool)[:, None]
         states, _ = self.encoder(self.shared(input_ids), visible)
-        return Memory(self.decoder.keys_values(states), jnp.where(visible[:, None], 0.0, MASKED))
+        return Encoded(self.decoder.keys_values(states), jnp.where(visible[:, None], 0.0, MASKED))
 
     def decode(
         self,
         token_ids: Int[Array, "b t"],
-        memory: Memory,
+        memory: Encoded,
         cache: tuple[KeysValues, ...] | None = None,
         first: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "b t vocab"], tuple[KeysValues, ...]]:

@@ -38,14 +38,14 @@ class KeysValues(NamedTuple):
         return KeysValues(write(self.keys, new.keys), write(self.values, new.values))
 
 
-class Memory(NamedTuple):
+class Encoded(NamedTuple):
     """What the decoder sees of the encoder: for each of its blocks, and which keys are padding."""
 
     blocks: tuple[KeysValues, ...]
     bias: Float[Array, "b 1 1 k"]  # zero, or MASKED
 
 
-class Stack(nn.Module):
+class BlockStack(nn.Module):
     """The encoder's blocks or the decoder's, and the norm after the last."""
 
     config: T5Config
@@ -61,7 +61,7 @@ class Stack(nn.Module):
         self,
         hidden: Float[Array, "b t d"],
         visible: Bool[Array, "#b #t k"],
-        memory: Memory | None = None,
+        memory: Encoded | None = None,
         cache: Sequence[KeysValues] | None = None,
         first: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "b t d"], tuple[KeysValues, ...]]:

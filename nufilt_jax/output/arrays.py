@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from nufilt_jax.checkpoints import safetensors_files
-from nufilt_jax.checkpoints.dtypes import AnyArray, Array, code_of, numpy_dtype
+from nufilt_jax.checkpoints.dtypes import AnyArray, NumpyArray, code_of, numpy_dtype
 from nufilt_jax.checkpoints.safetensors_files import Entry, Header, Piece
 from nufilt_jax.checkpoints.tensors import CHUNK, stream_spans
 
@@ -39,7 +39,7 @@ def write_arrays(path: Path, groups: Groups) -> None:
     arrays = {
         f"{group}{_SEPARATOR}{name}": np.asarray(x) for group, named in groups.items() for name, x in named.items()
     }
-    sums = {name: _sum(_pieces(x)) for name, x in arrays.items()}
+    sums = {name: _sum(_pieces(x)) for name, x in arrays.items()}  # a pass of its own: the header comes first
     pieces = [Piece(name, _code(x), x.shape, _pieces(x)) for name, x in arrays.items()]
     metadata = {_SUMS: json.dumps(sums)}
     with path.open("xb") as file:
@@ -78,7 +78,7 @@ class ArrayFile:
             found.setdefault(group, []).append(name)
         return found
 
-    def read(self, group: str, names: Iterable[str]) -> dict[str, Array]:
+    def read(self, group: str, names: Iterable[str]) -> dict[str, NumpyArray]:
         """Some arrays of a group.
 
         Raises:
@@ -87,10 +87,11 @@ class ArrayFile:
         """
         return {name: self._array(f"{group}{_SEPARATOR}{name}") for name in names}
 
-    def _array(self, key: str) -> Array:
+    def _array(self, key: str) -> NumpyArray:
         entry = self._entries.get(key)
         if entry is None:
             raise DamagedError(f"{key} is not in {self._path.name}")
+        # The header was held against the file's size: it asks for no more room than the file has.
         stored = np.empty(sum(stop - start for start, stop in entry.spans), np.uint8)
         at = 0
         for piece in stream_spans(self._path, entry.spans):
@@ -108,7 +109,7 @@ def _sums_in(header: Header) -> dict[str, int]:
         raise DamagedError(f"has no checksums: {error!r}") from error
 
 
-def _pieces(array: Array) -> Iterator[memoryview]:
+def _pieces(array: NumpyArray) -> Iterator[memoryview]:
     """The bytes of an array, some at a time."""
     flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     for at in range(0, flat.size, CHUNK):
@@ -122,7 +123,7 @@ def _sum(pieces: Iterable[memoryview]) -> int:
     return found
 
 
-def _code(array: Array) -> str:
+def _code(array: NumpyArray) -> str:
     code = code_of(array.dtype.name)
     if code is None:
         raise TypeError(f"safetensors has no name for {array.dtype}")

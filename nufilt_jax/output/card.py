@@ -39,7 +39,7 @@ def model_card(recipe: Recipe, published: str, *, needs_data: bool, adds_paramet
         f"| {key} | {value} |" for key, value in {**settings["config"], "seed": settings["seed"]}.items()
     )
     tasks = "\n".join(f"| {number} | {task.name} | {_place(task)} |" for number, task in enumerate(recipe.tasks, 1))
-    patterns = ", ".join(f"`{row['pattern']}`" for row in recipe.selected)
+    patterns = ", ".join(f"`{row.pattern}`" for row in recipe.selected)
     remarks = (_ADAPTER if is_adapter else "") + (_LEARNED if needs_data else "") + (_ADDED if adds_parameters else "")
     card = f"""{header}---
 
@@ -57,11 +57,11 @@ Base: {_place(base)}
 | --- | --- |
 {config}
 
-{sum(row["layers"] for row in recipe.selected)} layers were merged by the method: {patterns}. All other parameters
+{sum(row.layers for row in recipe.selected)} layers were merged by the method: {patterns}. All other parameters
 {_OTHERS[recipe.settings.other_params]}.
 {remarks}
 Inputs with their SHA-256, versions, device, times and losses of every step are in `nufilt.json`; what each step did to
-each layer is in `forecast.json`. `state/` lets one more task be added:
+each layer is in `forecast.json`. Where `state/` is there too, one more task can be added:
 
     python -m nufilt_jax.merge --add THIS_FOLDER --task NAME=MODEL
 """

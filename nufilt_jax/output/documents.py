@@ -51,6 +51,7 @@ def read_scores(path: Path) -> dict[str, Any]:
     fix = "remove it, and evaluate again"
     document = _read(path, EVALUATION_DOCUMENT, fix)
     for row in document["models"]:
+        # No kind can say this: which keys a row needs stands elsewhere in the document.
         if lacking := [name for name in document["tasks"] if name not in row["accuracy"]]:
             what = f"is damaged: {shown(row['name'])} has no accuracy of {shown(lacking[0])}"
             raise OutputError(Problem(str(path), what, fix))

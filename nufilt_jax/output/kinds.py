@@ -10,7 +10,7 @@ from typing import Any
 
 from nufilt_jax.strict_json import shown
 
-_DIGEST = re.compile("[0-9a-f]{64}")
+_DIGEST = re.compile("[0-9a-f]{64}")  # any text would be told at length where files have changed
 NUMBER = (int, float)
 _MAYBE_NUMBER = (*NUMBER, type(None))
 _FORECAST = {"near_equal_cuts": [str], "layers": {str: {str: (*_MAYBE_NUMBER, bool)}}}
@@ -25,7 +25,7 @@ STEP_MAY_HAVE = {
     "accuracy_limit": (int, type(None)),
 }
 MODEL = {"source": str, "revision": (str, type(None)), "sha256": {str: _DIGEST}}
-RECIPE = {
+RECIPE_KINDS = {
     "base": MODEL,
     "tasks": [{"name": str, **MODEL}],
     "steps": [{"task": str}],
@@ -37,19 +37,27 @@ RECIPE = {
     "format": (str, type(None)),
     "dtype": (str, type(None)),
 }
+_COVERED = {"pattern": str, "kinds": int, "layers": int, "share": ({str: NUMBER}, type(None))}
 RECIPE_MAY_HAVE = {
     "conv": bool,
     "recipe_version": int,
-    "selected": [{"pattern": str, "kinds": int, "layers": int}],
-    "left": [{"pattern": str, "kinds": int, "layers": int}],
+    "selected": [_COVERED],
+    "left": [_COVERED],
     "windows": [{"layers": int}],
     "versions": {str: str},
     "device": str,
     "host": {},
     "files": {str: _DIGEST},
     "timings": {str: NUMBER},
-    "compiled": {},
-    "memory": {},
+    "compiled": {"programs": int, "from_cache": int, "seconds": NUMBER},
+    "memory": {"allowed": int, "by": str, "planned": int, "peak": (int, type(None))},
+    "adapter": {
+        "modules": {str: str},
+        "config": {},
+        "rank": (int, type(None)),
+        "energy_lost": _MAYBE_NUMBER,
+        "layers": ({str: {"rank": int, "energy_lost": NUMBER}}, type(None)),
+    },
 }
 WINDOW = {"layers": [str], "cells": [{**STEP, "forecast": _FORECAST}]}
 FORECAST_DOCUMENT = {"steps": [{"task": str, **_FORECAST}]}
@@ -103,5 +111,6 @@ def _misfits(value: Any, kind: Any, where: str) -> Iterator[tuple[str, Any]]:
     elif isinstance(kind, re.Pattern):
         if not isinstance(value, str) or kind.fullmatch(value) is None:
             yield where, value
+    # In Python a bool is an int: a number that is `true` would pass.
     elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         yield where, value

@@ -45,8 +45,8 @@ def carry_over(old: Path, new: Path, recorded: Mapping[str, str], card: str) -> 
 
 def _added(folder: Path, recorded: Mapping[str, str]) -> Iterator[str]:
     """Names of the files that no command of this program wrote."""
-    for here, _, names in os.walk(folder):
-        for name in names:
+    for here, folders, names in os.walk(folder):
+        for name in (*names, *(name for name in folders if Path(here, name).is_symlink())):
             path = Path(here, name).relative_to(folder)
             is_own = path.as_posix() in OWN_FILES or path.parts[0] in OWN_FOLDERS or _DRAFT.fullmatch(name)
             if not is_own and path.as_posix() not in recorded:

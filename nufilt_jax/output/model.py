@@ -76,7 +76,7 @@ def seen_from(source: str, folder: Path) -> str:
 
 def found_from(source: str, folder: Path) -> str:
     """The inverse of `seen_from`: a full path, or a Hub id."""
-    if source.startswith(("~", os.curdir)):
+    if source.startswith(("~", os.curdir)):  # no id of the Hub begins so
         return os.path.normpath(os.path.join(os.path.abspath(folder), os.path.expanduser(source)))
     return source
 

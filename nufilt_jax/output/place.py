@@ -75,7 +75,7 @@ class OutputPlace:
                 yield
             finally:
                 self._tidy()
-                self._lock.unlink(missing_ok=True)
+                self._lock.unlink(missing_ok=True)  # still held: who waits for it sees by its inode that it is gone
                 for folder in missing:
                     with contextlib.suppress(OSError):  # it is used now
                         folder.rmdir()
@@ -99,7 +99,7 @@ class OutputPlace:
             try:
                 lock = self._lock.open("r" if self._lock.exists() else "a")
             except FileNotFoundError:  # the last holder removed it meanwhile, or there is no such place
-                if not self.out.parent.is_dir():
+                if not self.out.parent.is_dir() or self._lock.is_symlink():  # into nowhere: no later try finds it
                     return None
                 continue
             except OSError:
@@ -121,7 +121,7 @@ class OutputPlace:
     def _release(self, lock: TextIO) -> None:
         """Removes the lock file after the last that reads."""
         with contextlib.suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused while others read
             self._lock.unlink(missing_ok=True)
 
     def _acquire(self) -> TextIO:
@@ -281,7 +281,7 @@ class OutputPlace:
             carry_over(self.out, self.staging, replaced.get("files", {}), CARD)
             sync_tree(self.staging)
             if self.out.exists():
-                move(self.out, self._previous)
+                move(self.out, self._previous)  # no folder that holds something is replaced by a rename
             move(self.staging, self.out)
         except OSError as error:
             raise output_error(self.out, error) from error

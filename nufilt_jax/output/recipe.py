@@ -5,9 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from nufilt_jax.config import MethodConfig, OtherParams, OutputKind, problem
+from nufilt_jax.config import MethodConfig, OtherParams, OutputKind
 from nufilt_jax.errors import ConfigError, OutputError, Problem
-from nufilt_jax.output.kinds import RECIPE, RECIPE_MAY_HAVE, STEP, STEP_MAY_HAVE, require
+from nufilt_jax.output.facts import Compiled, Covered, Fact, Host, MemoryUse, MergedAdapter, WindowDone
+from nufilt_jax.output.kinds import RECIPE_KINDS, RECIPE_MAY_HAVE, STEP, STEP_MAY_HAVE, require
 from nufilt_jax.output.model import Model as Model
 from nufilt_jax.output.model import found_from, seen_from
 
@@ -15,7 +16,6 @@ VERSION = 2  # of the recipe and of the state beside it; the recipes of nufilt_j
 _NEWER = ("conv", "output", "adapter_out_rank")  # settings that earlier versions' recipes lack
 _OF_WRITING = ("format", "dtype", "adapter_out_rank")  # settings that no number depends on before the model is written
 
-Rows = list[dict[str, Any]]
 ConfigOf = Callable[[str], type[MethodConfig]]  # from a method's name to the class of its settings
 
 
@@ -174,33 +174,33 @@ class Recipe:
       selected: what the method merges, by pattern.
       left: what it leaves although tasks moved it.
       steps: those that are done.
-      windows: of the grid: how many layers each has, the bytes of its D, and the tasks that are merged into it.
+      windows: of the grid.
       versions: of this program and its libraries.
       device: where it ran.
-      host: what the bits of the numbers depend on beside versions and device, see `engine.records.host_entry`.
+      host: what the bits of the numbers depend on beside versions and device.
       files: SHA-256 of the output's own files, by path relative to the folder.
       timings: seconds by what they were spent on, besides the steps.
-      compiled: the programs compiled, and the seconds that took.
-      memory: bytes allowed, planned and measured.
-      adapter: if that is the output, how its modules are called, its ranks, and the energy that they lose.
+      compiled: the programs.
+      memory: allowed, planned and measured.
+      adapter: if that is the output.
       version: of the recipe.
     """
 
     base: Model
     tasks: tuple[Model, ...]
     settings: Settings
-    selected: Rows = dataclasses.field(default_factory=list)
-    left: Rows = dataclasses.field(default_factory=list)
+    selected: tuple[Covered, ...] = ()
+    left: tuple[Covered, ...] = ()
     steps: tuple[Step, ...] = ()
-    windows: Rows = dataclasses.field(default_factory=list)
+    windows: tuple[WindowDone, ...] = ()
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     device: str = ""
-    host: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    host: Host = Host()  # noqa: RUF009  frozen
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
     timings: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    compiled: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    memory: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    adapter: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    compiled: Compiled | None = None
+    memory: MemoryUse | None = None
+    adapter: MergedAdapter | None = None
     version: int = VERSION
 
     @classmethod
@@ -216,14 +216,14 @@ class Recipe:
           OutputError: it is damaged, or from a version with other settings.
         """
         try:
-            require(document, RECIPE, RECIPE_MAY_HAVE)
+            require(document, RECIPE_KINDS, RECIPE_MAY_HAVE)
             recipe = cls(
                 base=Model.from_json(document["base"], "base"),
                 tasks=tuple(map(Model.from_json, document["tasks"])),
                 settings=Settings.from_json(document, config_of),
                 steps=tuple(map(Step.from_json, document["steps"])),
                 version=document.get("recipe_version", 1),
-                **{name: document[name] for name in _AS_THEY_ARE if name in document},
+                **_told(document),
             )
             if [step.task for step in recipe.steps] != recipe.task_names[: len(recipe.steps)]:
                 raise ValueError("its steps are not those of its tasks")
@@ -247,7 +247,10 @@ class Recipe:
             **self.settings.to_json(),
             "steps": [step.to_json() for step in self.steps],
         }
-        return document | {name: value for name in _AS_THEY_ARE if (value := getattr(self, name)) or name in _ALWAYS}
+        document |= {name: [fact.to_json() for fact in getattr(self, name)] for name in _LISTS}
+        told = {name: getattr(self, name) for name in (*_AS_THEY_ARE, *_FACTS)}
+        entries = {name: value.to_json() if isinstance(value, Fact) else value for name, value in told.items()}
+        return document | {name: entry for name, entry in entries.items() if entry}
 
     def as_seen_from(self, folder: Path) -> Self:
         """The same recipe as it is written into `folder`: its paths begin there, and tell of nobody's home."""
@@ -264,7 +267,7 @@ class Recipe:
     @property
     def n_layers(self) -> int:
         """Number of layers that the merge touches."""
-        return sum(row["layers"] for row in self.windows)
+        return sum(window.layers for window in self.windows)
 
     @property
     def task_names(self) -> list[str]:
@@ -278,17 +281,12 @@ class Recipe:
         return found if here == there else [*found, ("task", here, there)]
 
 
-_TOLD = ("versions", "device", "host", "files", "timings", "compiled", "memory", "adapter")
-_AS_THEY_ARE = ("selected", "left", "windows", *_TOLD)
-_ALWAYS = ("selected", "left", "windows")
+_LISTS: dict[str, type[Any]] = {"selected": Covered, "left": Covered, "windows": WindowDone}
+_AS_THEY_ARE = ("versions", "device", "files", "timings")
+_FACTS: dict[str, type[Any]] = {"host": Host, "compiled": Compiled, "memory": MemoryUse, "adapter": MergedAdapter}
 
 
-def other_merge_problems(
-    recipe: Recipe, folder: Path, settings: Settings, names: list[str], *, is_written: bool
-) -> list[Problem]:
-    """Refuses a command that differs from the merge that stands in its output folder, difference by difference."""
-    fix = f"choose another --out, remove {folder}, or continue it with --add"
-    return [
-        problem(key, f"is {old!r} in the merge in {folder}, got {new!r}", fix)
-        for key, old, new in recipe.differences(settings, names, is_written=is_written)
-    ]
+def _told(document: Mapping[str, Any]) -> dict[str, Any]:
+    lists = {name: tuple(map(fact.from_json, document.get(name, ()))) for name, fact in _LISTS.items()}
+    facts = {name: fact.from_json(document[name]) for name, fact in _FACTS.items() if name in document}
+    return lists | facts | {name: document[name] for name in _AS_THEY_ARE if name in document}

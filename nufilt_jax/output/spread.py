@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from nufilt_jax.checkpoints.dtypes import AnyArray, Array
+from nufilt_jax.checkpoints.dtypes import AnyArray, NumpyArray
 from nufilt_jax.errors import OutputError, Problem
 from nufilt_jax.output.arrays import Groups
 
@@ -74,7 +74,7 @@ class SpreadArrays:
             tree: Any = self._checkpointer.metadata(path).item_metadata.tree
         return {group: list(named) for group, named in tree.items()}
 
-    def read(self, group: str, names: Iterable[str]) -> dict[str, Array]:
+    def read(self, group: str, names: Iterable[str]) -> dict[str, NumpyArray]:
         """Some arrays of a group, and nothing else read.
 
         Raises:
@@ -98,7 +98,7 @@ def spelt_plainly(folder: Path) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="nufilt-") as scratch:
         link = Path(scratch) / "folder"
-        link.symlink_to(path.parent)
+        link.symlink_to(path.parent)  # not to the folder itself, which need not be there yet
         yield link / path.name
 
 

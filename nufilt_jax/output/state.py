@@ -75,6 +75,7 @@ def stored_windows(root: Path) -> list[StoredWindow]:
       OutputError: what a window tells of itself is damaged.
     """
     found: dict[int, StoredWindow] = {}
+    # In one order on every disk: which windows hold a layer first decides the order of layers.
     for folder in sorted(root.iterdir()) if root.is_dir() else ():
         name = _FOLDER.fullmatch(folder.name)
         if name is None or not (folder / _TOLD).is_file():
@@ -87,6 +88,7 @@ def stored_windows(root: Path) -> list[StoredWindow]:
             window = StoredWindow(folder, int(name["number"]), tuple(map(str, told["layers"])), cells, ranks)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise OutputError(Problem(str(folder / _TOLD), f"is damaged: {error}", AGAIN)) from error
+        # A run that is killed before it removes the older state leaves both.
         if window.number not in found or found[window.number].done < window.done:
             found[window.number] = window
     return list(found.values())
@@ -106,15 +108,16 @@ def save_window(root: Path, window: StoredWindow, arrays: Groups) -> StoredWindo
     target = root / window.named(window.done)
     draft = root / f".{target.name}"
     make_folder(root)
-    shutil.rmtree(draft, ignore_errors=True)
+    shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed here
     draft.mkdir()
     _save_arrays(draft, arrays)
     cells = [{**cell.step.to_json(), "forecast": cell.forecast} for cell in window.cells]
     factored = {"ranks": dict(window.ranks)} if window.ranks else {}
     write_json(draft / _TOLD, {"tasks": window.done, "layers": list(window.layers), **factored, "cells": cells})
     sync_tree(draft)
-    shutil.rmtree(target, ignore_errors=True)
+    shutil.rmtree(target, ignore_errors=True)  # no folder that holds something is replaced by a rename
     move(draft, target)
+    # Only now: until the new state has its name, the older one is all there is.
     for old in root.glob(f"{window.named()}-*"):
         if old != target:
             shutil.rmtree(old, ignore_errors=True)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nufilt_jax.checkpoints.dtypes import Array
+from nufilt_jax.checkpoints.dtypes import NumpyArray
 from nufilt_jax.errors import CheckpointError, OutputError, Problem
 from nufilt_jax.linalg.factored import Factored
 from nufilt_jax.output.arrays import ArrayFile
@@ -33,6 +33,7 @@ class Stored:
         """Takes in a window that is on disk."""
         self._files.pop(window.folder, None)  # it may stand in the place of an older one
         for layer in window.layers:
+            # Of as many tasks the later counts too: the same window, kept once more.
             if layer not in self._homes or self._homes[layer].done <= window.done:
                 self._homes[layer] = window
 
@@ -110,9 +111,9 @@ class Stored:
             found |= {layer: Factored(*(named[layer] for named in factors)) for layer in factored}
         return found
 
-    def others(self, layers: Iterable[str]) -> dict[str, dict[str, Array]]:
+    def others(self, layers: Iterable[str]) -> dict[str, dict[str, NumpyArray]]:
         """The groups beside D of all windows that hold some of the layers, but for what is of other layers."""
-        found: dict[str, dict[str, Array]] = {}
+        found: dict[str, dict[str, NumpyArray]] = {}
         layers = tuple(layers)
         for window in self.windows_of(layers):
             foreign = set(window.layers).difference(layers)
@@ -124,7 +125,7 @@ class Stored:
                     found[group] = found.get(group, {}) | self._read(window.folder, group, wanted)
         return found
 
-    def _read(self, folder: Path, group: str, names: Iterable[str]) -> dict[str, Array]:
+    def _read(self, folder: Path, group: str, names: Iterable[str]) -> dict[str, NumpyArray]:
         with _failures(folder):
             return self._file(folder).read(group, names)
 

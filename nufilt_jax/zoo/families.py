@@ -87,7 +87,7 @@ def _tower(*, width: int, inner: int, heads: int, layers: int, dtype: str) -> Ma
 
 
 # Small enough to travel with the package.
-TINY = Family(
+TINY_FAMILY = Family(
     name="tiny",
     config=_tower(width=128, inner=192, heads=4, layers=2, dtype="float32"),
     tasks=TASK_NAMES,
@@ -125,4 +125,4 @@ STUDY = Family(
     finetune=Phase(steps=400, batch=64, learning_rate=1.5e-4, weight_decay=0.0, n_images=12000, other_rate=0.2),
 )
 
-FAMILIES = {family.name: family for family in (TINY, STUDY)}
+FAMILIES = {family.name: family for family in (TINY_FAMILY, STUDY)}

@@ -19,7 +19,7 @@ from nufilt_jax.errors import CheckpointError, ConfigError, OutputError, Problem
 from nufilt_jax.evaluation import Task
 from nufilt_jax.user_cache import user_cache
 from nufilt_jax.zoo.draws import CLASS_NAMES, TASK_NAMES, Split, draw
-from nufilt_jax.zoo.families import IMAGE_MEAN, IMAGE_STD, PREPROCESSOR, TINY, Family
+from nufilt_jax.zoo.families import IMAGE_MEAN, IMAGE_STD, PREPROCESSOR, TINY_FAMILY, Family
 
 _HEADS = "heads.safetensors"
 
@@ -50,7 +50,7 @@ def evaluation_tasks(
     *,
     n_images: int = 500,
     split: Split = "test",
-    family: Family = TINY,
+    family: Family = TINY_FAMILY,
     heads: Mapping[str, Float[np.ndarray, "c d"]] | None = None,
 ) -> tuple[Task, ...]:
     """Draws the images of the built-in tasks. The models have never seen the test split's.
@@ -89,13 +89,13 @@ def evaluation_tasks(
 
 
 def weights_folder(family: Family) -> Path:
-    """Where a family's weights are kept: `TINY`'s travel with the package, others are made in this user's cache."""
-    if family is TINY:
+    """Where a family's weights are kept: `TINY_FAMILY`'s come with the package, others are made in the user's cache."""
+    if family is TINY_FAMILY:
         return Path(str(resources.files("nufilt_jax.zoo"))) / "weights"
-    return default_folder(family) / "weights"
+    return family_folder(family) / "weights"
 
 
-def load_heads(family: Family = TINY) -> dict[str, Float[np.ndarray, "c d"]]:
+def load_heads(family: Family = TINY_FAMILY) -> dict[str, Float[np.ndarray, "c d"]]:
     """The frozen class embeddings of every task, of unit length.
 
     Raises:
@@ -104,7 +104,7 @@ def load_heads(family: Family = TINY) -> dict[str, Float[np.ndarray, "c d"]]:
     return _load(family, _HEADS)
 
 
-def load_params(name: str, family: Family = TINY) -> dict[str, Float[np.ndarray, "..."]]:
+def load_params(name: str, family: Family = TINY_FAMILY) -> dict[str, Float[np.ndarray, "..."]]:
     """The weights of "base" or of one task's model: float32, exactly the stored float16 numbers.
 
     Raises:
@@ -142,7 +142,7 @@ def materialise(folder: Path | str | None = None) -> TinyZoo:
     Raises:
       OutputError: the folder cannot be written.
     """
-    target = Path(folder) if folder is not None else default_folder()
+    target = Path(folder) if folder is not None else family_folder()
     files = _contents()
     try:
         if not target.exists():
@@ -155,7 +155,7 @@ def materialise(folder: Path | str | None = None) -> TinyZoo:
     return TinyZoo(target, target / "base", MappingProxyType(tasks))
 
 
-def default_folder(family: Family = TINY) -> Path:
+def family_folder(family: Family = TINY_FAMILY) -> Path:
     """A family's folder in this user's cache; see `user_cache`.
 
     Raises:
@@ -174,7 +174,7 @@ def _contents() -> dict[str, bytes]:
     places = {"base": "base", **{name: f"tasks/{name}" for name in TASK_NAMES}}
     files: dict[str, bytes] = {}
     for name, place in places.items():
-        files[f"{place}/config.json"] = _json(dict(TINY.config))
+        files[f"{place}/config.json"] = _json(dict(TINY_FAMILY.config))
         files[f"{place}/preprocessor_config.json"] = _json(PREPROCESSOR)
         files[f"{place}/model.safetensors"] = safetensors.save(load_params(name), {"format": "pt"})
     files[_HEADS] = safetensors.save(load_heads())

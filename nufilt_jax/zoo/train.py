@@ -19,9 +19,9 @@ from safetensors import numpy as safetensors
 
 from nufilt_jax.durable import atomic_write
 from nufilt_jax.evaluation import Task, evaluate_tasks
-from nufilt_jax.zoo.families import FAMILIES, TINY, Family
+from nufilt_jax.zoo.families import FAMILIES, TINY_FAMILY, Family
 from nufilt_jax.zoo.store import evaluation_tasks, weights_folder
-from nufilt_jax.zoo.training import SEED, Params, initial_params, make_data, make_heads, train
+from nufilt_jax.zoo.training import SEED, TowerParams, initial_params, make_data, make_heads, train_tower
 
 RECORD = "training.json"
 
@@ -46,7 +46,7 @@ def build(family: Family, out: Path, console: Console, *, pretrained: Path | Non
     if "pretrained" not in scores:
         data = make_data(family, family.tasks, family.nuisance, family.pretrain.n_images)
         key = jax.random.key(SEED)
-        base, losses = train(family, initial_params(family, SEED), data, family.pretrain, key)
+        base, losses = train_tower(family, initial_params(family, SEED), data, family.pretrain, key)
         scores["pretrained"] = _keep(family, out / "base.safetensors", base, tasks)
         atomic_write(out / RECORD, _json(record))
         console.print(f"pre-trained: loss {losses[0]:.3f} to {losses[-1]:.3f}")
@@ -56,7 +56,9 @@ def build(family: Family, out: Path, console: Console, *, pretrained: Path | Non
             continue
         key = jax.random.fold_in(jax.random.key(SEED + 1), index)
         data = make_data(family, [task.name], family.looks[task.name], family.finetune.n_images)
-        tuned, _ = train(family, {name: jnp.asarray(value) for name, value in base.items()}, data, family.finetune, key)
+        tuned, _ = train_tower(
+            family, {name: jnp.asarray(value) for name, value in base.items()}, data, family.finetune, key
+        )
         scores["individual"] |= _keep(family, out / f"{task.name}.safetensors", tuned, [task])
         atomic_write(out / RECORD, _json(record))
         before, after = scores["pretrained"][task.name], scores["individual"][task.name]
@@ -90,7 +92,7 @@ def _open_record(family: Family, path: Path) -> dict[str, Any]:
     return settings | {"validation": {"individual": {}}, "versions": versions}
 
 
-def _keep(family: Family, path: Path, params: Params, tasks: list[Task] | tuple[Task, ...]) -> dict[str, float]:
+def _keep(family: Family, path: Path, params: TowerParams, tasks: list[Task] | tuple[Task, ...]) -> dict[str, float]:
     """Writes float16, and scores what a reader gets: from here on only the rounded numbers count."""
     rounded = {name: np.asarray(value).astype(np.float16, order="C") for name, value in params.items()}
     atomic_write(path, safetensors.save(rounded, {"format": "pt"}))
@@ -112,8 +114,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for the weights; study: by default in this user's cache")
     arguments = parser.parse_args()
     family = FAMILIES[arguments.family]
-    if family is TINY and arguments.out is None:
-        parser.error(f"{TINY.name} travels with the package: give a folder for the new one, --out")
+    if family is TINY_FAMILY and arguments.out is None:
+        parser.error(f"{family.name} travels with the package: give a folder for the new one, --out")
     build(family, arguments.out or weights_folder(family), Console(stderr=True))
 
 

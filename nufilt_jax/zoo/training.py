@@ -30,7 +30,7 @@ _STEPS_PER_CALL = 50
 
 _SELECTED = re.compile(r"(q_proj|k_proj|v_proj|out_proj|fc1)\.weight$")
 
-Params = dict[str, Float[Array, "..."]]
+TowerParams = dict[str, Float[Array, "..."]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +66,10 @@ def make_data(family: Family, tasks: Sequence[str], nuisance: Nuisance, n_images
     )
 
 
-def initial_params(family: Family, seed: int) -> Params:
+def initial_params(family: Family, seed: int) -> TowerParams:
     """A tower before training: scaled normal weights, norms of one, biases of zero."""
     rng = np.random.default_rng(seed)
-    params: Params = {}
+    params: TowerParams = {}
     for name, shape in canonical_shapes(parse_vision_config(family.config)).items():
         if name.endswith(".bias"):
             value = np.zeros(shape)
@@ -81,7 +81,9 @@ def initial_params(family: Family, seed: int) -> Params:
     return params
 
 
-def train(family: Family, params: Params, data: Data, phase: Phase, key: Key[Array, ""]) -> tuple[Params, list[float]]:
+def train_tower(
+    family: Family, params: TowerParams, data: Data, phase: Phase, key: Key[Array, ""]
+) -> tuple[TowerParams, list[float]]:
     """Trains on all tasks of `data` at once.
 
     Args:
@@ -112,14 +114,14 @@ def _optimiser(phase: Phase) -> optax.GradientTransformation:
     return optax.chain(optax.adamw(schedule, weight_decay=phase.weight_decay), others)
 
 
-def _is_other(params: Params) -> dict[str, bool]:
+def _is_other(params: TowerParams) -> dict[str, bool]:
     """Which parameters are not weights of q, k, v, out or fc1: these alone are what the method merges."""
     return {name: _SELECTED.search(name) is None for name in params}
 
 
 @functools.partial(jax.jit, static_argnames=("tower", "phase"))
 def _run(
-    params: Params,
+    params: TowerParams,
     state: optax.OptState,
     key: Key[Array, ""],
     images: UInt8[Array, "tasks n 3 h w"],
@@ -129,7 +131,7 @@ def _run(
     *,
     tower: ClipVisionConfig,
     phase: Phase,
-) -> tuple[Params, optax.OptState, Float[Array, ""]]:
+) -> tuple[TowerParams, optax.OptState, Float[Array, ""]]:
     """Fifty optimiser steps in one call."""
     optimiser = _optimiser(phase)
 
@@ -140,14 +142,14 @@ def _run(
         answers = jax.vmap(lambda rows, index: rows[index])(labels, chosen)
         loss, slope = jax.value_and_grad(_loss)(params, batch, answers, heads, is_class, tower)
         change, state = optimiser.update(slope, state, params)
-        return (cast(Params, optax.apply_updates(params, change)), state), loss
+        return (cast(TowerParams, optax.apply_updates(params, change)), state), loss
 
     (params, state), losses = jax.lax.scan(step, (params, state), jax.random.split(key, _STEPS_PER_CALL))
     return params, state, losses.mean()
 
 
 def _loss(
-    params: Params,
+    params: TowerParams,
     images: UInt8[Array, "tasks b 3 h w"],
     labels: Int[Array, "tasks b"],
     heads: Float[Array, "tasks slots d"],

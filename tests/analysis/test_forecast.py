@@ -8,7 +8,7 @@ from nufilt_jax.analysis.forecast import (
     layer_agreement,
     rank_correlation,
 )
-from nufilt_jax.analysis.layers import GROUPS, by_block, in_group, short
+from nufilt_jax.analysis.layers import LAYER_GROUPS, by_block, in_group, short
 
 STEPS = [
     {"layers": {}},
@@ -70,7 +70,7 @@ def test_accuracy_lost():
 def test_layers_in_groups_and_blocks():
     clip = "vision_model.encoder.layers.{}.{}.weight".format
     names = [clip(10, "mlp.fc1"), clip(2, "mlp.fc2"), clip(2, "self_attn.out_proj"), clip(2, "self_attn.q_proj")]
-    assert [in_group(names, group).tolist() for group in GROUPS] == [
+    assert [in_group(names, group).tolist() for group in LAYER_GROUPS] == [
         [True] * 4,
         [False, False, True, True],
         [True, True, False, False],

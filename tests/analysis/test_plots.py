@@ -12,7 +12,7 @@ from matplotlib.text import Text
 from nufilt_jax.analysis import figures, pictures, plots
 from nufilt_jax.analysis.affinity import summarise
 from nufilt_jax.analysis.document import as_array
-from nufilt_jax.analysis.layers import GROUPS
+from nufilt_jax.analysis.layers import LAYER_GROUPS
 from nufilt_jax.analysis.losses import StepLosses
 from nufilt_jax.errors import MissingExtraError
 
@@ -82,7 +82,7 @@ def test_affinities(n_tasks):
 def test_distributions():
     measured = build.random_measured(3)
     figure = drawn(plots.affinity_curves(measured.affinities, measured.layers, random=0.25))
-    assert [axes.get_title() for axes in figure.axes] == list(GROUPS)
+    assert [axes.get_title() for axes in figure.axes] == list(LAYER_GROUPS)
     for axes, n_layers in zip(figure.axes, (12, 8, 4), strict=True):
         own, other, level = axes.lines
         assert [line.get_label() for line in axes.lines] == ["own task", "other tasks", "random subspaces"]
@@ -134,7 +134,7 @@ def test_forecast_by_block():
 def test_all_pictures_of_a_document(n_tasks):
     document = build.random_document(list(TASKS[:n_tasks]), methods=("nufilt", "sum"))
     found = pictures.draw_pictures(document)
-    names = {"accuracy", "losses", "affinity_curves", *(pictures.affinity_picture(group) for group in GROUPS)}
+    names = {"accuracy", "losses", "affinity_curves", *(pictures.affinity_picture(group) for group in LAYER_GROUPS)}
     assert found.keys() == names | ({"forecast"} if n_tasks > 1 else set())
     for png in found.values():
         width, height = struct.unpack(">II", png[16:24])

@@ -161,6 +161,9 @@ def test_the_verdict_says_what_was_kept_lost_and_in_conflict():
         "blocks.1.q (75 %), blocks.2.q (50 %), blocks.0.q (20 %).",
     ]
     assert verdict(document)[:2] == told[:2] and len(verdict(document)) == 3
+    for least, most, where in ((0.8, 0.9, "below"), (0.5, 0.6, "above")):
+        ends = [scores("pre-trained", [least] * 3), scores("individual", [most] * 3)]
+        assert f"ACC is 73.2 %, {where} both {100 * least:.1f} % of the pre-trained" in verdict(document, ends)[2]
     found = page(document, build.recipe(TASKS)._replace(compared=compared))
     assert ["sum", "55.0", "55.0", "55.0", "55.0", "-20.0"] in found.rows
     assert all(sentence in found.sections["verdict"] for sentence in verdict(document, compared))

@@ -20,7 +20,7 @@ def expected(method, entry, layer, base, first, second):
     if method == "null_space":
         return d + tau @ oracle.projector(d, 4)
     key = rule.adapter_keys(0, 2, (layer,))[0]
-    start = rule.draw_start(jnp.asarray(key), 2, d.shape[1])
+    start = rule.normal_start(jnp.asarray(key), 2, d.shape[1])
     return d + oracle.nufilt_update(d, tau, start, filter_rank=4, task_rank=2, steps=4)[0]
 
 

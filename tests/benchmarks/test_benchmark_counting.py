@@ -12,7 +12,7 @@ from benchmarks.common.counting import counted
 from benchmarks.speed import package_solve
 from nufilt_jax.core import solve
 from nufilt_jax.engine import counts
-from nufilt_jax.engine.counts import Count, product
+from nufilt_jax.engine.counts import Work, product
 from nufilt_jax.methods.nufilt import NufiltConfig
 
 CONFIG = NufiltConfig(filter_rank=6, adapter_rank=5, task_rank=2, steps=3, decomposition="svd")
@@ -27,7 +27,7 @@ ONE = product(3, 4, 3)
 
 
 def test_a_product():
-    assert Count(2 * 3 * 4 * 3, 4 * (12 + 12 + 9)) == ONE
+    assert Work(2 * 3 * 4 * 3, 4 * (12 + 12 + 9)) == ONE
     assert counted(a_product, X) == ONE
 
 
@@ -50,7 +50,7 @@ def test_branches_count_as_taken(taken):
     def branch(x, flag):
         return jax.lax.cond(flag, a_product, lambda x: x[:, :3], x)
 
-    assert counted(branch, X, jnp.asarray(taken)) == (ONE if taken else Count())
+    assert counted(branch, X, jnp.asarray(taken)) == (ONE if taken else Work())
 
 
 def test_library_calls():
@@ -82,7 +82,7 @@ def test_formulas(shape):
     adam = counts.adam_count(*shape, CONFIG, factored=2 * shape[0] < shape[1])
     trained = 2 * shape[1] * CONFIG.adapter_rank * CONFIG.steps
     # The elementwise update is no product: the formula alone has it.
-    assert found["adam"] == Count(adam.flops - counts.ADAM_FLOPS * trained, adam.bytes - 4 * 7 * trained)
+    assert found["adam"] == Work(adam.flops - counts.ADAM_FLOPS * trained, adam.bytes - 4 * 7 * trained)
 
 
 def test_stages_together_are_the_solve():

@@ -16,14 +16,14 @@ from nufilt_jax import NufiltConfig, methods, zoo
 from nufilt_jax.evaluation import evaluate_tasks
 from nufilt_jax.presets import shuffled
 
-SMALL = dataclasses.replace(zoo.TINY, name="small", tasks=("letters", "shapes"))
+SMALL = dataclasses.replace(zoo.TINY_FAMILY, name="small", tasks=("letters", "shapes"))
 IMAGES = 16
 
 
 @pytest.fixture(autouse=True)
 def small_study(tmp_path, monkeypatch):
     monkeypatch.setenv("NUFILT_CACHE", str(tmp_path))
-    shutil.copytree(zoo.store.weights_folder(zoo.TINY), tmp_path / "small" / "weights")
+    shutil.copytree(zoo.store.weights_folder(zoo.TINY_FAMILY), tmp_path / "small" / "weights")
     monkeypatch.setattr(figures, "StudyStream", functools.partial(streams.StudyStream, SMALL))
     monkeypatch.setattr(forecast_check, "StudyStream", functools.partial(streams.StudyStream, SMALL))
 

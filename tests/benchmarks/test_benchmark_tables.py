@@ -23,7 +23,7 @@ from nufilt_jax.zoo.train import build
 
 SHORT = Phase(steps=50, batch=4, learning_rate=2e-3, weight_decay=0.0, n_images=32)
 SMALL = dataclasses.replace(
-    zoo.TINY, name="small", tasks=("hue", "gaps", "count"), looks=HARD, pretrain=SHORT, finetune=SHORT
+    zoo.TINY_FAMILY, name="small", tasks=("hue", "gaps", "count"), looks=HARD, pretrain=SHORT, finetune=SHORT
 )
 
 

@@ -133,6 +133,16 @@ def test_an_adapter_comes_out(nufilt, stream, tmp_path, options):
     assert result.json["adapter"]["energy_lost"] == 0
 
 
+def test_a_rank_that_was_filled_up_comes_out_as_it_went_in(nufilt, stream, tmp_path):
+    """Of 5, which is worked on as 8."""
+    adapters.write(tmp_path / "five", adapters.factors(build.tower(0), 3, 5))
+    how = ("--base", stream / "base", "--output", "adapter", "--out", tmp_path / "out")
+    assert nufilt("merge", "--task", f"five={tmp_path / 'five'}", *how).code == 0
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    recipe = json.loads((tmp_path / "out" / "nufilt.json").read_text())
+    assert config["r"] == recipe["adapter"]["rank"] == 5 and config["rank_pattern"] == {}
+
+
 def test_push_warns_of_a_base_that_only_this_machine_has(nufilt, stream, tmp_path):
     out = tmp_path / "out"
     tasks = ("--base", stream / "base", "--task", f"one={stream / 'one'}", "--method", "sum")

@@ -249,7 +249,8 @@ def test_without_matplotlib_there_are_numbers(merged, nufilt, monkeypatch):
         (("empty", "--images", "0"), 1, "--images: must be at least 1, got 0"),
         (("empty", "--images", "1.5"), 2, ""),
         (("empty", "--tasks-file", "none.json"), 1, "none.json"),
-        (("empty", "--method", "sum"), 2, ""),
+        (("empty", "--method", "sum"), 2, "--method: must be MODULE:RULE, got 'sum'"),
+        (("empty", "--seed", "1"), 2, ""),
     ],
     ids=str,
 )

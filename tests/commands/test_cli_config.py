@@ -157,6 +157,12 @@ def test_a_recipe_repeats_its_merge(models, tmp_path, nufilt, command, monkeypat
     again = nufilt("merge", "--config", "one/nufilt.json")
     assert (again.code, "no effect" in again.err) == (0, False), again.err
     assert build.weight_bytes(tmp_path / "one-again") == build.weight_bytes(tmp_path / "one")
+    first = json.loads(recipe)
+    del first["recipe_version"]  # as in the first version
+    (tmp_path / "one" / "first.json").write_text(json.dumps(first))
+    again = nufilt("merge", "--config", "one/first.json", "--out", "first")
+    assert again.code == 0, again.err
+    assert build.weight_bytes(tmp_path / "first") == build.weight_bytes(tmp_path / "one")
     shutil.rmtree(models / "beta")
     build.write(models / "beta", build.weights(models / "alpha"))
     changed = nufilt("merge", "--config", "one/nufilt.json", "--out", "two")

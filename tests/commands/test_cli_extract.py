@@ -58,6 +58,17 @@ def test_what_has_the_rank_is_kept_whole(nufilt, models, tmp_path):
         np.testing.assert_allclose(base[name] + change, thin[name], atol=2e-6)
 
 
+def test_lookup_tables_are_left_and_told(nufilt, models, tmp_path):
+    """peft adapts them otherwise than matrices."""
+    out, table = tmp_path / "a", "vision_model.embeddings.position_embedding.weight"
+    how = ("--base", models / "base", "--rank", 2, "--layers", "position_embedding|fc1", "--out", out)
+    result = nufilt("extract", models / "full", *how)
+    assert result.code == 0, result.err
+    assert f"{table} is a lookup table, and has no place in the adapter" in result.err
+    modules = json.loads((out / "adapter_config.json").read_text())["target_modules"]
+    assert modules == sorted(name.removesuffix(".weight") for name in FC1)
+
+
 def test_what_is_outside_is_warned_of(nufilt, models, tmp_path):
     out = tmp_path / "a"
     how = ("--layers", "q_proj", "--rank", 2, "--dtype", "bfloat16")

@@ -196,3 +196,13 @@ def test_terminal(shared_models, tmp_path, command, no_color):
     assert "gamma" in text
     colours = re.findall(r"\x1b\[[0-9;]*m", text)
     assert any(re.search(r"[\[;]3[0-8]", code) for code in colours) != no_color, colours
+
+
+@pytest.mark.parametrize("has_backend", [True, False])
+def test_the_machine_is_measured_with_and_without_a_backend(monkeypatch, has_backend):
+    def failing(_):
+        raise RuntimeError("no backend")
+
+    if not has_backend:
+        monkeypatch.setattr(estimate.jax, "device_put", failing)
+    assert 1e8 < estimate.products_per_second(0.05) < 1e15

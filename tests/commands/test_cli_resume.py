@@ -387,7 +387,9 @@ def test_what_a_user_adds_to_a_merge_stays(shared_models, tmp_path, nufilt, comm
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_text(text)
     (out / "link").symlink_to("notes.txt")
+    (out / "data").symlink_to(shared_models, target_is_directory=True)
     assert nufilt(*add(shared_models, out, "beta")).code == 0
+    assert (out / "data").is_symlink() and (out / "data" / "base").is_dir()
     assert {name: (out / name).read_text() for name in ("notes.txt", ".git/config", "link", "README.old.md")} == {
         "notes.txt": "mine",
         ".git/config": "[core]",

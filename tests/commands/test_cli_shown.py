@@ -34,7 +34,8 @@ def test_help_lists_what_a_command_takes(nufilt):
     options = {
         name: set(re.findall(r"--[a-z][a-z-]+", nufilt(name, "--help").out)) for name in ("merge", "add", "plan")
     }
-    assert options["plan"] == options["merge"] - {"--plan"}
+    of_a_run = {"--plan", "--distributed", "--coordinator", "--processes", "--process"}
+    assert options["plan"] == options["merge"] - of_a_run
     assert {"--task", "--evaluate", "--max-memory"} <= options["add"]
     kept = ("--base", "--method", "--filter-rank", "--dtype", "--out", "--config", "--output", "--adapter-out-rank")
     assert options["add"].isdisjoint(kept)
@@ -112,7 +113,10 @@ def test_verbose_goes_with_json_and_not_with_quiet(shared_models, tmp_path, nufi
 def test_push_says_what_it_would_upload(shared_models, tmp_path, nufilt, command, refused):
     out = tmp_path / "out"
     assert nufilt(*command(shared_models, out, "--method", "sum", n=2)).code == 0
+    (out / ".git").mkdir()
+    (out / ".git" / "config").touch()  # which the Hub's library never uploads
     told = nufilt("push", out, "me/merged", "--dry-run", "--json").json
+    assert not [name for name in told["files"] if ".git" in name]
     assert told["url"] is None and told["repo"] == "me/merged" and told["message"] == "sum: alpha, beta"
     assert {"model.safetensors", "config.json", "nufilt.json", "README.md"} <= told["files"].keys()
     assert not any(name.startswith("state/") for name in told["files"])

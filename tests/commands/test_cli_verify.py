@@ -289,7 +289,7 @@ def test_a_merge_goes_on_with_as_many_layers_at_a_time(shared_models, tmp_path, 
     with chunks.at_once(here + 1):
         assert nufilt(*command(shared_models, out, n=2)).code == 0
     assert nufilt(*added).code == 0
-    assert recipe_of(out)["host"] == records.host_entry() | {"layers_at_once": here + 1}
+    assert recipe_of(out)["host"] == records.this_host().to_json() | {"layers_at_once": here + 1}
     assert nufilt("verify", out).code == 0
     monkeypatch.setattr(records, "_processor", lambda: "another")
     assert nufilt("add", out, "--task", f"delta={shared_models / 'delta'}").code == 0

@@ -9,7 +9,7 @@ import numpy as np
 import oracle
 import pytest
 
-from nufilt_jax.core.adapt import Adapter, Objective, draw_start, loss_and_gradients, reduced_objective
+from nufilt_jax.core.adapt import Adapter, Objective, loss_and_gradients, normal_start, reduced_objective
 from nufilt_jax.core.filter import authors_first_filter, null_space_filter, target
 from nufilt_jax.core.fuse import fuse
 from nufilt_jax.core.solve import solve_group
@@ -71,8 +71,8 @@ def test_the_authors_first_task_loses_its_first_coordinates():
 
 def test_a_start_depends_on_its_key_alone():
     keys = jnp.asarray([[1, 2], [3, 4]], jnp.uint32)
-    together = jax.vmap(lambda key: draw_start(key, 4, 500))(keys)
-    np.testing.assert_array_equal(together[1], draw_start(keys[1], 4, 500))
+    together = jax.vmap(lambda key: normal_start(key, 4, 500))(keys)
+    np.testing.assert_array_equal(together[1], normal_start(keys[1], 4, 500))
     assert not np.array_equal(together[0], together[1])
     assert float(jnp.std(together)) == pytest.approx(0.02, rel=0.05)
 

@@ -92,7 +92,7 @@ def test_a_rule_of_the_whole_model_has_one_window_or_none():
 def test_without_a_cap_half_of_what_is_free_is_taken(monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda: 2 * (RUNTIME + 1100 * MB))
     rows, found = planned(None)
-    assert len(rows) > 1 and found.to_json()["by"] == "half of what is free"
+    assert len(rows) > 1 and found.told().by == "half of what is free"
     monkeypatch.setattr(memory, "free_memory", lambda: 1000)
     assert planned(None)[0]  # nobody asked for a cap: it is tried
 
@@ -108,6 +108,36 @@ def test_windows_fit_on_the_device():
     assert len(rows) > 1 and max(row.n_bytes for row in rows) <= most
     assert sum(row.n_bytes for row in rows) == STACK.total and found.planned < plenty
     assert len(planned(plenty, Reach(on_device=STACK.total))[0]) == 1
+
+
+def test_programs_of_layers_in_factors_take_a_device_no_more_than_those():
+    stack, whole = (Stack(("layer",), (4096, 4096), ranks=ranks) for ranks in ((16, 16), None))
+    in_factors, dense = (largest_on_device(2000 * MB, [x], NufiltConfig(), Reach()) / x.n_bytes for x in (stack, whole))
+    assert in_factors > 10 * dense
+
+
+def group(folder, files):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name).write_text(f"{text}\n")
+
+
+def test_what_a_container_or_a_batch_job_leaves_is_what_is_free(tmp_path):
+    """Of every group around the process; files in memory give way, and most groups have no limit."""
+    told, mounted = tmp_path / "cgroup", tmp_path / "mounted"
+    told.write_text("0::/job/step\n")
+    stat = "anon 5\ninactive_file 20\nactive_file 10"
+    group(mounted / "job" / "step", {"memory.max": "max", "memory.current": 70, "memory.stat": stat})
+    group(mounted / "job", {"memory.max": 100, "memory.current": 80, "memory.stat": stat})
+    assert list(memory.left_in_groups(told, mounted)) == [50]
+    group(mounted, {"memory.max": 60, "memory.current": 95, "memory.stat": stat})  # in a container: its own
+    assert sorted(memory.left_in_groups(told, mounted)) == [0, 50]
+    first = {"memory.limit_in_bytes": 1000, "memory.usage_in_bytes": 900, "memory.stat": "total_inactive_file 100"}
+    told.write_text("12:cpu:/x\n9:memory:/job\n")
+    group(mounted / "memory" / "job", first)
+    assert list(memory.left_in_groups(told, mounted)) == [200]
+    assert list(memory.left_in_groups(tmp_path / "none", mounted)) == []
+    assert memory.free_memory() > 0
 
 
 @pytest.mark.parametrize("reach", [Reach(on_device=60 * MB), Reach(on_device=700 * MB, whole_model=True)])

@@ -13,7 +13,7 @@ from nufilt_jax.errors import CheckpointError, ConfigError, NufiltError
 from nufilt_jax.evaluation.t5 import tasks as t5_tasks
 from nufilt_jax.evaluation.t5.batches import bucketed_batches, mixed_batches
 from nufilt_jax.evaluation.t5.spec import TextSpec
-from nufilt_jax.evaluation.t5.tasks import generated, open_text_task, rank_correlation
+from nufilt_jax.evaluation.t5.tasks import generated, open_text_task, spearman
 from nufilt_jax.evaluation.tokenizer import open_tokenizer
 from nufilt_jax.models import parse_t5_config, t5_generate
 
@@ -104,10 +104,10 @@ def test_rank_correlation_of_numbers(model, tmp_path):
 
 
 def test_rank_correlation_of_odd_texts():
-    assert rank_correlation(["0.0", "nan", "inf", "", "1e9"], ["0", "0", "0", "0", "3.2"]) == 1.0
-    assert rank_correlation(["3", "3.0"], ["1", "2"]) == 0.0  # nothing is ranked
-    assert rank_correlation(["1", "2"], ["2", "2"]) == 0.0
-    assert rank_correlation(["2", "1", "3"], ["1.0", "2.0", "0.0"]) == pytest.approx(-1.0)
+    assert spearman(["0.0", "nan", "inf", "", "1e9"], ["0", "0", "0", "0", "3.2"]) == 1.0
+    assert spearman(["3", "3.0"], ["1", "2"]) == 0.0  # nothing is ranked
+    assert spearman(["1", "2"], ["2", "2"]) == 0.0
+    assert spearman(["2", "1", "3"], ["1.0", "2.0", "0.0"]) == pytest.approx(-1.0)
 
 
 def test_half_precision_is_close(model, monkeypatch):

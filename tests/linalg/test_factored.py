@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nufilt_jax.linalg.dispatch import run_alone
-from nufilt_jax.linalg.factored import Factored, dense, plus, rows_of, spread
+from nufilt_jax.linalg.factored import Factored, by_outputs, dense, plus, rows_of
 from nufilt_jax.linalg.thin import leading_of_rows
 
 
@@ -31,7 +31,7 @@ def test_a_matrix_in_factors_is_multiplied_from_the_right():
     x = factored(rng, 20, 12, 3)
     y = jnp.asarray(rng.standard_normal((12, 2)), jnp.float32)
     assert (x.shape, len(x), x.rank) == ((20, 12), 20, 3)
-    np.testing.assert_allclose(spread(x, rows_of(x) @ y), exactly(x) @ np.asarray(y, np.float64), atol=1e-6)
+    np.testing.assert_allclose(by_outputs(x, rows_of(x) @ y), exactly(x) @ np.asarray(y, np.float64), atol=1e-6)
     np.testing.assert_allclose(dense(x), exactly(x), atol=1e-6)
     np.testing.assert_allclose(x.outputs(slice(3, 5)), exactly(x)[3:5], atol=1e-6)
 
@@ -61,6 +61,14 @@ def test_a_sum_is_kept_in_an_orthonormal_basis(case, start):
     np.testing.assert_allclose(exactly(found), exactly(x) + exactly(y), atol=3e-6)
     overlap = np.asarray(found.basis, np.float64).T @ np.asarray(found.basis, np.float64)
     np.testing.assert_allclose(overlap, np.diag(np.round(np.diagonal(overlap))), atol=1e-6)
+
+
+def test_what_a_rank_is_filled_up_with_stays_zero():
+    rng = np.random.default_rng(3)
+    x, y = factored(rng, 20, 12, 4, columns=8), factored(rng, 20, 12, 2, columns=4)
+    found = run_alone(jax.jit(plus), x, y, y)
+    np.testing.assert_allclose(exactly(found), exactly(x) + exactly(y), atol=3e-6)
+    assert np.flatnonzero(np.any(np.asarray(found.rows) != 0, axis=1)).tolist() == [0, 1, 4, 5, 6, 7]
 
 
 @pytest.mark.parametrize("until_certified", [False, True])

@@ -58,7 +58,7 @@ def merge(rule, tasks, base=BASE):
 
 def start_of(name, step, rank=3):
     [key] = nufilt.adapter_keys(0, step, (name,))
-    return nufilt.draw_start(jnp.asarray(key), rank, SHAPES[name][1])
+    return nufilt.normal_start(jnp.asarray(key), rank, SHAPES[name][1])
 
 
 @pytest.mark.parametrize("tasks", [TASKS, LORA], ids=["full rank", "rank 1"])

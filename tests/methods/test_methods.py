@@ -32,7 +32,7 @@ def test_nufilt_is_algorithm_1():
         d = (TASKS[0][name] - BASE[name]).astype(np.float64)
         for step, task in enumerate(TASKS[1:], 2):
             key = nufilt.adapter_keys(0, step, (name,))[0]
-            start = nufilt.draw_start(jnp.asarray(key), 4, d.shape[1])
+            start = nufilt.normal_start(jnp.asarray(key), 4, d.shape[1])
             d = d + oracle.nufilt_update(d, task[name] - BASE[name], start, filter_rank=8, task_rank=3, steps=10)[0]
         assert np.linalg.norm(state.delta[name] - d) < 5e-5 * np.linalg.norm(d)
 

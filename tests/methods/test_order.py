@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nufilt_jax.methods.order import HALF, Count, count, half_counts, is_less, kth_smallest_magnitude, place_in
+from nufilt_jax.methods.order import HALF, Count, count_entries, half_counts, is_less, kth_smallest_magnitude, place_in
 
 find = jax.jit(kth_smallest_magnitude, static_argnames="weights")
 
@@ -81,7 +81,7 @@ def test_more_entries_than_32_bits_count():
 
 def test_entries_are_counted_across_operands():
     xs, ys = model(5), model(6)
-    both = jax.jit(functools.partial(count, lambda x, y: (x < y, x * y > 0)))(xs, ys)
+    both = jax.jit(functools.partial(count_entries, lambda x, y: (x < y, x * y > 0)))(xs, ys)
     assert both.high.tolist() == [0, 0]
     pairs = list(zip(xs, ys, strict=True))
     assert both.low.tolist() == [sum(np.sum(x < y) for x, y in pairs), sum(np.sum(x * y > 0) for x, y in pairs)]

@@ -4,6 +4,7 @@ import dataclasses
 import subprocess
 import sys
 
+import adapter_builders as adapters
 import model_builders as build
 import numpy as np
 import pytest
@@ -36,6 +37,26 @@ def test_a_merge_as_one_call_is_the_command(shared_models, tmp_path, nufilt, com
     assert np.array_equal(nj.load(str(tmp_path / "saved"))[build.Q0], saved[build.Q0])
     with pytest.warns(UserWarning, match="of its squared change is outside"):
         nj.merge(base, [tasks["alpha"]], tmp_path / "sum", method="sum", layers="fc2")
+
+
+def test_adapters_from_python(tmp_path, monkeypatch):
+    """In memory and into a folder, as an adapter too: the same model."""
+    base = build.tower(0)
+    build.write(tmp_path / "base", base)
+    tasks = [adapters.write(tmp_path / name, adapters.factors(base, i)) for i, name in enumerate(("one", "two"))]
+    in_memory = nj.merge(tmp_path / "base", tasks, method="sum")
+    whole = nj.merge(tmp_path / "base", tasks, tmp_path / "whole", method="sum")
+    put_on = nj.merge(tmp_path / "base", tasks, tmp_path / "adapter", method="sum", output="adapter")
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+    for name in base:
+        np.testing.assert_allclose(in_memory[name], whole[name], atol=1e-6)
+        np.testing.assert_allclose(put_on[name], whole[name], atol=1e-6)
+    with pytest.raises(ConfigError, match=r"^output: belongs to out"):
+        nj.merge(tmp_path / "base", tasks, method="sum", output="adapter")
+    with pytest.raises(ConfigError, match=r"devices: needs folders or Hub ids \(give no weights"):
+        nj.merge(tmp_path / "base", [base], tmp_path / "else", method="sum", devices=2)
+    with pytest.raises(NufiltError, match="devices 99 are asked for"):
+        nj.merge(tmp_path / "base", tasks, tmp_path / "else", method="sum", devices=99)
 
 
 def how_without(how, name):
@@ -145,6 +166,9 @@ def test_own_rules(registry):
     assert nj.methods.register(mean) is mean
     with pytest.raises(ConfigError, match="there is a method 'sum' already"):
         nj.methods.register(dataclasses.replace(mean, name="sum"))
+    with pytest.raises(ConfigError, match="there is a method 'iso' already"):
+        nj.methods.register(dataclasses.replace(mean, name="iso"))
+    assert "iso" not in nj.methods.RULES
     with pytest.raises(ConfigError, match=r"it is a rule of your own: say method my:RULE"):
         nj.methods.find("my:RULE")
 
@@ -186,6 +210,18 @@ def test_a_rule_of_ones_own_from_the_command_line(shared_models, tmp_path, nufil
     pushed = nufilt("push", "out", "USER/NAME", "--dry-run")
     assert pushed.code == 1 and "was merged by my_rule_file:RULE, and a recipe imports nothing" in pushed.err
     assert "damaged" not in unknown.err + pushed.err
+    own = ("--method", "my_rule_file:RULE")
+    for command in (
+        ("push", "out", "USER/NAME", "--dry-run"),
+        ("export", "out", "--what", "delta", "--out", "delta.safetensors"),
+        ("verify", "out"),
+    ):
+        nj.methods.RULES.pop("my_rule_file:RULE", None)
+        assert nufilt(*command).code == 1
+        told = nufilt(*command, *own)
+        assert told.code == 0, told.err
+    assert "verified" in told.out and (tmp_path / "delta.safetensors").is_file()
+    nj.methods.RULES.pop("my_rule_file:RULE", None)
     repeat = ("merge", "--config", "out/nufilt.json", "--out", "again")
     assert nufilt(*repeat).code == 1 and not (tmp_path / "again").exists()
     assert nufilt(*repeat, "--method", "my_rule_file:RULE").code == 0

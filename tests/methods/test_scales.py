@@ -86,7 +86,7 @@ def test_nufilt_equals_the_oracle_at_every_scale(scale, solver):
         d, *rest = (np.asarray(vector[key], np.float64) for vector in vectors(scale))
         for step, tau in enumerate(rest, 2):
             if solver == "adam":
-                start = nufilt.draw_start(jnp.asarray(nufilt.adapter_keys(0, step, (key,))[0]), 4, d.shape[1])
+                start = nufilt.normal_start(jnp.asarray(nufilt.adapter_keys(0, step, (key,))[0]), 4, d.shape[1])
                 update, losses = nufilt_update(d, tau, start, **ranks, steps=10)
             else:
                 update, losses = closed_form_update(d, tau, **ranks, ridge=1.0)

@@ -31,6 +31,10 @@ def read(document, folder):
         ("layers", [], "layers is []"),
         ("steps.0.task", "b", "its steps are not those of its tasks"),
         ("recipe_version", 99, "it is of version 99"),
+        ("memory", {"allowed": 1, "by": "x", "planned": "x"}, "memory.planned is 'x'"),
+        ("compiled", {"seconds": 1.0}, "compiled.programs is None"),
+        ("left", [{"pattern": "x", "kinds": 1, "layers": 1, "share": {"a": "x"}}], "left[0].share is {'a': 'x'}"),
+        ("adapter", {"modules": {"x": 1}, "config": {}}, "adapter.modules.x is 1"),
     ],
 )
 def test_a_recipe_of_other_kinds_is_refused(tmp_path, path, value, what):
@@ -44,3 +48,19 @@ def test_a_recipe_of_other_kinds_is_refused(tmp_path, path, value, what):
     with pytest.raises(OutputError) as error:
         read(document, tmp_path)
     assert what in str(error.value)
+
+
+def test_what_was_told_comes_back(tmp_path):
+    """And of what another version tells, what is known here."""
+    told = {
+        "selected": [{"pattern": "*.q", "kinds": 1, "layers": 2, "parameters": 8}],
+        "left": [{"pattern": "*.b", "kinds": 1, "layers": 2, "parameters": 4, "share": {"a": 0.5}}],
+        "windows": [{"layers": 2, "bytes": 32, "tasks": 1}],
+        "host": {"machine": "x86_64", "layers_at_once": 2, "tolerance": {"update": 2e-5}, "is_mixed": True},
+        "compiled": {"programs": 3, "from_cache": 1, "seconds": 0.5},
+        "memory": {"allowed": 8, "by": "--max-memory", "planned": 6, "peak": 5},
+        "adapter": {"modules": {"q": "m.q"}, "config": {}, "rank": 2, "energy_lost": 0.0},
+    }
+    newer = copy.deepcopy(told)
+    newer["host"]["moon"] = newer["windows"][0]["moon"] = "full"
+    assert read(RECIPE | newer, tmp_path).to_json() == RECIPE | told

@@ -50,6 +50,13 @@ def test_what_can_only_be_read_is_read(out, monkeypatch):
         pass
 
 
+def test_a_lock_that_leads_into_nowhere_is_not_waited_for(out):
+    out.with_name("out.lock").symlink_to(out.parent / "none" / "lock")
+    with OutputPlace(out).read_locked():
+        pass
+    assert not (out.parent / "none").exists()
+
+
 def test_a_file_system_without_locks_is_read(out, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", fails(errno.ENOLCK))
     with OutputPlace(out).read_locked():

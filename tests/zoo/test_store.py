@@ -16,8 +16,8 @@ from nufilt_jax.models import canonical_shapes, parse_vision_config
 from nufilt_jax.zoo import (
     CLASS_NAMES,
     TASK_NAMES,
-    default_folder,
     evaluation_tasks,
+    family_folder,
     load_heads,
     load_params,
     materialise,
@@ -152,25 +152,25 @@ def test_unusable_folder(tmp_path):
 
 def test_default_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("NUFILT_CACHE", str(tmp_path / "own"))
-    assert default_folder() == tmp_path / "own" / "tiny"
+    assert family_folder() == tmp_path / "own" / "tiny"
     monkeypatch.delenv("NUFILT_CACHE")
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert default_folder() == tmp_path / "xdg" / "nufilt_jax" / "tiny"
+    assert family_folder() == tmp_path / "xdg" / "nufilt_jax" / "tiny"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert default_folder() == tmp_path / ".cache" / "nufilt_jax" / "tiny"
+    assert family_folder() == tmp_path / ".cache" / "nufilt_jax" / "tiny"
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert default_folder() == tmp_path / "Library" / "Caches" / "nufilt_jax" / "tiny"
+    assert family_folder() == tmp_path / "Library" / "Caches" / "nufilt_jax" / "tiny"
     assert compile_cache.default_folder() == str(tmp_path / "Library" / "Caches" / "nufilt_jax" / "xla")
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "local"))
-    assert default_folder() == tmp_path / "local" / "nufilt_jax" / "tiny"
+    assert family_folder() == tmp_path / "local" / "nufilt_jax" / "tiny"
     assert compile_cache.default_folder() == str(tmp_path / "local" / "nufilt_jax" / "xla")
     monkeypatch.delenv("LOCALAPPDATA")
     monkeypatch.setattr("os.path.expanduser", lambda path: path)
     with pytest.raises(ConfigError, match="NUFILT_CACHE: is not set, and this user has no home folder"):
-        default_folder()
+        family_folder()
 
 
 def test_unknown_model():

@@ -10,11 +10,11 @@ from rich.console import Console
 
 from nufilt_jax.errors import CheckpointError, ConfigError
 from nufilt_jax.evaluation import evaluate_tasks
-from nufilt_jax.zoo import STUDY, TASK_NAMES, TINY, evaluation_tasks, load_heads, load_params
+from nufilt_jax.zoo import STUDY, TASK_NAMES, TINY_FAMILY, evaluation_tasks, load_heads, load_params
 from nufilt_jax.zoo.draws import HARD, MILD
 from nufilt_jax.zoo.families import Phase
 from nufilt_jax.zoo.train import build, main
-from nufilt_jax.zoo.training import initial_params, make_data, make_heads, train
+from nufilt_jax.zoo.training import initial_params, make_data, make_heads, train_tower
 
 WEIGHTS = resources.files("nufilt_jax.zoo") / "weights"
 SELECTED = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "out_proj.weight", "fc1.weight")
@@ -22,11 +22,11 @@ SELECTED = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "out_proj.weight"
 
 def test_training():
     phase = Phase(steps=100, batch=8, learning_rate=1e-3, weight_decay=0.0, n_images=64, other_rate=0.0)
-    data = make_data(TINY, ["shapes", "letters"], MILD, phase.n_images)
-    start = initial_params(TINY, 0)
+    data = make_data(TINY_FAMILY, ["shapes", "letters"], MILD, phase.n_images)
+    start = initial_params(TINY_FAMILY, 0)
     with jax.numpy_dtype_promotion("standard"):  # optax's schedules multiply the step count by a float
-        first, losses = train(TINY, start, data, phase, jax.random.key(0))
-        again, _ = train(TINY, initial_params(TINY, 0), data, phase, jax.random.key(0))
+        first, losses = train_tower(TINY_FAMILY, start, data, phase, jax.random.key(0))
+        again, _ = train_tower(TINY_FAMILY, initial_params(TINY_FAMILY, 0), data, phase, jax.random.key(0))
     assert len(losses) == 2
     assert losses[1] < losses[0]
     for name, value in first.items():
@@ -45,7 +45,7 @@ def test_the_shipped_weights_are_not_overwritten(monkeypatch, capsys):
 
 def test_shipped_heads_are_those_of_the_script():
     shipped = load_heads()
-    for task, head in make_heads(TINY).items():
+    for task, head in make_heads(TINY_FAMILY).items():
         np.testing.assert_allclose(shipped[task], head, atol=1e-6)
 
 
@@ -53,16 +53,20 @@ def test_shipped_weights_score_as_their_record_says():
     record = json.loads((WEIGHTS / "training.json").read_text())["validation"]
     tasks = evaluation_tasks(split="val")
     # One image of 500 is 0.002; another machine's rounding may move a few that are on the edge.
-    assert evaluate_tasks(load_params("base"), TINY.config, tasks) == pytest.approx(record["pretrained"], abs=0.01)
+    assert evaluate_tasks(load_params("base"), TINY_FAMILY.config, tasks) == pytest.approx(
+        record["pretrained"], abs=0.01
+    )
     for task in tasks:
-        score = evaluate_tasks(load_params(task.name), TINY.config, [task])[task.name]
+        score = evaluate_tasks(load_params(task.name), TINY_FAMILY.config, [task])[task.name]
         assert score == pytest.approx(record["individual"][task.name], abs=0.01)
     assert tuple(record["individual"]) == TASK_NAMES
 
 
 # As the study's family, with two tasks and next to no training.
 SHORT = Phase(steps=50, batch=4, learning_rate=1e-3, weight_decay=0.0, n_images=32)
-SMALL = dataclasses.replace(TINY, name="small", tasks=("hue", "gaps"), looks=HARD, pretrain=SHORT, finetune=SHORT)
+SMALL = dataclasses.replace(
+    TINY_FAMILY, name="small", tasks=("hue", "gaps"), looks=HARD, pretrain=SHORT, finetune=SHORT
+)
 
 
 def built(family, folder, **options):

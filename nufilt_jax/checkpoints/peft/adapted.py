@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from nufilt_jax.checkpoints.dtypes import Array
+from nufilt_jax.checkpoints.dtypes import NumpyArray
 from nufilt_jax.checkpoints.reader import Checkpoint
 from nufilt_jax.checkpoints.tensors import TensorInfo, UnreadTensors
 
@@ -57,7 +57,7 @@ class AdaptedCheckpoint(Checkpoint):
         factors = (x for pair in self.factors.values() for x in (pair.a, pair.b))
         return (*factors, *(info for info in self.tensors.values() if info.file in self.weight_files and info.spans))
 
-    def read(self, names: Iterable[str] | None = None) -> dict[str, Array]:
+    def read(self, names: Iterable[str] | None = None) -> dict[str, NumpyArray]:
         """The weights, those with factors as W + s B A in float32."""
         wanted = self.unread(self.tensors if names is None else names)
         return {name: wanted[name] for name in wanted}
@@ -74,7 +74,8 @@ class AdaptedCheckpoint(Checkpoint):
         for name in self.factors:
             left, right = factor_arrays(self.factors[name], stop)
             with np.errstate(over="ignore", invalid="ignore"):
-                left, right = left.astype(np.float64), right.astype(np.float64)
+                left, right = left.astype(np.float64), right.astype(np.float64)  # squares of squares leave float32 soon
+                # Rounding may leave less than nothing of a change that is nearly none.
                 found[name] = max(float(np.sum((left.T @ left) * (right @ right.T))), 0.0)
         return {name: x if math.isfinite(x) else math.nan for name, x in found.items()}
 
@@ -85,7 +86,7 @@ class AdaptedTensors(Mapping[str, Any]):
     def __init__(self, model: AdaptedCheckpoint, names: list[str], plain: Any, stop: threading.Event | None) -> None:
         self._model, self._names, self._plain, self._stop = model, dict.fromkeys(names), plain, stop
 
-    def __getitem__(self, name: str) -> Array:
+    def __getitem__(self, name: str) -> NumpyArray:
         if name not in self._names or name not in self._model.factors:
             return self._plain[name]
         ours = self._model.base.unread([name], stop=self._stop)[name]
@@ -99,7 +100,7 @@ class AdaptedTensors(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self._names)
 
-    def part(self, name: str, index: int) -> Array:
+    def part(self, name: str, index: int) -> NumpyArray:
         """Matrix number `index` of a stack of them, read alone."""
         return self._plain.part(name, index)
 
@@ -107,7 +108,7 @@ class AdaptedTensors(Mapping[str, Any]):
         """Whether a tensor is the base's own."""
         return self._model.tensors[name] is self._model.base.tensors.get(name)
 
-    def change(self, name: str) -> tuple[Array, Array] | None:
+    def change(self, name: str) -> tuple[NumpyArray, NumpyArray] | None:
         """S B and A of a weight, in float32; None of one without factors."""
         return self._factors(name) if name in self._model.factors else None
 

@@ -20,7 +20,7 @@ from nufilt_jax.checkpoints.writer import output_error
 from nufilt_jax.durable import atomic_write, make_folder
 from nufilt_jax.errors import OutputError, Problem, raise_all
 
-Pair = tuple[Float[np.ndarray, "r d_in"], Float[np.ndarray, "d_out r"]]
+FactorPair = tuple[Float[np.ndarray, "r d_in"], Float[np.ndarray, "d_out r"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class NewPair:
 
     rank: int
     shape: tuple[int, ...]
-    made: Callable[[], Pair]
+    made: Callable[[], FactorPair]
 
 
 def module_of(base: Checkpoint, name: str) -> str:
@@ -97,10 +97,10 @@ def _half(pair: NewPair, kept: list[np.ndarray]) -> np.ndarray:
     return kept.pop(0)
 
 
-def balanced(a: Float[np.ndarray, "r d_in"], b: Float[np.ndarray, "d_out r"]) -> Pair:
+def balanced(a: Float[np.ndarray, "r d_in"], b: Float[np.ndarray, "d_out r"]) -> FactorPair:
     """The same product, of rows and columns of equal norms: narrow types hold both best so."""
     sizes = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=0)
-    is_used = (sizes[0] > 0) & (sizes[1] > 0)
+    is_used = (sizes[0] > 0) & (sizes[1] > 0)  # where one is zero the product is, however it is scaled
     scale = np.sqrt(np.where(is_used, sizes[1], 1) / np.where(is_used, sizes[0], 1)).astype(a.dtype)
     return a * scale[:, None], b / scale
 

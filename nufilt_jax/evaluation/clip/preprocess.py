@@ -29,7 +29,7 @@ _DEFAULTS: Mapping[str, Any] = {  # those of the class, for what a file leaves o
 }
 _REFUSED = ("do_pad", "use_square_size", "do_flip_channel_order", "do_thumbnail", "do_align_long_axis")
 
-Pair = tuple[int, int]  # height and width in pixels
+HeightWidth = tuple[int, int]  # height and width in pixels
 Triple = tuple[float, float, float]  # one value per channel
 
 
@@ -46,8 +46,8 @@ class Preprocessor:
       std: per channel, to divide by after that.
     """
 
-    size: int | Pair | None
-    crop: Pair | None
+    size: int | HeightWidth | None
+    crop: HeightWidth | None
     resample: int
     convert_rgb: bool
     mean: Triple
@@ -78,7 +78,7 @@ class Preprocessor:
             image = image.crop((left, top, left + width, top + height))  # outside of the image it is black
         return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
-    def _resized(self, height: int, width: int) -> Pair:
+    def _resized(self, height: int, width: int) -> HeightWidth:
         if not isinstance(self.size, int):
             assert self.size is not None  # for the type checker: the caller has asked
             return self.size
@@ -118,7 +118,7 @@ def parse_preprocessor(config: Mapping[str, Any], *, image_size: int) -> Preproc
     return Preprocessor(size=size, crop=crop, mean=mean, std=std, **flags)
 
 
-def _size(values: Mapping[str, Any], key: str, faults: list[str]) -> int | Pair:
+def _size(values: Mapping[str, Any], key: str, faults: list[str]) -> int | HeightWidth:
     """A size in any spelling; one number means the shorter edge in the case of `size`."""
     value = values[key]
     spelt = value if isinstance(value, dict) else {"shortest_edge": value}
@@ -153,7 +153,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(value))
 
 
-def _words(size: int | Pair | None) -> str:
+def _words(size: int | HeightWidth | None) -> str:
     if size is None:
         return "large as they are in the data set"
     return f"{size[0]} by {size[1]}" if isinstance(size, tuple) else f"{size} and more, by the shape of each"

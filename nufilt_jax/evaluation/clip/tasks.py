@@ -18,7 +18,7 @@ from nufilt_jax.evaluation.clip.heads import HeadMaker
 from nufilt_jax.evaluation.clip.preprocess import Preprocessor, parse_preprocessor
 from nufilt_jax.evaluation.data_sets import DataSet, open_data_set
 from nufilt_jax.evaluation.prefetch import computed_ahead
-from nufilt_jax.evaluation.ready import OnBatch, spread
+from nufilt_jax.evaluation.ready import OnBatch, evenly_spread
 from nufilt_jax.evaluation.scoring import Classifier
 from nufilt_jax.evaluation.specs import ImageSpec
 from nufilt_jax.models.clip_config import parse_vision_config
@@ -74,7 +74,7 @@ def open_image_task(
     raise_all(ConfigError, (Problem(f"{where}: data set {spec.dataset}", what) for what in faults))
     return _ImageTask(
         name=name,
-        n_examples=len(spread(data.n_rows, limit)),
+        n_examples=len(evenly_spread(data.n_rows, limit)),
         spec=spec,
         data=data,
         class_names=class_names,
@@ -170,7 +170,7 @@ class _ImageTask:
     @functools.cached_property
     def _numbers(self) -> list[int]:
         """Row of the split that each example is."""
-        return spread(self.data.n_rows, self.n_examples)
+        return evenly_spread(self.data.n_rows, self.n_examples)
 
     @property
     def _labels(self) -> Int[np.ndarray, " n"]:

@@ -15,7 +15,7 @@ from jaxtyping import Int
 from nufilt_jax.config import ComputeType
 from nufilt_jax.errors import CheckpointError, ConfigError, NufiltError, Problem, gathering, raise_all
 from nufilt_jax.evaluation.data_sets import DataSet, open_data_set
-from nufilt_jax.evaluation.ready import OnBatch, ReadyTask, spread
+from nufilt_jax.evaluation.ready import OnBatch, ReadyTask, evenly_spread
 from nufilt_jax.evaluation.t5.batches import MAX_TOKENS, bucketed_batches, mixed_batches
 from nufilt_jax.evaluation.t5.spec import TextSpec
 from nufilt_jax.evaluation.tokenizer import Tokenizer
@@ -62,7 +62,7 @@ def open_text_task(
         data = _open_data(spec, f"task {name}", offline)
     if problems or data is None:
         raise NufiltError(*problems)
-    return _TextTask(spec, name, data, config, tokenizer(), spread(data.n_rows, limit), dtype)
+    return _TextTask(spec, name, data, config, tokenizer(), evenly_spread(data.n_rows, limit), dtype)
 
 
 def _check_model(config: T5Config, n_tokens: int) -> None:
@@ -125,7 +125,7 @@ class _TextTask:
             if on_batch is not None:
                 on_batch(self.name, n_done, len(texts))
         if self._spec.number is not None:
-            return rank_correlation(answers, right)
+            return spearman(answers, right)
         return sum(map(str.__eq__, answers, right)) / len(right)
 
     @functools.cached_property
@@ -170,13 +170,13 @@ def generated(
         yield rows, np.asarray(tokens)[: len(rows)]
 
 
-def rank_correlation(answers: Sequence[str], right: Sequence[str]) -> float:
+def spearman(answers: Sequence[str], right: Sequence[str]) -> float:
     """Spearman's rho between the numbers in two lists of texts.
 
     A text that is no finite number counts as 0, as in the authors' program. Where a list has one number only, nothing
     is ranked, and rho is 0.
 
-    >>> rank_correlation(["1", "2.5", "well", "4"], ["1.0", "3.0", "0.0", "5.0"])
+    >>> spearman(["1", "2.5", "well", "4"], ["1.0", "3.0", "0.0", "5.0"])
     1.0
     """
     from scipy.stats import spearmanr
