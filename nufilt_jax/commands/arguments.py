@@ -208,6 +208,7 @@ def _like_merge(name: str, *, left_out: tuple[str, ...], hidden: tuple[str, ...]
     return Parameter(name="*")(made)
 
 
+OF_ONE_PROCESS = ("distributed", "coordinator", "processes", "process")  # and of no plan or configuration file
 # A merge under way keeps its models and settings: any other is refused, with both values.
 _OF_A_NEW_MERGE = (
     *("model", "group", "order", "preset_table", "base", "out", "method", "method_args"),
@@ -218,8 +219,7 @@ if TYPE_CHECKING:
     AddArguments = PlanArguments = Arguments
 else:
     AddArguments = _like_merge("AddArguments", left_out=("config", "add"), hidden=_OF_A_NEW_MERGE)
-    of_a_run = ("plan", "distributed", "coordinator", "processes", "process")
-    PlanArguments = _like_merge("PlanArguments", left_out=of_a_run)
+    PlanArguments = _like_merge("PlanArguments", left_out=("plan", *OF_ONE_PROCESS))
 
 
 @Parameter(name="*")

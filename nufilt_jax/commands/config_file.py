@@ -15,7 +15,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from cyclopts import App, ArgumentCollection
 from cyclopts.config import Dict
 
-from nufilt_jax.commands.arguments import Arguments, EvaluateArguments
+from nufilt_jax.commands.arguments import OF_ONE_PROCESS, Arguments, EvaluateArguments
 from nufilt_jax.commands.spelling import SPELLINGS, spelt
 from nufilt_jax.errors import ConfigError, Problem, raise_all
 from nufilt_jax.strict_json import JsonError, parse_object, shown
@@ -25,7 +25,7 @@ Values = dict[str, Any]
 TASK_TABLE = "tasks"  # the table; the option is --task
 # Of one run or one process, not of a merge.
 NOT_IN_FILES = ("config", "json", "quiet", "verbose", "plan", "add")
-NOT_IN_FILES += ("distributed", "coordinator", "processes", "process")
+NOT_IN_FILES += OF_ONE_PROCESS
 _NUMBERS_OR_WORDS = ("order", "devices")
 _PLACES = ("out", "data", "tasks_file")
 _MODELS = ("base", "heads_from")
