@@ -171,7 +171,7 @@ def verify(
     Args:
       folder: The output folder of the merge.
       quick: Hash inputs and outputs alone, and do not merge again.
-      method: As MODULE:RULE, if a rule of your own made the merge: a recipe imports nothing.
+      method: The rule, if it is the user's own.
       json: One JSON document on stdout and nothing else there.
       quiet: Nothing but what does not hold.
       offline: Never ask the Hub; use its local cache.
@@ -202,7 +202,7 @@ def export(
       what: tau, delta, forecast or stablehlo.
       out: The file to write, or for stablehlo the folder.
       step: Of which step, counted from 1. Without it, the last; of a forecast, all. D is kept of the last alone.
-      method: As MODULE:RULE, if a rule of your own made the merge: a recipe imports nothing.
+      method: The rule, if it is the user's own.
       json: One JSON document on stdout and nothing else there.
       quiet: Nothing but warnings and errors.
       offline: Never ask the Hub; use its local cache.

@@ -75,7 +75,8 @@ _OUTPUT = Parameter(group=Group.create_ordered("Output and running"))
 Whole = Annotated[int | None, Parameter(converter=_whole_number)]
 Number = Annotated[float | None, Parameter(converter=_number)]
 AnyPath = Annotated[Path | None, Parameter(converter=home_expanded)]
-OwnRule = Annotated[str | None, Parameter(name="--method", converter=_own_rule, show_default=False)]
+_OWN_RULE = "As MODULE:RULE, if a rule of your own made the merge: a recipe imports no module."
+OwnRule = Annotated[str | None, Parameter(name="--method", converter=_own_rule, show_default=False, help=_OWN_RULE)]
 Flag = Annotated[bool, Parameter(negative="", show_default=False), _OUTPUT]
 Verbose = Annotated[bool, Parameter(name=("--verbose", "-v"), negative="", show_default=False), _OUTPUT]
 
@@ -234,7 +235,6 @@ class EvaluateArguments:
       heads_from: CLIP model whose text tower makes the zero-shot heads; without it, the model's own.
       limit: At most so many examples of each task, for a quick look.
       dtype: In which the forward passes compute: float32 or bfloat16.
-      method: As MODULE:RULE, if a rule of your own made the merge: a recipe imports nothing.
       offline: Never ask the Hub; use its local caches.
       json: One JSON document on stdout and nothing else there.
       quiet: Nothing but warnings and errors.
@@ -262,7 +262,6 @@ class AnalyzeArguments:
     Attributes:
       images: Images of each task to measure on, where there are any.
       tasks_file: JSON file that describes tasks, beside those known by name.
-      method: As MODULE:RULE, if a rule of your own made the merge: a recipe imports nothing.
       json: One JSON document on stdout and nothing else there.
       quiet: Nothing but warnings and errors.
     """
@@ -284,7 +283,6 @@ class PushArguments:
       private: Make the repository a private one, if there is none yet.
       with_state: Upload state/ too: others can then add tasks. It takes about as much as the model in float32.
       message: Of the commit.
-      method: As MODULE:RULE, if a rule of your own made the merge: a recipe imports nothing.
       json: One JSON document on stdout and nothing else there.
       quiet: Nothing but warnings and errors.
     """
