@@ -162,7 +162,7 @@ def _merged_into(out: Path, job: "Job", *, offline: bool) -> "dict[str, np.ndarr
     from nufilt_jax.engine.records import layers_as_begun
     from nufilt_jax.engine.run import run
     from nufilt_jax.engine.timing import Clock
-    from nufilt_jax.linalg.chunks import at_once
+    from nufilt_jax.linalg.dispatch import at_once
     from nufilt_jax.output.place import OutputPlace
 
     place = OutputPlace(out)

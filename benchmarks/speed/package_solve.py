@@ -15,11 +15,11 @@ from benchmarks.common.shapes import Inputs
 from nufilt_jax.core import solve
 from nufilt_jax.engine import counts
 from nufilt_jax.engine.counts import Work
-from nufilt_jax.linalg import compiling
-from nufilt_jax.linalg.chunks import in_chunks, layers_by_products
-from nufilt_jax.linalg.dispatch import run_alone
+from nufilt_jax.linalg import dispatch
+from nufilt_jax.linalg.dispatch import in_chunks, layers_by_products, run_alone
 from nufilt_jax.linalg.grams import GramFactor, gram_of
 from nufilt_jax.linalg.stacks import bounds
+from nufilt_jax.linalg.subspace import leading_of
 from nufilt_jax.methods.nufilt import NufiltConfig
 from nufilt_jax.methods.stacked import Group
 
@@ -72,7 +72,7 @@ class Merge:
         first, *later = (to_device(inputs) for inputs in tasks)
         self._first = [task.merged for task in first]
         self._tasks = [[task._replace(merged=()) for task in groups] for groups in (first, *later)]
-        function = compiling.Program(
+        function = dispatch.Program(
             solve.solve_group, static_argnames=("config", "add", "until_certified"), donate_argnums=0
         )
         how = {"config": config, "add": True}
@@ -181,9 +181,9 @@ def _stage_functions(config: NufiltConfig) -> dict[str, tuple[Program, Callable[
 
     def new_directions(task: Any) -> tuple[Any, Any]:
         grams = gram_of(task)
-        return grams, solve.task_directions(task, grams, config=config)
+        return grams, leading_of(task, config.task_rank, config.decomposition, grams)
 
-    prior_directions = functools.partial(solve.prior_directions, config=config)
+    prior_directions = functools.partial(leading_of, rank=config.filter_rank, decomposition=config.decomposition)
     train = functools.partial(solve.train, config=config)
     return dict(
         zip(

@@ -19,7 +19,7 @@ from jax.sharding import SingleDeviceSharding
 from benchmarks.common import measure, records, script, shapes
 from nufilt_jax import NufiltConfig
 from nufilt_jax.core.solve import solve_group
-from nufilt_jax.linalg.compiling import options
+from nufilt_jax.linalg.dispatch import options
 from nufilt_jax.methods.stacked import Group
 
 # 2 x 2 chips of each generation, the smallest that libtpu describes; one is compiled for.

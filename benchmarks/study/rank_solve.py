@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from nufilt_jax.core.settings import SolveConfig
-from nufilt_jax.core.stages import fuse_updates, prior_directions, reduce, task_directions, train
-from nufilt_jax.linalg.chunks import LAPACK_BATCH, after, in_chunks, layers_at_once
-from nufilt_jax.linalg.dispatch import run_alone
+from nufilt_jax.core.stages import fuse_updates, reduce, train
+from nufilt_jax.linalg.directions import Directions
+from nufilt_jax.linalg.dispatch import LAPACK_BATCH, after, in_chunks, layers_at_once, run_alone
 from nufilt_jax.linalg.factored import rows_of
 from nufilt_jax.linalg.grams import Gram, gram_of
-from nufilt_jax.linalg.subspace import Directions
+from nufilt_jax.linalg.subspace import leading_of
 
 
 def solve_settings(
@@ -60,12 +60,12 @@ def _solve(merged: Array, task: Array, start: Array, ranks: Array, *, config: So
 
     def decompose(t: Array) -> tuple[Gram, Directions]:
         grams = gram_of((t,))
-        return grams, task_directions((t,), grams, config=config)
+        return grams, leading_of((t,), config.task_rank, config.decomposition, grams)
 
     grams, new = in_chunks(decompose, (task,), size)
     own = jnp.arange(len(merged) * n_layers).reshape(len(merged), n_layers)
     merged = after(merged.reshape(-1, m, n), new.vectors)  # no two LAPACK calls at once
-    prior = in_chunks(lambda d: prior_directions((d,), config=config), (merged,), size)
+    prior = in_chunks(lambda d: leading_of((d,), config.filter_rank, config.decomposition), (merged,), size)
 
     def rows(i: Array, layer: Array, ranks: Array) -> Array:
         d, t, a = (merged[i],), (task[layer],), start[layer]

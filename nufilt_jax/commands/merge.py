@@ -23,7 +23,7 @@ from nufilt_jax.engine.plan import Plan, make_plan
 from nufilt_jax.engine.records import facts, layers_as_begun
 from nufilt_jax.engine.run import run
 from nufilt_jax.engine.timing import Clock
-from nufilt_jax.linalg.chunks import at_once
+from nufilt_jax.linalg.dispatch import at_once
 from nufilt_jax.output.place import OutputPlace
 from nufilt_jax.presets import TINY
 

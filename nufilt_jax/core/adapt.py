@@ -5,8 +5,9 @@ target C of `core.filter`. With G = τᵀτ, K = τᵀ C and Z = A V it becomes
 
     L = ‖C‖² − 2⟨K, B Z⟩ + ⟨BᵀGB, Z Zᵀ⟩,
 
-so that no step depends on the layer's number of outputs: layers with different outputs share one batch. With the
-filter, P V2 = 0 and the columns of V2 have a target of zero: C and K leave them out.
+so that no step depends on the layer's number of outputs: layers with different outputs share one batch. Where τ has
+few rows, G and K stay products with τᵀ, and what is multiplied with it has as few. With the filter, P V2 = 0 and the
+columns of V2 have a target of zero: C and K leave them out.
 
 Large weights would overflow it. L is therefore held in a unit of each layer's own, a power of two, which Adam does not
 feel: its steps are those of c L with the same multiple of ε.
@@ -36,7 +37,8 @@ class Objective(NamedTuple):
     Attributes:
       unit: √c.
       gram: c G, G = τᵀτ.
-      pull: c K, K = τᵀ C, where the loss wants B A to go, for as many of the last columns of [V2 V1] as have a target.
+      pull: what `gram.joined` makes c K of, K = τᵀ C, where the loss wants B A to go, for as many of the last columns
+        of [V2 V1] as have a target.
       constant: c ‖C‖², the loss without an adapter.
       prior: V2, directions of the earlier tasks.
       task: V1, directions of the new task.
@@ -44,7 +46,7 @@ class Objective(NamedTuple):
 
     unit: Float[Array, "*layers"]
     gram: Gram
-    pull: Float[Array, "*layers n pulled"]
+    pull: Float[Array, "*layers rows pulled"]
     constant: Float[Array, "*layers"]
     prior: Float[Array, "*layers n r_p"]
     task: Float[Array, "*layers n r_v"]
@@ -80,8 +82,9 @@ def reduced_objective(
       task: V1.
       unit: √c.
     """
-    pull = unit * inner(rows_of(task_delta), gathered(task_delta, target))
-    return Objective(unit, gram.scaled((unit / gram.unit) ** 2), pull, jnp.sum(target**2), prior, task)
+    gram = gram.scaled((unit / gram.unit) ** 2)
+    pull = gram.met(rows_of(task_delta), gathered(task_delta, target))
+    return Objective(unit, gram, pull, jnp.sum(target**2), prior, task)
 
 
 def normal_start(key: UInt32[Array, "2"], rank: int, width: int) -> Float[Array, "r_l n"]:
@@ -92,18 +95,18 @@ def normal_start(key: UInt32[Array, "2"], rank: int, width: int) -> Float[Array,
 
 
 def loss_and_gradients(objective: Objective, adapter: Adapter) -> tuple[Float[Array, ""], Adapter]:
-    """The surrogate times c and its gradients, written out: they share G B, which is most of the work."""
+    """The surrogate times c and its gradients, written out: they share the products of τᵀτ with B."""
     directions = jnp.concatenate([objective.prior, objective.task], axis=1)
     free = directions.shape[1] - objective.pull.shape[1]  # columns without a target
     z = inner(directions, adapter.at)  # transposed, as all that follows
     z_pulled = z[free:]
     overlap = inner(z, z)
-    gb = objective.gram.times(adapter.b)
-    bgb = inner(adapter.b, gb)
-    b_pull = inner(objective.pull, adapter.b)
+    left, right = objective.gram.halves(adapter.b)
+    bgb = inner(left, right)
+    b_pull = inner(objective.pull, left)
     # Near its minimum a small difference of large numbers, good to eps ‖C‖²: no gradient is taken through it.
     loss = objective.constant - 2 * jnp.sum(b_pull * z_pulled) + jnp.sum(bgb * overlap)
-    grad_b = matmul(gb, 2 * overlap) - matmul(objective.pull, 2 * z_pulled)
+    grad_b = objective.gram.joined(matmul(right, 2 * overlap) - matmul(objective.pull, 2 * z_pulled))
     grad_z = matmul(z, bgb) - jnp.pad(b_pull, ((free, 0), (0, 0)))
     return loss, Adapter(matmul(directions, 2 * grad_z), grad_b)
 

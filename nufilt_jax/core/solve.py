@@ -16,14 +16,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from nufilt_jax.core.forecast import Forecast
 from nufilt_jax.core.settings import SolveConfig
-from nufilt_jax.core.stages import correct, fuse_updates, prior_directions, reduce, task_directions, train
+from nufilt_jax.core.stages import correct, fuse_updates, reduce, train
 from nufilt_jax.errors import ConfigError, Problem, raise_all
-from nufilt_jax.linalg.chunks import in_chunks, layers_at_once, layers_by_products
-from nufilt_jax.linalg.compiling import Program
-from nufilt_jax.linalg.dispatch import is_traced, run_alone
+from nufilt_jax.linalg.dispatch import Program, in_chunks, is_traced, layers_at_once, layers_by_products, run_alone
 from nufilt_jax.linalg.factored import Factored, Matrix, after_all, all_finite, chosen, plus, rows_of
 from nufilt_jax.linalg.grams import gram_of
 from nufilt_jax.linalg.stacks import MatrixStacks, bounds, joined
+from nufilt_jax.linalg.subspace import leading_of
 
 
 class LayerSolution(NamedTuple):
@@ -68,7 +67,7 @@ def solve_group(
 ) -> GroupSolution:
     """One step for all layers of one input width, as one program.
 
-    On CPU stack by stack and a few layers at a time (`chunks.layers_by_products`), elsewhere all layers at once.
+    On CPU stack by stack and a few layers at a time (`dispatch.layers_by_products`), elsewhere all layers at once.
 
     Source: Eqs. (7)-(10) and (15)-(17), arXiv:2509.21413v2, in the reduced form of `core.adapt`.
 
@@ -127,11 +126,12 @@ def _solve_in_turn(
 def _solve_at_once(
     merged: MatrixStacks, task: MatrixStacks, start: Array, *, config: SolveConfig, add: bool, until_certified: bool
 ) -> GroupSolution:
-    """`solve_group`, the layers of all stacks side by side: its stages, one after another."""
-    prior = prior_directions(merged, config=config, until_certified=until_certified)
+    """`solve_group`, the layers of all stacks side by side: V2 and V1, and then the stages, one after another."""
+    find = functools.partial(leading_of, decomposition=config.decomposition, until_certified=until_certified)
+    prior = find(merged, config.filter_rank)
     task = tuple(after_all(x, prior.vectors) for x in task)  # no two LAPACK calls at once
-    grams = gram_of(tuple(map(rows_of, task)))
-    new = task_directions(task, grams, config=config, until_certified=until_certified)
+    grams = gram_of(tuple(map(rows_of, task)))  # which the adapter needs anyway
+    new = find(task, config.task_rank, grams=grams)
     certified = prior.certified & new.certified
     parts, objectives = reduce(merged, task, grams, prior, new, right_factor=config.right_factor)
     if config.closed_form_ridge is None:

@@ -1,4 +1,4 @@
-"""The stages of one step, for stacks of layers of one width; `core.solve` puts them together."""
+"""The stages of one step that follow V2 and V1, for stacks of layers of one width; `core.solve` puts them together."""
 
 import functools
 from typing import NamedTuple
@@ -14,41 +14,13 @@ from nufilt_jax.core.filter import Target, null_space_filter, target
 from nufilt_jax.core.forecast import share
 from nufilt_jax.core.fuse import fuse
 from nufilt_jax.core.settings import RightFactor, SolveConfig
-from nufilt_jax.linalg import subspace
 from nufilt_jax.linalg.dense import inner, matmul, norm, product_norm, unit_scale
-from nufilt_jax.linalg.factored import Factored, Matrix, plus_product, rows_of
-from nufilt_jax.linalg.grams import Gram, gram_of
+from nufilt_jax.linalg.directions import Directions, rank_mask
+from nufilt_jax.linalg.factored import Matrix, plus_product, rows_of
+from nufilt_jax.linalg.grams import Gram
 from nufilt_jax.linalg.stacks import MatrixStacks, bounds, joined, rows
-from nufilt_jax.linalg.subspace import Directions, rank_mask
-from nufilt_jax.linalg.thin import leading_of_rows
 
 Shares = tuple[Float[Array, "*layers"], ...]  # removed, restored, drift, captured: see `Forecast`
-
-
-def prior_directions(merged: MatrixStacks, *, config: SolveConfig, until_certified: bool = True) -> Directions:
-    """Stage 1, V2: the leading directions of D, the Gram matrices included."""
-    rows = tuple(map(rows_of, merged))
-    if _is_thin(merged, config):
-        return leading_of_rows(rows, config.filter_rank, until_certified=until_certified)
-    chosen = subspace.route(config.decomposition, rows[0].shape[-1])
-    return subspace.leading(rows, gram_of(rows), config.filter_rank, chosen, until_certified=until_certified)
-
-
-def _is_thin(stacks: MatrixStacks, config: SolveConfig) -> bool:
-    """Whether all matrices are factored, and the reference was not asked for."""
-    return config.decomposition != "svd" and all(isinstance(x, Factored) for x in stacks)
-
-
-def task_directions(
-    task: MatrixStacks, grams: Gram, *, config: SolveConfig, until_certified: bool = True
-) -> Directions:
-    """Stage 2, V1: the leading directions of τ, from τᵀτ, which the adapter needs anyway."""
-    # r_v is 8: this costs a fraction of V2's, though from the same routes.
-    rows = tuple(map(rows_of, task))
-    if _is_thin(task, config):
-        return leading_of_rows(rows, config.task_rank, until_certified=until_certified)
-    chosen = subspace.route(config.decomposition, rows[0].shape[-1])
-    return subspace.leading(rows, grams, config.task_rank, chosen, until_certified=until_certified)
 
 
 def reduce(
@@ -60,7 +32,7 @@ def reduce(
     *,
     right_factor: RightFactor = "P + BA",
 ) -> tuple[list["_Reduced"], Objective]:
-    """Stage 3: the target of the adapter, and its objective reduced to the n inputs.
+    """Stage 1: the target of the adapter, and its objective reduced to the n inputs.
 
     Returns:
       The reduced stacks, and the objectives of all layers.
@@ -77,7 +49,7 @@ def reduce(
 def train(
     objectives: Objective, start: Float[Array, "layers r_l n"], *, config: SolveConfig
 ) -> tuple[Adapter, Float[Array, "layers room"]]:
-    """Stage 4: all Adam steps of all layers; the losses in the objectives' units."""
+    """Stage 2: all Adam steps of all layers; the losses in the objectives' units."""
     chex.assert_tree_shape_prefix((objectives, start), (len(start),))
     # Every layer by itself: Adam is element by element and the paper's loss a sum over layers, so nothing is lost.
     how = {"steps": config.steps, "learning_rate": config.learning_rate, "room": config.room}
@@ -87,7 +59,7 @@ def train(
 def fuse_updates(
     task: MatrixStacks, parts: list["_Reduced"], adapters: Adapter, *, right_factor: RightFactor = "P + BA"
 ) -> tuple[MatrixStacks, Shares]:
-    """Stage 5: the updates τ (P + BA), and the shares of the forecast."""
+    """Stage 3: the updates τ (P + BA), and the shares of the forecast."""
     chex.assert_tree_shape_prefix(adapters, (bounds(task)[-1][1],))
     fuse_layer = functools.partial(_fuse_layer, right_factor=right_factor)
     fused = [
@@ -100,7 +72,7 @@ def fuse_updates(
 def correct(
     task: MatrixStacks, parts: list["_Reduced"], *, ridge: Float[Array, ""] | float
 ) -> tuple[MatrixStacks, Shares, Float[Array, "layers before_and_after"]]:
-    """Stages 4 and 5 of the closed form: the updates τ P + E, shares, losses in the objectives' units."""
+    """Stages 2 and 3 of the closed form: the updates τ P + E, shares, losses in the objectives' units."""
     correct_layer = jax.vmap(functools.partial(_correct_layer, ridge=ridge))
     corrected = [correct_layer(t, part) for t, part in zip(task, parts, strict=True)]
     shares, losses = joined([c[1:] for c in corrected])

@@ -7,10 +7,10 @@ scalings and masks count as part of the product next to them.
 Reduce, Adam and fuse have formulas, with r = r_p + r_v directions. Per layer [m, n]:
 
 - reduce: U = V2 (V2ᵀ V1) (4 n r_p r_v); τ U, D V1 and K = τᵀ C1 (2 m n r_v each).
-- adam, per step: G B (2 n² r_l), or τᵀ(τ B) (4 m n r_l) where no Gram matrix is formed; A V and its gradient's product
-  with Vᵀ (2 n r_l r each); BᵀG B, G B Z Zᵀ (2 n r_l² each); Z Zᵀ and BᵀGB Z (2 r_l² r each); Bᵀ K and K Z1ᵀ
-  (2 n r_l r_v each); 26 flops for each of the 2 n r_l trained numbers. The loss after the last step is one more
-  evaluation of the products.
+- adam, per step: G B (2 n² r_l), or τ B and a product with τᵀ (2 m n r_l each) where no Gram matrix is formed; A V and
+  its gradient's product with Vᵀ (2 n r_l r each); BᵀG B, G B Z Zᵀ (2 k r_l² each, k the rows of what is held of G: n,
+  or m); Z Zᵀ and BᵀGB Z (2 r_l² r each); Bᵀ K and K Z1ᵀ (2 k r_l r_v each); 26 flops for each of the 2 n r_l trained
+  numbers. The loss after the last step is one more evaluation of the products.
 - fuse: τ [V2 B] and [−τ V2, τ B] [V2 Aᵀ]ᵀ (2 m n (r_p + r_l) each); for the forecast A V2 and (τ B) (A V2)
   (2 (n + m) r_l r_p), (τ B)ᵀ (τ B) and A Aᵀ (2 (n + m) r_l²).
 
@@ -67,11 +67,12 @@ def adam_count(m: int, n: int, config: SolveConfig, *, factored: bool = False) -
     r_l, v = config.adapter_rank, config.task_rank
     r = config.filter_rank + v
     by_gram = [product(m, n, r_l), product(n, m, r_l)] if factored else [product(n, n, r_l)]
+    rows = m if factored else n
     products = [
         *by_gram,
         *(product(r_l, n, r), product(r_l, r, n)),
-        *(product(r_l, n, r_l), product(n, r_l, r_l), product(r_l, r, r_l), product(r_l, r_l, r)),
-        *(product(r_l, n, v), product(n, v, r_l)),
+        *(product(r_l, rows, r_l), product(rows, r_l, r_l), product(r_l, r, r_l), product(r_l, r_l, r)),
+        *(product(r_l, rows, v), product(rows, v, r_l)),
     ]
     trained = 2 * n * r_l
     update = Work(ADAM_FLOPS * trained, 4 * 7 * trained)  # gradient, number and two moments read, three written

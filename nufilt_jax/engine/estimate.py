@@ -19,7 +19,7 @@ from nufilt_jax.engine.grid import Stack
 from nufilt_jax.engine.plan import Plan
 from nufilt_jax.linalg.chebyshev import block_width
 from nufilt_jax.linalg.dense import matmul
-from nufilt_jax.linalg.subspace import FULL_WIDTH
+from nufilt_jax.linalg.directions import FULL_WIDTH
 from nufilt_jax.methods import find
 from nufilt_jax.methods.stacked import total_rank
 

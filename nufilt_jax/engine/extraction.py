@@ -23,12 +23,10 @@ from nufilt_jax.checkpoints.writer import output_error
 from nufilt_jax.config import problem
 from nufilt_jax.durable import make_folder, move, sync_tree
 from nufilt_jax.errors import CheckpointError, ConfigError, OutputError, Problem, raise_all
-from nufilt_jax.linalg.chunks import after, chunk_size, layers_by_products
-from nufilt_jax.linalg.compiling import Program
 from nufilt_jax.linalg.dense import matmul, norm
-from nufilt_jax.linalg.dispatch import run_alone
-from nufilt_jax.linalg.grams import gram_of
-from nufilt_jax.linalg.subspace import leading, rank_mask, route
+from nufilt_jax.linalg.directions import rank_mask
+from nufilt_jax.linalg.dispatch import Program, after, chunk_size, layers_by_products, run_alone
+from nufilt_jax.linalg.subspace import leading_of
 from nufilt_jax.methods.selection import select
 from nufilt_jax.methods.stacked import stack_names, task_vector
 from nufilt_jax.output.documents import write_json
@@ -197,9 +195,7 @@ def _leading(
     stack: Float[Array, "layers m n"], *, rank: int, until_certified: bool
 ) -> tuple[Array, Array, Array, Array]:
     """Vᵀ, τ V, (‖τ‖, ‖τ V‖) and whether it is certified, of every layer."""
-    chosen = route("auto", stack.shape[-1])
-    grams = gram_of((stack,))
-    found = leading((stack,), grams, rank, chosen, until_certified=until_certified)
+    found = leading_of((stack,), rank, "auto", until_certified=until_certified)
     masked = jax.vmap(functools.partial(rank_mask, outputs=stack.shape[1]))(found)
     b = matmul(after(stack, masked.vectors), masked.vectors)
     sizes = jnp.stack([jax.vmap(norm)(stack), jax.vmap(norm)(b)], axis=1)

@@ -4,15 +4,15 @@ A layer's new D depends on that layer's earlier D and its τ alone. So some whol
 through all tasks before the next window is looked at, and no more of a model than that needs to be in memory. Where it
 depends on numbers of the whole model too, a *survey* looks at all windows before each column, and finds them.
 
-Windows are whole chunks of the solver (`linalg.chunks`): then every layer is solved beside the same layers whatever the
-windows are, and on one machine the bits are the same.
+Windows are whole chunks of the solver (`linalg.dispatch`): then every layer is solved beside the same layers whatever
+the windows are, and on one machine the bits are the same.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
-from nufilt_jax.linalg.chunks import chunk_size
+from nufilt_jax.linalg.dispatch import chunk_size
 from nufilt_jax.methods.stacked import total_rank
 from nufilt_jax.output.facts import WindowDone
 
@@ -26,7 +26,7 @@ class Stack(NamedTuple):
       layers: their names.
       shape: of each of them.
       chunk: so many are solved at a time, in the whole stack.
-      at_once: so many could be, see `linalg.chunks`; 1 where layers have nothing to do with each other.
+      at_once: so many could be, see `linalg.dispatch`; 1 where layers have nothing to do with each other.
       fewest: chunks that a piece must have, unless it is the whole: of one chunk the compiler makes no loop, and rounds
         otherwise than within one.
       is_solved: whether the method works on them; else they follow `--other-params`.

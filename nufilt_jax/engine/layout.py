@@ -18,7 +18,7 @@ from nufilt_jax.engine.memory import (
     plan_windows,
     workspace,
 )
-from nufilt_jax.linalg.chunks import chunk_size, layers_at_once, layers_by_products
+from nufilt_jax.linalg.dispatch import chunk_size, layers_at_once, layers_by_products
 from nufilt_jax.methods import find
 from nufilt_jax.methods.selection import Selection
 from nufilt_jax.methods.stacked import stack_names

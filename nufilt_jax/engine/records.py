@@ -23,7 +23,7 @@ from nufilt_jax.engine.job import Recorded, recorded_in
 from nufilt_jax.engine.plan import Plan
 from nufilt_jax.engine.sameness import tolerance_entry
 from nufilt_jax.errors import NufiltError
-from nufilt_jax.linalg.chunks import LAPACK_BATCH, layers_at_once
+from nufilt_jax.linalg.dispatch import LAPACK_BATCH, layers_at_once
 from nufilt_jax.methods import find
 from nufilt_jax.methods.state import LayerReport
 from nufilt_jax.output.facts import Host
@@ -76,8 +76,8 @@ def device_entry() -> str:
 def this_host() -> Host:
     """This one.
 
-    Chunks of layers share the degree of a polynomial (see `linalg.chunks`), and XLA compiles for the processor at hand.
-    The number of cores by itself changes nothing.
+    Chunks of layers share the degree of a polynomial (see `linalg.dispatch`), and XLA compiles for the processor at
+    hand. The number of cores by itself changes nothing.
     """
     told = {"machine": platform.machine(), "processor": _processor(), "layers_at_once": layers_at_once()}
     return Host(**told, tolerance=tolerance_entry())

@@ -16,7 +16,7 @@ from nufilt_jax.engine.sameness import Comparison, compare, has_state
 from nufilt_jax.engine.timing import Clock
 from nufilt_jax.engine.watching import Watcher
 from nufilt_jax.errors import NufiltError, Problem, gathering
-from nufilt_jax.linalg.chunks import at_once
+from nufilt_jax.linalg.dispatch import at_once
 from nufilt_jax.output.hashes import changed_files
 from nufilt_jax.output.place import CARD, STATE, OutputPlace
 from nufilt_jax.output.recipe import Model, Recipe

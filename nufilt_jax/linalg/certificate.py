@@ -38,7 +38,7 @@ class Spectrum(NamedTuple):
 
     Attributes:
       squares: ‖X v‖² of the columns to keep, about falling.
-      used: which of them count: those above max(m, n) eps σ_1, as in `subspace.rank_mask`.
+      used: which of them count: those above max(m, n) eps σ_1, as in `directions.rank_mask`.
       is_kept: the same, of all columns: null directions among the leading ones count as dropped.
       full: whether all that are to be kept count.
       top: σ_1².

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from nufilt_jax.linalg.chunks import after
 from nufilt_jax.linalg.dense import gram, inner, matmul, orthonormalize, scattered, transpose
+from nufilt_jax.linalg.dispatch import after
 from nufilt_jax.linalg.grams import Gram
 
 # Vectors in the block beyond those wanted: a wider block converges in fewer products, each of which costs more.

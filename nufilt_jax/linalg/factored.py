@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from nufilt_jax.linalg.chunks import after
 from nufilt_jax.linalg.dense import inner, matmul
+from nufilt_jax.linalg.dispatch import after
 
 T = TypeVar("T")
 # What is left of a unit vector in a span that it belongs to: rounding, and by chance hardly ever as much as this.
@@ -152,5 +152,5 @@ def all_finite(x: Float[Matrix, "layers *shape"]) -> Bool[Array, " layers"]:
 
 
 def after_all(x: T, *done: Array) -> T:
-    """`chunks.after` for a matrix of either kind."""
+    """`dispatch.after` for a matrix of either kind."""
     return jax.tree.map(lambda part: after(part, *done), x)

@@ -28,6 +28,18 @@ class GramMatrix(NamedTuple):
         """C XᵀX Y."""
         return matmul(self.matrix, y)
 
+    def halves(self, y: Float[Array, "*batch n k"]) -> tuple[Float[Array, "*batch n k"], Float[Array, "*batch n k"]]:
+        """L and R with LᵀR = c YᵀXᵀX Y, of which `joined(R)` is C XᵀX Y."""
+        return y, self.times(y)
+
+    def joined(self, right: Float[Array, "*batch n k"]) -> Float[Array, "*batch n k"]:
+        """See `halves`."""
+        return right
+
+    def met(self, x: Float[Array, "*batch m n"], y: Float[Array, "*batch m k"]) -> Float[Array, "*batch n k"]:
+        """What `joined` makes √c XᵀY of, given this X and Y."""
+        return self.unit * inner(x, y)
+
     def scaled(self, by: Float[Array, "*batch 1 1"]) -> "GramMatrix":
         """This, times a non-negative number."""
         return GramMatrix(self.matrix * by, self.unit * jnp.sqrt(by))
@@ -56,6 +68,19 @@ class GramFactor(NamedTuple):
         """C XᵀX Y."""
         # The unit between the products: m k numbers to scale, the fewest there are.
         return inner(self.factor, self.unit**2 * matmul(self.factor, y))
+
+    def halves(self, y: Float[Array, "*batch n k"]) -> tuple[Float[Array, "*batch m k"], Float[Array, "*batch m k"]]:
+        """L and R with LᵀR = c YᵀXᵀX Y, of which `joined(R)` is C XᵀX Y: m rows each, where n is more than twice m."""
+        response = self.unit * matmul(self.factor, y)
+        return response, response
+
+    def joined(self, right: Float[Array, "*batch m k"]) -> Float[Array, "*batch n k"]:
+        """See `halves`."""
+        return inner(self.factor, self.unit * right)
+
+    def met(self, _: Float[Array, "*batch m n"], y: Float[Array, "*batch m k"]) -> Float[Array, "*batch m k"]:
+        """What `joined` makes √c XᵀY of, given this X and Y."""
+        return y
 
     def scaled(self, by: Float[Array, "*batch 1 1"]) -> "GramFactor":
         """This, times a non-negative number."""

@@ -15,8 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Shaped
 
-from nufilt_jax.linalg.compiling import Program
-from nufilt_jax.linalg.dispatch import run_alone
+from nufilt_jax.linalg.dispatch import Program, run_alone
 
 AXIS = "layers"
 

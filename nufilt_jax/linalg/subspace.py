@@ -15,7 +15,6 @@ Every function here is therefore written for a whole batch, one call at a time.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,31 +22,59 @@ from jaxtyping import Array, Bool, Float, Int
 
 from nufilt_jax.config import Decomposition
 from nufilt_jax.linalg.chebyshev import block_width, improved_block, leading_block
-from nufilt_jax.linalg.chunks import after
-from nufilt_jax.linalg.dense import eigh_descending, inner, matmul, orthonormalize, thin_svd
-from nufilt_jax.linalg.grams import Gram
+from nufilt_jax.linalg.dense import eigh_descending, inner, matmul, orthonormalize
+from nufilt_jax.linalg.directions import FULL_WIDTH, Directions, in_turn, leading_by_svd
+from nufilt_jax.linalg.dispatch import after
+from nufilt_jax.linalg.factored import Factored, rows_of
+from nufilt_jax.linalg.grams import Gram, gram_of
 from nufilt_jax.linalg.refine import refine
-from nufilt_jax.linalg.stacks import Stacks, bounds, joined, rows
-
-# Up to this many inputs `auto` takes a full decomposition: see `route`.
-FULL_WIDTH = 256
+from nufilt_jax.linalg.stacks import MatrixStacks, Stacks, rows
+from nufilt_jax.linalg.thin import leading_of_rows
 
 
-class Directions(NamedTuple):
-    """Leading right singular vectors of a batch of matrices.
+def leading_of(
+    matrices: MatrixStacks,
+    rank: int,
+    decomposition: Decomposition,
+    grams: Gram | None = None,
+    *,
+    until_certified: bool = True,
+) -> Directions:
+    """Leading right singular vectors of every matrix in stacks of one width n, dense or factored.
 
-    Attributes:
-      vectors: orthonormal columns that span the leading directions.
-      sizes: ‖X v‖ of each, as measured: the root of a Gram eigenvalue would be rounding noise where X is small.
-      gap: relative distance of the last singular value kept to the next one. Near 0 the cut falls among equals
-        and which directions are kept is arbitrary.
-      certified: false where the route in hand gave no certificate; then the SVD took over, if it was to.
+    Args:
+      matrices: X.
+      rank: how many vectors; at most as many as X has columns, or a factored one rows, come out.
+      decomposition: which route, as the user asked for it.
+      grams: of the rows of the matrices, where they are known already.
+      until_certified: as of `leading`.
     """
+    stacks = tuple(map(rows_of, matrices))
+    # The reference is asked for to be sure: it takes nothing but the SVD.
+    if decomposition != "svd" and all(isinstance(x, Factored) for x in matrices):
+        return leading_of_rows(stacks, rank, until_certified=until_certified)
+    chosen = route(decomposition, stacks[0].shape[-1])
+    grams = gram_of(stacks) if grams is None else grams
+    return leading(stacks, grams, rank, chosen, until_certified=until_certified)
 
-    vectors: Float[Array, "*layers n k"]
-    sizes: Float[Array, "*layers k"]
-    gap: Float[Array, "*layers"]
-    certified: Bool[Array, "*layers"]
+
+def route(decomposition: Decomposition, width: int) -> Decomposition:
+    """The route that `auto` takes.
+
+    | inputs n | V2 and V1, on every platform |
+    | --- | --- |
+    | up to `FULL_WIDTH` | `eigh`: a full decomposition is cheap |
+    | more | `subspace`: the fastest that is as accurate (benchmarks/results/decompositions*.json), O(n² k) products |
+
+    Both are refined, certified to the same angle and replaced by the SVD where that fails.
+
+    Args:
+      decomposition: what the user asked for.
+      width: n, inputs of the layer.
+    """
+    if decomposition != "auto":
+        return decomposition
+    return "eigh" if width <= FULL_WIDTH else "subspace"
 
 
 def leading(
@@ -125,21 +152,7 @@ def _refined(stacks: Stacks, blocks: Float[Array, "layers n b"], rank: int) -> D
         found = jax.vmap(lambda x, block: refine(x, block, rank))(x, blocks[i:j])
         return Directions(found.block, found.sizes, found.gap, found.certificate.holds)
 
-    return _in_turn(one, stacks)
-
-
-def leading_by_svd(stacks: Stacks, rank: int) -> Directions:
-    """Reference route: thin SVDs of the matrices themselves, one stack after another."""
-
-    def thin(x: Float[Array, "layers m n"], _: int, __: int) -> Directions:
-        _u, s, vt = thin_svd(x)
-        leading = jnp.swapaxes(vt[:, :rank], 1, 2)
-        # With fewer outputs than directions the rest stays zero: it is unused by definition.
-        rest = (0, min(rank, x.shape[2]) - leading.shape[2])
-        vectors, sizes = jnp.pad(leading, ((0, 0), (0, 0), rest)), jnp.pad(s[:, :rank], ((0, 0), rest))
-        return Directions(vectors, sizes, relative_gap(s, rank), jnp.ones(len(x), bool))
-
-    return _in_turn(thin, stacks)
+    return in_turn(one, stacks)
 
 
 def _certified_or_svd(found: Directions, stacks: Stacks, rank: int) -> Directions:
@@ -159,56 +172,4 @@ def _certified_or_svd(found: Directions, stacks: Stacks, rank: int) -> Direction
         # `found` as a whole, not only its part for this stack.
         return jax.lax.map(lambda row: layer(*row), (after(x, found.vectors), rows(found, i, j)))
 
-    return jax.lax.cond(jnp.all(found.certified), lambda: found, lambda: _in_turn(loop, stacks))
-
-
-def _in_turn(solve: Callable[[Array, int, int], Directions], stacks: Stacks) -> Directions:
-    """`solve(stack, first layer, last layer + 1)` for each stack, none before the one before it is through."""
-    parts: list[Directions] = []
-    for stack, (i, j) in zip(stacks, bounds(stacks), strict=True):
-        parts.append(solve(after(stack, parts[-1].vectors) if parts else stack, i, j))
-    return joined(parts)
-
-
-def relative_gap(s: Float[Array, "layers k"], rank: int) -> Float[Array, " layers"]:
-    """(σ_rank − σ_rank+1) / σ_rank, 1 where nothing is cut off."""
-    if rank >= s.shape[-1]:
-        return jnp.ones(s.shape[0], s.dtype)
-    last = s[:, rank - 1]
-    return jnp.where(last > 0, (last - s[:, rank]) / jnp.where(last > 0, last, 1), 1)
-
-
-def rank_mask(found: Directions, outputs: int) -> Directions:
-    """Sets directions of one matrix that it does not really use to zero.
-
-    A direction counts if ‖X v_k‖ > max(m, n) eps σ_1. A mask and not a slice: one program serves all ranks.
-
-    Args:
-      found: directions, without a layer axis.
-      outputs: m.
-    """
-    n, k = found.vectors.shape
-    if k == 0:
-        return found
-    # The largest, not the first: refined columns are only about in order.
-    used = found.sizes > jnp.max(found.sizes) * max(outputs, n) * jnp.finfo(found.sizes.dtype).eps
-    return found._replace(vectors=jnp.where(used[None], found.vectors, 0), sizes=jnp.where(used, found.sizes, 0))
-
-
-def route(decomposition: Decomposition, width: int) -> Decomposition:
-    """The route that `auto` takes.
-
-    | inputs n | V2 and V1, on every platform |
-    | --- | --- |
-    | up to `FULL_WIDTH` | `eigh`: a full decomposition is cheap |
-    | more | `subspace`: the fastest that is as accurate (benchmarks/results/decompositions*.json), O(n² k) products |
-
-    Both are refined, certified to the same angle and replaced by the SVD where that fails.
-
-    Args:
-      decomposition: what the user asked for.
-      width: n, inputs of the layer.
-    """
-    if decomposition != "auto":
-        return decomposition
-    return "eigh" if width <= FULL_WIDTH else "subspace"
+    return jax.lax.cond(jnp.all(found.certified), lambda: found, lambda: in_turn(loop, stacks))

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from nufilt_jax.linalg.chunks import after
 from nufilt_jax.linalg.dense import eigh_descending, gram, inner, matmul, transpose, unit_scale
+from nufilt_jax.linalg.directions import FULL_WIDTH, Directions, leading_by_svd, relative_gap
+from nufilt_jax.linalg.dispatch import after
 from nufilt_jax.linalg.stacks import joined
-from nufilt_jax.linalg.subspace import FULL_WIDTH, Directions, leading_by_svd, relative_gap
 
 # Of what X has, the most that may be missing from a span that is certified, in units of √n eps ‖X‖.
 _MOST_MISSING = 8.0

@@ -7,9 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from nufilt_jax.config import OtherParams
-from nufilt_jax.linalg.chunks import in_chunks, layers_at_once
-from nufilt_jax.linalg.compiling import Program
-from nufilt_jax.linalg.dispatch import run_alone
+from nufilt_jax.linalg.dispatch import Program, in_chunks, layers_at_once, run_alone
 from nufilt_jax.linalg.factored import Factored, Matrix, dense, plus, with_rows
 from nufilt_jax.methods.stacked import Stacked, TaskVector, Tensor, TensorStacks
 

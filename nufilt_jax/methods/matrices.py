@@ -9,9 +9,7 @@ from jax.sharding import Mesh
 
 from nufilt_jax.config import MethodConfig
 from nufilt_jax.errors import Problem, SolveError, raise_all
-from nufilt_jax.linalg.chunks import LAPACK_BATCH, in_chunks, layers_at_once
-from nufilt_jax.linalg.compiling import Program
-from nufilt_jax.linalg.dispatch import is_traced, run_alone
+from nufilt_jax.linalg.dispatch import LAPACK_BATCH, Program, in_chunks, is_traced, layers_at_once, run_alone
 from nufilt_jax.linalg.factored import all_finite
 from nufilt_jax.linalg.spread import spread
 from nufilt_jax.methods.elementwise import blend
@@ -27,7 +25,7 @@ def each_layer(rule: LayerRule, *stacks: Tensor, config: MethodConfig, mesh: Mes
 
     Args:
       rule: for one layer. A function of a module, so that its program is compiled once; decompositions inside it wait
-        for one another (`chunks.after`).
+        for one another (`dispatch.after`).
       *stacks: arrays with a leading layer axis. The program may take the memory of the first one.
       config: static.
       mesh: divides the layers among its devices; what `rule` returns, or returns first, is then of the first stack's

@@ -17,8 +17,7 @@ from nufilt_jax.core.filter import authors_first_filter
 from nufilt_jax.core.settings import DirectionsConfig, SolveConfig
 from nufilt_jax.core.solve import GroupSolution, mended, solve_group
 from nufilt_jax.errors import Problem, SolveError, raise_all
-from nufilt_jax.linalg.compiling import Program
-from nufilt_jax.linalg.dispatch import is_traced, run_alone
+from nufilt_jax.linalg.dispatch import Program, is_traced, run_alone
 from nufilt_jax.linalg.factored import Factored
 from nufilt_jax.linalg.spread import spread
 from nufilt_jax.linalg.stacks import MatrixStacks, bounds, joined, rows
@@ -106,7 +105,8 @@ def advance(state: MergeState, task: TaskVector, context: Context[SolveConfig]) 
             report.update(_unmoved(group, config))
             continue
         if context.mesh is None or is_inline or is_thin:  # thin layers are through before they could be sent anywhere
-            found = run_alone(functools.partial(_step, config=config, until_certified=is_inline), d, t, keys)
+            step = _thin_step if is_thin else _step
+            found = run_alone(functools.partial(step, config=config, until_certified=is_inline), d, t, keys)
         else:
             found = _spread_step(d, t, keys, config, context.mesh)
         waiting.append(_UnderWay(group, t, keys, found))
@@ -164,8 +164,7 @@ def _told(
     }
 
 
-@functools.partial(Program, static_argnames="until_certified", donate_argnums=0)
-def _step(
+def _added_step(
     deltas: MatrixStacks,
     task: MatrixStacks,
     keys: UInt32[Tensor, "layers 2"],
@@ -178,6 +177,11 @@ def _step(
     drawn = keys.ndim == 2
     start = jax.vmap(lambda key: normal_start(key, config.trained_rank, width))(keys) if drawn else jnp.asarray(keys)
     return solve_group(deltas, task, start, config=config, add=True, until_certified=until_certified)
+
+
+_step = Program(_added_step, static_argnames="until_certified", donate_argnums=0)
+# Of layers in factors Adam is most of the work, and a third of that goes element by element.
+_thin_step = Program(_added_step, by_elements=True, static_argnames="until_certified", donate_argnums=0)
 
 
 def _spread_step(
@@ -195,7 +199,7 @@ def _spread_step(
 
 def _stack_by_stack(
     deltas: MatrixStacks, others: tuple[tuple[Tensor, Tensor], ...], *, config: SolveConfig
-) -> tuple[tuple[Tensor, GroupSolution], ...]:
+) -> tuple[tuple[Any, GroupSolution], ...]:
     """`_step` as `linalg.spread` takes it: a device has a part of every stack."""
     task, keys = zip(*others, strict=True)
     found = _step(deltas, task, jnp.concatenate(keys), config=config, until_certified=False)

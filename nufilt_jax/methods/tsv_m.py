@@ -9,8 +9,8 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from nufilt_jax.linalg.chunks import after
 from nufilt_jax.linalg.dense import matmul, thin_svd
+from nufilt_jax.linalg.dispatch import after
 from nufilt_jax.methods.matrices import matrices_or_mean
 from nufilt_jax.methods.selection import every_tensor
 from nufilt_jax.methods.stacked import TaskVector
@@ -46,7 +46,7 @@ def _merge(d: Float[Array, "m n"], t: Float[Array, "m n"], *, config: TsvMConfig
     u_d, s_d, v_d = _leading(d, k)
     u_t, s_t, v_t = _leading(after(t, s_d), k)
     u = _polar(jnp.concatenate([u_d, u_t], axis=1))
-    v = _polar(after(jnp.concatenate([v_d, v_t], axis=1), u))  # one decomposition at a time, see `chunks.after`
+    v = _polar(after(jnp.concatenate([v_d, v_t], axis=1), u))  # one decomposition at a time, see `dispatch.after`
     return config.scale * matmul(u * jnp.concatenate([s_d, s_t])[None], v.T)
 
 

@@ -7,7 +7,7 @@ import subprocess
 import model_builders as build
 import pytest
 
-from nufilt_jax.linalg.chunks import at_once
+from nufilt_jax.linalg.dispatch import at_once
 
 
 def locales():

@@ -247,10 +247,10 @@ def test_what_cannot_be_verified(merged, nufilt, tmp_path, what):
 
 
 def test_bits_are_those_of_the_merge_whatever_the_cores(shared_models, tmp_path, nufilt, command, monkeypatch):
-    from nufilt_jax.linalg import chunks
+    from nufilt_jax.linalg import dispatch
 
-    out, here = tmp_path / "out", chunks.layers_at_once()
-    with chunks.at_once(here + 1):
+    out, here = tmp_path / "out", dispatch.layers_at_once()
+    with dispatch.at_once(here + 1):
         assert nufilt(*command(shared_models, out, n=2)).code == 0
     recipe = recipe_of(out)
     assert recipe["host"]["layers_at_once"] == here + 1
@@ -282,11 +282,11 @@ def test_a_merge_of_two_hosts_is_called_one(shared_models, tmp_path, nufilt, com
 def test_a_merge_goes_on_with_as_many_layers_at_a_time(shared_models, tmp_path, nufilt, command, monkeypatch):
     """On the same kind of processor, so that the bits are those of one run; on another they cannot be."""
     from nufilt_jax.engine import records
-    from nufilt_jax.linalg import chunks
+    from nufilt_jax.linalg import dispatch
 
-    out, here = tmp_path / "out", chunks.layers_at_once()
+    out, here = tmp_path / "out", dispatch.layers_at_once()
     added = ("add", out, "--task", f"gamma={shared_models / 'gamma'}")
-    with chunks.at_once(here + 1):
+    with dispatch.at_once(here + 1):
         assert nufilt(*command(shared_models, out, n=2)).code == 0
     assert nufilt(*added).code == 0
     assert recipe_of(out)["host"] == records.this_host().to_json() | {"layers_at_once": here + 1}

@@ -11,7 +11,6 @@ import pytest
 
 from nufilt_jax.engine import walk
 from nufilt_jax.engine.walk import Walk
-from nufilt_jax.linalg import chunks
 
 SMALL = 5000  # bytes of a window: the towers' stacks of 16 x 16 and 24 x 16 make 3 of 2 to 5 layers
 

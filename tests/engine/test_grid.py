@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nufilt_jax.engine.grid import Stack, Window, cells, pieces, restarted, smallest, windows
-from nufilt_jax.linalg.chunks import chunk_size
+from nufilt_jax.linalg.dispatch import chunk_size
 
 
 def stack(name, n_layers, n_bytes, at_once=1, fewest=1):

@@ -9,7 +9,7 @@ from nufilt_jax.engine import memory
 from nufilt_jax.engine.grid import Stack
 from nufilt_jax.engine.memory import RUNTIME, Reach, Sizes, largest_on_device, parse_size, plan_windows, workspace
 from nufilt_jax.errors import ConfigError
-from nufilt_jax.linalg.chunks import layers_at_once
+from nufilt_jax.linalg.dispatch import layers_at_once
 from nufilt_jax.methods import nufilt
 
 MB = 10**6

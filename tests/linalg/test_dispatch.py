@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_info
 from nufilt_jax import NufiltConfig, solve_layer, solve_stack
 from nufilt_jax.core import solve
 from nufilt_jax.errors import ConfigError
-from nufilt_jax.linalg import chunks, dispatch
+from nufilt_jax.linalg import dispatch
 
 CONFIG = NufiltConfig(filter_rank=6, adapter_rank=3, task_rank=2, steps=3)
 WATCHDOG_SECONDS = 480
@@ -168,7 +168,7 @@ def test_the_closed_form_calls_lapack_for_its_directions_alone():
 
 def test_chunks_of_layers_wait_for_each_other():
     """As the 120 layers of a ViT-L/14 on 16 cores: no multiple of a chunk, and no second call beside the loop."""
-    n_layers = 2 * chunks.layers_at_once() + 1
+    n_layers = 2 * dispatch.layers_at_once() + 1
     d, a = jnp.zeros((n_layers, 24, 16)), jnp.zeros((n_layers, 3, 16))
 
     def program(d, a):
@@ -200,7 +200,7 @@ def test_an_optimization_barrier_would_not_do():
 
     def chained(a, b):
         _, v = jnp.linalg.eigh(a)
-        return v, jnp.linalg.eigh(chunks.after(b, v))[1]
+        return v, jnp.linalg.eigh(dispatch.after(b, v))[1]
 
     found = {f: unordered_lapack_calls(computations(f, jnp.eye(8), jnp.eye(8)))[0] for f in (barrier, chained)}
     assert len(found[barrier]) == 1

@@ -5,7 +5,7 @@ import numpy as np
 import oracle
 import pytest
 
-from nufilt_jax.linalg import chunks, dense, subspace
+from nufilt_jax.linalg import dense, directions, dispatch, subspace
 from nufilt_jax.linalg.certificate import CERTIFIED_ANGLE, complete, separated, spectrum_of
 from nufilt_jax.linalg.grams import gram_of
 from nufilt_jax.linalg.refine import refine
@@ -23,7 +23,7 @@ def find(x, rank, chosen):
     stacks = (jnp.asarray(x)[None],)
     call = jax.jit(subspace.leading, static_argnums=(2, 3))
     found = call(stacks, gram_of(stacks), rank, chosen)
-    used = subspace.rank_mask(jax.tree.map(lambda leaf: leaf[0], found), len(x))
+    used = directions.rank_mask(jax.tree.map(lambda leaf: leaf[0], found), len(x))
     return found, np.asarray(used.vectors, np.float64), np.asarray(used.sizes)
 
 
@@ -222,7 +222,7 @@ def test_rank_mask_measures_instead_of_trusting_eigenvalues(rank, chosen):
 def test_after_changes_nothing_but_the_order():
     x = jnp.asarray([1.5, -2.0, 0.0])
     for done in (jnp.ones((2, 2)), jnp.asarray([jnp.nan]), jnp.asarray([jnp.inf]), jnp.zeros((0, 3))):
-        np.testing.assert_array_equal(jax.jit(chunks.after)(x, done), x)
+        np.testing.assert_array_equal(jax.jit(dispatch.after)(x, done), x)
 
 
 def test_groups_do_not_depend_on_the_order_of_names():
