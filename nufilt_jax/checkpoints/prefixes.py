@@ -9,10 +9,12 @@ from nufilt_jax.checkpoints.reader import Checkpoint
 
 _MOST = 3  # components of a prefix, and rounds: `module.` around `bert.`
 _CANDIDATES = 8
-# What torch's own ways to run a model put before its names, and peft.
-_WRAPPERS = re.compile(
-    r"(?:(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module|base_model\.model)\.)+"
-)
+# What torch's own ways to run a model put before the names of each module that they are used on, and of models alone.
+_ANYWHERE = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_WRAPPING = (*_ANYWHERE, "module", "_forward_module")
+_WITHIN = re.compile(rf"(?<![^.])(?:{'|'.join(_ANYWHERE)})\.")
+_PEFT = re.compile(rf"(?:(?:{'|'.join(_WRAPPING)})\.)*base_model\.model\.")
+_WRAPPERS = re.compile(rf"(?<![^.])(?:(?:{'|'.join(_WRAPPING)}|base_model\.model)\.)+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +67,29 @@ def match_names(base: Checkpoint, task: Checkpoint, wanted: Collection[str]) -> 
         renamed = sum(old != new for old, new in names.items())
         found = Matched(dataclasses.replace(task, tensors=tensors), removed, added, renamed, apart)
     return found
+
+
+def without_peft(stored: str) -> str:
+    """A name in an adapter's file without peft's own prefix, and what stands before that."""
+    return stored[found.end() :] if (found := _PEFT.match(stored)) else stored
+
+
+def without_wrappers(name: str, base: Checkpoint) -> str:
+    """A name as the model's class has it.
+
+    Args:
+      name: of a module or a tensor, as it was called when the model ran.
+      base: the model; what its names begin with is taken for its class's.
+    """
+    start = _WRAPPERS.match(name)
+    if start and not any(ours.startswith(start[0]) for ours in base.tensors):
+        name = name[start.end() :]
+    return _WITHIN.sub("", name)
+
+
+def wrappers_in(name: str) -> tuple[str, ...]:
+    """The wrappers that a name tells of, as `module.`."""
+    return tuple(f"{part}." for part in name.split(".") if part in _WRAPPING)
 
 
 def _attempts(base: Checkpoint, names: Mapping[str, str]) -> list[tuple[str, str, dict[str, str]]]:
