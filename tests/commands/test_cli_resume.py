@@ -193,6 +193,31 @@ def finished(shared_models, tmp_path_factory, command):
     return out
 
 
+def test_what_is_out_of_the_range_of_a_type_is_added_in_a_wider_one(shared_models, tmp_path, nufilt, command):
+    """As the refusal says: what is merged is kept, and nothing but its writing may change."""
+    huge, out = build.weights(shared_models / "delta"), tmp_path / "out"
+    huge[build.SELECTED[0]] = np.full_like(huge[build.SELECTED[0]], 1e6)
+    build.write(tmp_path / "delta", huge)
+    assert nufilt(*command(shared_models, out, "--method", "sum", "--dtype", "float16")).code == 0
+    added = nufilt(*add(tmp_path, out, "delta"))
+    assert added.code == 1 and "has numbers out of the range of float16 (write a wider --dtype; what is " in added.err
+    refused = nufilt(*add(tmp_path, out, "delta", options=("--dtype", "float64", "--seed", "7")))
+    assert refused.code == 1 and [line.split(", got")[0] for line in refused.lines] == [
+        "nufilt: --dtype: must be one of float32, bfloat16, float16",
+        "nufilt: --seed: is 0 in this merge",
+    ]
+    planned = nufilt(*add(tmp_path, out, "delta", options=("--dtype", "float32", "--plan")))
+    assert planned.code == 0, planned.err
+    wider = nufilt(*add(tmp_path, out, "delta", options=("--dtype", "float32", "--json")))
+    assert wider.code == 0 and resumed(wider) == [True] * 4, wider.err
+    assert json.loads((out / "nufilt.json").read_text())["dtype"] == "float32"
+    assert {x.dtype for x in build.weights(out).values() if x.dtype.kind == "f"} == {np.dtype(np.float32)}
+    whole = command(shared_models, tmp_path / "whole", "--method", "sum", "--dtype", "float32")
+    assert nufilt(*whole, "--task", f"delta={tmp_path / 'delta'}").code == 0
+    assert build.weight_bytes(out) == build.weight_bytes(tmp_path / "whole")
+    assert nufilt("verify", out).code == 0
+
+
 @pytest.mark.parametrize("option", CHANGES)
 def test_changed_settings_are_refused(shared_models, finished, nufilt, command, option):
     before = build.snapshot(finished.parent)
