@@ -95,6 +95,24 @@ def test_sources_are_recorded_from_the_output_folder(models, tmp_path, nufilt, m
     assert nufilt("add", tmp_path / "out", "--task", f"gamma={models / 'gamma'}").code == 0
 
 
+def test_sources_are_found_through_a_link_above_the_output_and_behind_it(models, tmp_path, nufilt, monkeypatch):
+    """And as a recipe names them that was written for the folder as it was spelt."""
+    (tmp_path / "deep" / "er" / "real").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "deep" / "er" / "real")
+    given = ("--base", models / "base", "--task", f"alpha={models / 'alpha'}", "--method", "sum")
+    assert nufilt("merge", *given, "--out", tmp_path / "link" / "out").code == 0
+    monkeypatch.chdir(tmp_path / "link")
+    recipe = tmp_path / "link" / "out" / "nufilt.json"
+    assert json.loads(recipe.read_text())["base"]["source"] == "../../../../models/base"
+    for out in ("out", tmp_path / "link" / "out"):
+        assert nufilt("verify", out).code == 0
+        assert nufilt("plan", "--config", f"{out}/nufilt.json").code == 0
+        assert nufilt("merge", "--add", out, "--task", f"beta={models / 'beta'}").code == 0
+    recipe.write_text(recipe.read_text().replace("../../../../models", "../../models"))
+    assert nufilt("verify", tmp_path / "link" / "out").code == 0
+    assert nufilt("plan", "--config", recipe).code == 0
+
+
 def test_adding_the_last_task_again_adds_nothing(shared_models, tmp_path, nufilt, command):
     out = tmp_path / "out"
     assert nufilt(*command(shared_models, out, n=2)).code == 0
