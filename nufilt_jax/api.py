@@ -95,7 +95,8 @@ def merge(
     into = {"data": data, "devices": devices, "max_memory": max_memory}
     are_places = not any(isinstance(model, Mapping) for model in (base, *named.values()))
     if are_places and out is not None:
-        return _merged_into(Path(out), _job(base, named, how | writing, strict=strict, **into), offline=offline)
+        out = Path(os.path.expanduser(out))
+        return _merged_into(out, _job(base, named, how | writing, strict=strict, **into), offline=offline)
     told = {name for name, value in (writing | into).items() if value not in (None, "model")}
     raise_all(ConfigError, (Problem(name, "belongs to out", "give that too") for name in sorted(told) if out is None))
     alone = told - {"format", "dtype"}
@@ -146,7 +147,7 @@ def _job(
         sources=tuple(Model(name, *parse_source(os.fspath(source))) for name, source in tasks.items()),
         settings=Settings(**settings),
         out=None,
-        data=None if data is None else Path(data),
+        data=None if data is None else Path(os.path.expanduser(data)),
         max_memory=most,
         devices=n_devices,
         strict=strict,

@@ -7,6 +7,7 @@ from typing import Any, BinaryIO
 
 LFS_POINTER = "is a Git LFS pointer, not the file itself"
 LFS_PULL = "run in the clone: git lfs pull"
+POINTER_BYTES = 100  # that tell one
 
 _LFS_START = b"version https://git-lfs.github.com/spec/"
 _MAX_DEPTH = 100  # of brackets in brackets: configs have 5, and what walks them later recurses

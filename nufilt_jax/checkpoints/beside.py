@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from nufilt_jax.checkpoints.folders import ADDED, is_pickle, is_small, is_weight_file
 from nufilt_jax.errors import Problem
+from nufilt_jax.strict_json import LFS_POINTER, LFS_PULL, POINTER_BYTES, is_lfs_pointer
 
 # An earlier merge's: true of it, not of its copy.
 OWN_FILES = frozenset(
@@ -79,10 +80,10 @@ def is_wanted_of_task(name: str) -> bool:
     return name == ADDED or ("/" not in name and is_small(name) and not is_weight_file(name))
 
 
-def foreign_links(root: Path) -> list[Problem]:
-    """The files beside a model that are links out of its folder: a copy would hold what is somewhere else.
+def not_to_copy(root: Path) -> list[Problem]:
+    """The files beside a model that are links out of its folder, or that a clone without git-lfs did not fetch.
 
-    A stranger's folder could name a private file so. The links of the Hub's cache lead to its own blobs.
+    A stranger's folder could name a private file by a link. Those of the Hub's cache lead to its own blobs.
     """
     found = []
     within = Path(os.path.realpath(root))
@@ -92,7 +93,17 @@ def foreign_links(root: Path) -> list[Problem]:
         if not is_blob and not target.is_relative_to(within):
             what = f"is a link to {target}, outside the model's folder, and would be copied"
             found.append(Problem(str(root / name), what, "put the file itself there, or remove the link"))
+        elif _is_pointer(target):
+            found.append(Problem(str(root / name), LFS_POINTER, LFS_PULL))
     return found
+
+
+def _is_pointer(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return is_lfs_pointer(file.read(POINTER_BYTES))
+    except OSError:
+        return False  # of which copying tells
 
 
 def names_below(root: Path) -> Iterator[str]:

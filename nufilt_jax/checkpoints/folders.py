@@ -24,8 +24,10 @@ _INDEX = ".index.json"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 _WEIGHTS = re.compile(
-    r"\.(safetensors|msgpack|bin|pt|pth|ckpt|h5|ot|onnx|onnx_data|gguf|ggml|pkl|pickle|npz|tflite|pb|mlmodel)"
-    r"([._-]?(data|\d+))?(\.index(\.\w+)?\.json|\.index|\.meta|\.data-.*)?$",
+    r"\.(safetensors|msgpack|bin|pt|pth|ckpt|h5|ot|onnx|onnx_data|gguf|ggml|pkl|pickle|tflite|pb|mlmodel)"
+    r"([._-]?(data|\d+))?(\.index(\.\w+)?\.json|\.index|\.meta|\.data-.*)?$"
+    # Other archives of arrays are a part of the model, as the `mel_filters.npz` of its own code.
+    r"|(^|/)((flax|tf|pytorch)_)?(model|weights|params|checkpoint)[^/]*\.npz$",
     re.IGNORECASE,
 )
 _PICKLE = re.compile(r"\.(bin|pt|pth|ckpt|pkl|pickle)$", re.IGNORECASE)

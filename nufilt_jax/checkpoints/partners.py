@@ -136,6 +136,9 @@ def _extra(base: Checkpoint, task: Checkpoint) -> list[str]:
 def _renamed(matched: Matched) -> Iterator[str]:
     if matched.removed:
         yield f"{matched.renamed} names begin with {matched.removed!r}, which the base's do not: read without it"
+    if matched.wrappers:
+        shown = ", ".join(map(repr, matched.wrappers))
+        yield f"{matched.unwrapped} names differ from the base's by {shown} of a wrapper: read as the base's"
     if matched.added:
         yield f"{matched.renamed} names lack the base's prefix {matched.added!r}: read with it"
 

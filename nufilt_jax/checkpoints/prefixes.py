@@ -9,10 +9,12 @@ from nufilt_jax.checkpoints.reader import Checkpoint
 
 _MOST = 3  # components of a prefix, and rounds: `module.` around `bert.`
 _CANDIDATES = 8
-# What torch's own ways to run a model put before its names, and peft.
-_WRAPPERS = re.compile(
-    r"(?:(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module|base_model\.model)\.)+"
-)
+# What torch's own ways to run a model put before the names of each module that they are used on, and of models alone.
+_ANYWHERE = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_WRAPPING = (*_ANYWHERE, "module", "_forward_module")
+_WITHIN = re.compile(rf"(?<![^.])(?:{'|'.join(_ANYWHERE)})\.")
+_PEFT = re.compile(rf"(?:(?:{'|'.join(_WRAPPING)})\.)*base_model\.model\.")
+_WRAPPERS = re.compile(rf"(?<![^.])(?:(?:{'|'.join(_WRAPPING)}|base_model\.model)\.)+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +27,8 @@ class Matched:
       added: prefix that the base's names have and its own had not.
       renamed: how many tensors that was.
       apart: tensors of the task that stand beside what the removed prefix is of, by canonical name.
+      wrappers: of modules within, as `_orig_mod.`, that only one of the two models has in its names.
+      unwrapped: how many tensors these were.
     """
 
     task: Checkpoint
@@ -32,6 +36,8 @@ class Matched:
     added: str = ""
     renamed: int = 0
     apart: frozenset[str] = frozenset()
+    wrappers: tuple[str, ...] = ()
+    unwrapped: int = 0
 
     @property
     def class_prefix(self) -> str:
@@ -42,29 +48,77 @@ class Matched:
 def match_names(base: Checkpoint, task: Checkpoint, wanted: Collection[str]) -> Matched:
     """Leaves out or puts before a task's names what makes more of its tensors the base's; does nothing if none lack.
 
+    Wrappers of modules within count for nothing, in the base's names nor the task's.
+
     Args:
       base: the base.
       task: a model fine-tuned from it.
       wanted: canonical names that the merge needs.
     """
-    names = {name: name for name in task.tensors}  # stored canonical -> matched
-    found, removed, added = Matched(task), "", ""
+    if frozenset(wanted) <= task.tensors.keys():
+        return Matched(task)
+    ours, theirs = _plain(base, task)
+    plain = dataclasses.replace(base, tensors={ours[name]: info for name, info in base.tensors.items()})
+    names, removed, added = theirs, "", ""  # stored canonical -> matched
     for _ in range(_MOST):
-        if frozenset(wanted) <= frozenset(names.values()):
+        if frozenset(ours.get(name, name) for name in wanted) <= frozenset(names.values()):
             break
-        rounds = [(_fits(base, task, new), kind, prefix, new) for kind, prefix, new in _attempts(base, names)]
+        rounds = [(_fits(plain, task, new), kind, prefix, new) for kind, prefix, new in _attempts(plain, names)]
         best = max(rounds, key=lambda row: row[0], default=None)
-        if best is None or best[0] <= _fits(base, task, names):
+        if best is None or best[0] <= _fits(plain, task, names):
             break
         _, kind, prefix, new = best
         removed, added = (removed + prefix, added) if kind == "remove" else (removed, prefix + added)
         names = new
-    if removed or added:
-        tensors = {new: dataclasses.replace(task.tensors[old], name=new) for old, new in names.items()}
-        apart = frozenset(new for old, new in names.items() if removed and not old.startswith(removed))
-        renamed = sum(old != new for old, new in names.items())
-        found = Matched(dataclasses.replace(task, tensors=tensors), removed, added, renamed, apart)
-    return found
+    spelt = {short: name for name, short in ours.items()}
+    new = {old: spelt.get(name, name) for old, name in names.items()}
+    wrappers = [found for old in new if (found := {*_within(old)[1]} ^ {*_within(new[old])[1]})]
+    return Matched(
+        dataclasses.replace(task, tensors={new[x]: dataclasses.replace(task.tensors[x], name=new[x]) for x in new}),
+        removed,
+        added,
+        renamed=sum(names[old] != theirs[old] for old in names),
+        apart=frozenset(new[old] for old in new if removed and not theirs[old].startswith(removed)),
+        wrappers=tuple(sorted(frozenset().union(*wrappers))),
+        unwrapped=len(wrappers),
+    )
+
+
+def _plain(*models: Checkpoint) -> list[dict[str, str]]:
+    """The names of models without wrappers within, or as they are if two of a model would then be one."""
+    plain = [{name: _within(name)[0] for name in model.tensors} for model in models]
+    is_clear = all(len({*names.values()}) == len(names) for names in plain)
+    return plain if is_clear else [{name: name for name in model.tensors} for model in models]
+
+
+def _within(name: str) -> tuple[str, list[str]]:
+    """A name without wrappers of modules within the model, and these; one of the whole model is a prefix."""
+    start = found[0] if (found := _WRAPPERS.match(name)) else ""
+    rest = name[len(start) :]
+    return start + _WITHIN.sub("", rest), _WITHIN.findall(rest)
+
+
+def without_peft(stored: str) -> str:
+    """A name in an adapter's file without peft's own prefix, and what stands before that."""
+    return stored[found.end() :] if (found := _PEFT.match(stored)) else stored
+
+
+def without_wrappers(name: str, base: Checkpoint) -> str:
+    """A name as the model's class has it.
+
+    Args:
+      name: of a module or a tensor, as it was called when the model ran.
+      base: the model; what its names begin with is taken for its class's.
+    """
+    start = _WRAPPERS.match(name)
+    if start and not any(ours.startswith(start[0]) for ours in base.tensors):
+        name = name[start.end() :]
+    return _WITHIN.sub("", name)
+
+
+def wrappers_in(name: str) -> tuple[str, ...]:
+    """The wrappers that a name tells of, as `module.`."""
+    return tuple(f"{part}." for part in name.split(".") if part in _WRAPPING)
 
 
 def _attempts(base: Checkpoint, names: Mapping[str, str]) -> list[tuple[str, str, dict[str, str]]]:

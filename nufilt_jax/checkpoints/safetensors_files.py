@@ -17,6 +17,7 @@ from nufilt_jax.strict_json import (
     LFS_POINTER,
     LFS_PULL,
     MOST_BYTES,
+    POINTER_BYTES,
     JsonError,
     is_lfs_pointer,
     is_text,
@@ -26,7 +27,6 @@ from nufilt_jax.strict_json import (
 
 _RELOAD = "download or save it again"
 _MOST_TOLD = 1000  # faults of one header
-_POINTER = 100  # bytes that tell a Git LFS pointer
 _MAX_AXES = 32  # numpy had no more until 2.0
 _TOO_LARGE = 1 << 56  # bytes of a file, or elements of an array: bytes and bits of it fit 64 bits
 
@@ -93,7 +93,7 @@ def header_sha256(path: Path) -> str:
 
 def pointer_problem(file: BufferedReader, where: str) -> Problem | None:
     """Says that a weight file was never fetched; None if it was. Leaves the file at its start."""
-    start = file.read(_POINTER)
+    start = file.read(POINTER_BYTES)
     file.seek(0)
     return Problem(where, LFS_POINTER, LFS_PULL) if is_lfs_pointer(start) else None
 

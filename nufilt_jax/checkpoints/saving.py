@@ -1,5 +1,6 @@
 """Loading and saving in one call."""
 
+import os
 import secrets
 import shutil
 from collections.abc import Mapping
@@ -56,7 +57,7 @@ def save(
       CheckpointError: `params` does not fit `like`, or `like` cannot be read.
       OutputError: `out` is in use, or cannot be written.
     """
-    out = Path(out)
+    out = Path(os.path.expanduser(out))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(Problem(str(out), "exists and is not an empty folder", "choose another, or remove it"))
     model = _opened(like, offline) if isinstance(like, str) else like

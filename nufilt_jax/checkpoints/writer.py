@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nufilt_jax.checkpoints import flax_files, safetensors_files
-from nufilt_jax.checkpoints.beside import files_beside, foreign_links, names_below
+from nufilt_jax.checkpoints.beside import files_beside, names_below, not_to_copy
 from nufilt_jax.checkpoints.dtypes import FLOATS, OUTPUT_DTYPES, AnyArray, code_of
 from nufilt_jax.checkpoints.folders import FLAX, SAFETENSORS
 from nufilt_jax.checkpoints.names import has_flax_form
@@ -49,7 +49,7 @@ def write_checkpoint(
     """
     kind = _checked_format(format, like)
     code = _checked_dtype(dtype)
-    raise_all(CheckpointError, [*value_problems(params, like), *foreign_links(like.path)])
+    raise_all(CheckpointError, [*value_problems(params, like), *not_to_copy(like.path)])
     new = {_main_name(name, like): value for name, value in params.items()}
     index, step = part
     whole = plan_shards(like, kind, code)

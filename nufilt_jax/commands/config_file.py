@@ -8,7 +8,7 @@ import difflib
 import os
 import tomllib
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -44,16 +44,45 @@ def options_from_file(app: App, commands: tuple[str, ...], arguments: ArgumentCo
     path = Path(os.path.expanduser(tokens[-1].value))
     _know_own_rule(arguments)
     values = read_options(path, "evaluate" if commands[-1:] == ("evaluate",) else "merge")
+    _keep_settings(arguments, values.get("method_args", ()), values.get("method"))
     Dict(values, source=str(path), use_commands_as_keys=False)(app, commands, arguments)
+
+
+def _keep_settings(arguments: ArgumentCollection, pairs: Sequence[str], method: str | None) -> None:
+    """Puts the file's --method-args beside those of the command line, which would hide them all: setting by setting.
+
+    Not if the command line names another method, whose settings they are not.
+    """
+    given = next((argument.tokens for argument in arguments if "--method-args" in argument.names), [])
+    if not given or not pairs or _is_other_method(_asked(arguments), method):
+        return
+    said = {_key(token.value) for token in given}
+    given += [given[-1].evolve(value=pair) for pair in pairs if _key(pair) not in said]
+
+
+def _key(pair: str) -> str:
+    return pair.partition("=")[0].replace("-", "_")
+
+
+def _is_other_method(asked: str | None, method: str | None) -> bool:
+    from nufilt_jax.commands.settings import DEFAULT_METHOD
+    from nufilt_jax.methods import canonical_name
+
+    return asked is not None and canonical_name(asked) != canonical_name(method or DEFAULT_METHOD)
+
+
+def _asked(arguments: ArgumentCollection) -> str | None:
+    """The method that the command line names."""
+    return next((a.tokens[-1].value for a in arguments if "--method" in a.names and a.tokens), None)
 
 
 def _know_own_rule(arguments: ArgumentCollection) -> None:
     """Imports the rule that `--method MODULE:RULE` names on the command line; a recipe imports nothing."""
-    asked = [token.value for argument in arguments if "--method" in argument.names for token in argument.tokens]
-    if asked and ":" in asked[-1] and not asked[-1].startswith("help="):
+    asked = _asked(arguments)
+    if asked and ":" in asked and not asked.startswith("help="):
         from nufilt_jax.methods import load_own
 
-        load_own(asked[-1])
+        load_own(asked)
 
 
 def read_options(path: Path, command: str = "merge") -> Values:

@@ -9,7 +9,7 @@ from nufilt_jax.checkpoints import open_checkpoint, parse_source
 from nufilt_jax.commands import watched
 from nufilt_jax.commands.arguments import Arguments, EvaluateArguments
 from nufilt_jax.commands.recipe_file import promised
-from nufilt_jax.commands.settings import DEFAULT_METHOD, changed_settings, read_evaluation, read_settings
+from nufilt_jax.commands.settings import DEFAULT_METHOD, continued_settings, read_evaluation, read_settings
 from nufilt_jax.config import option, problem
 from nufilt_jax.engine.devices import count_devices
 from nufilt_jax.engine.hosts import Cluster
@@ -170,7 +170,7 @@ def continued_job(arguments: Arguments, place: OutputPlace) -> Job:
     if recipe.version < VERSION:
         what = "is a merge of a development version of nufilt_jax 0.1, whose state this version cannot read"
         raise OutputError(Problem(str(recorded.folder), what, "merge again into another folder, or with --config"))
-    problems = changed_settings(arguments, recipe.settings)
+    settings, problems = continued_settings(arguments, recipe.settings, is_written=recorded.is_written)
     evaluation = _evaluation(arguments, problems)
     new = _sources(_tasks(arguments))
     n_known = _n_known(recipe.task_names, [source.name for source in new])
@@ -181,7 +181,7 @@ def continued_job(arguments: Arguments, place: OutputPlace) -> Job:
     return Job(
         base=recipe.base,
         sources=recipe.tasks + new[n_known:],
-        settings=recipe.settings,
+        settings=settings,
         out=place.out,
         data=arguments.data,
         evaluation=evaluation,
@@ -189,7 +189,7 @@ def continued_job(arguments: Arguments, place: OutputPlace) -> Job:
         devices=_devices(arguments, problems),
         strict=arguments.strict,
         continues=recorded,
-        warnings=_idle_data(arguments, recipe.settings.method),
+        warnings=_idle_data(arguments, settings.method),
         problems=tuple(problems),
     )
 

@@ -10,7 +10,7 @@ from nufilt_jax.config import ComputeType, MethodConfig, OtherParams, OutputKind
 from nufilt_jax.engine.job import EvaluationOptions
 from nufilt_jax.errors import ConfigError, Problem, gathering
 from nufilt_jax.methods import canonical_name, find, load_own
-from nufilt_jax.output.recipe import Settings
+from nufilt_jax.output.recipe import OF_WRITING, Settings
 from nufilt_jax.strict_json import shown
 
 T = TypeVar("T")
@@ -54,13 +54,20 @@ def read_settings(
         seed=arguments.seed or 0,
         layers=arguments.layers,
         other_params=_choice("other_params", arguments.other_params, _OTHER_PARAMS, problems) or "pretrained",
-        format=_choice("format", arguments.format, _FORMATS, problems),
-        dtype=_choice("dtype", arguments.dtype, _DTYPES, problems),
         conv=arguments.conv,
         output=_choice("output", arguments.output, _OUTPUTS, problems) or "model",
-        adapter_out_rank=_out_rank(arguments.adapter_out_rank, problems),
+        **_of_writing(arguments, problems),
     )
     return settings, warnings, problems
+
+
+def _of_writing(arguments: Arguments, problems: list[Problem]) -> dict[str, Any]:
+    """Those of `OF_WRITING`."""
+    return {
+        "format": _choice("format", arguments.format, _FORMATS, problems),
+        "dtype": _choice("dtype", arguments.dtype, _DTYPES, problems),
+        "adapter_out_rank": _out_rank(arguments.adapter_out_rank, problems),
+    }
 
 
 def _out_rank(rank: int | None, problems: list[Problem]) -> int | None:
@@ -96,8 +103,14 @@ def read_evaluation(arguments: EvaluateArguments, problems: list[Problem]) -> Ev
     )
 
 
-def changed_settings(arguments: Arguments, settings: Settings) -> list[Problem]:
-    """The options that ask for other settings than a merge under way has, or that are refused in any case."""
+def continued_settings(arguments: Arguments, settings: Settings, *, is_written: bool) -> tuple[Settings, list[Problem]]:
+    """The settings to go on with, and the options that ask for others than a merge has, or are refused in any case.
+
+    Args:
+      arguments: the command line.
+      settings: of the merge.
+      is_written: whether its model is there; if not, it may still be written in another format or type.
+    """
     wanted: dict[str, tuple[Any, Any]] = {
         "method": (arguments.method and canonical_name(arguments.method), settings.method),
         "seed": (arguments.seed, settings.seed),
@@ -110,6 +123,10 @@ def changed_settings(arguments: Arguments, settings: Settings) -> list[Problem]:
         "conv": (arguments.conv or None, settings.conv),
     }
     problems: list[Problem] = []
+    if not is_written:
+        asked = {key: value for key, value in _of_writing(arguments, problems).items() if value is not None}
+        settings = dataclasses.replace(settings, **asked)
+        wanted = {key: pair for key, pair in wanted.items() if key not in OF_WRITING}
     given = arguments.config_flags() | _parsed(settings.method, arguments.method_args, problems)
     wanted |= {key: (value, getattr(settings.config, key, None)) for key, value in given.items()}
     problems += [
@@ -117,7 +134,7 @@ def changed_settings(arguments: Arguments, settings: Settings) -> list[Problem]:
         for key, (here, there) in wanted.items()
         if here is not None and here != there
     ]
-    return problems
+    return settings, problems
 
 
 def _config(

@@ -14,6 +14,7 @@ from nufilt_jax.anatomy import shape_in, tensor_of
 from nufilt_jax.checkpoints import AdaptedCheckpoint
 from nufilt_jax.checkpoints.peft.keys import parse_key
 from nufilt_jax.checkpoints.peft.writer import NewPair, write_adapter
+from nufilt_jax.checkpoints.prefixes import without_wrappers
 from nufilt_jax.engine.merged import merged_tensors
 from nufilt_jax.engine.plan import Plan
 from nufilt_jax.linalg.factored import Factored
@@ -30,7 +31,7 @@ def told_of(plan: Plan) -> MergedAdapter:
         if not isinstance(task, AdaptedCheckpoint):
             continue
         theirs = {name: pair.module for name, pair in task.factors.items()}
-        theirs |= {info.name: parse_key(info.stored_name).name for info in _whole(task)}
+        theirs |= {info.name: without_wrappers(parse_key(info.stored_name).name, task.base) for info in _whole(task)}
         old, new = _prefixes(theirs, modules)
         renamed = {name: new + module.removeprefix(old) if old or new else module for name, module in theirs.items()}
         modules = renamed | modules

@@ -11,7 +11,7 @@ import numpy as np
 
 from nufilt_jax.anatomy import shape_in, tensor_of
 from nufilt_jax.checkpoints import Checkpoint, fit, open_checkpoint, open_task, quantised_problems
-from nufilt_jax.checkpoints.beside import foreign_links
+from nufilt_jax.checkpoints.beside import not_to_copy
 from nufilt_jax.checkpoints.dtypes import OUTPUT_DTYPES, numpy_dtype
 from nufilt_jax.checkpoints.folders import FLAX
 from nufilt_jax.checkpoints.names import has_flax_form
@@ -274,8 +274,8 @@ def _output_problems(base: Checkpoint, settings: Settings, place: OutputPlace | 
     if kind == FLAX != base.format and not has_flax_form(base.config):
         what = f"{base.source} is a {base.config.get('model_type')!r} model, which has no Flax form"
         return [problem("format", what, "use safetensors")]
-    if base.is_local and settings.output != "adapter" and (links := foreign_links(base.path)):
-        return links
+    if base.is_local and settings.output != "adapter" and (kept_out := not_to_copy(base.path)):
+        return kept_out
     plan_shards(base, kind, OUTPUT_DTYPES[settings.dtype] if settings.dtype else None)
     root = os.path.realpath(base.path)
     if place is not None and base.is_local and os.path.realpath(place.out).startswith(root + os.sep):

@@ -70,15 +70,25 @@ def seen_from(source: str, folder: Path) -> str:
     home, place = os.path.expanduser("~"), os.path.abspath(folder)
     if _is_in(source, home) and not _is_in(place, home):
         return os.path.join("~", os.path.relpath(source, home))
-    relative = os.path.relpath(source, place)
+    relative, physical = os.path.relpath(source, place), os.path.realpath(place)
+    if os.path.realpath(os.path.join(physical, relative)) != os.path.realpath(source):
+        # A link is on the way to one of them: `..` leads out of what it points to.
+        there = os.path.join(os.path.realpath(os.path.dirname(source)), os.path.basename(source))
+        relative = os.path.relpath(there, physical)
     return relative if relative.startswith(os.pardir) else os.path.join(os.curdir, relative)
 
 
 def found_from(source: str, folder: Path) -> str:
-    """The inverse of `seen_from`: a full path, or a Hub id."""
-    if source.startswith(("~", os.curdir)):  # no id of the Hub begins so
-        return os.path.normpath(os.path.join(os.path.abspath(folder), os.path.expanduser(source)))
-    return source
+    """The inverse of `seen_from`: a full path, or a Hub id.
+
+    Earlier versions wrote paths as seen from the folder as it was spelt, links and all.
+    """
+    if not source.startswith(("~", os.curdir)):  # no id of the Hub begins so
+        return source
+    places = os.path.abspath(folder), os.path.realpath(folder)
+    spelt, physical = (os.path.normpath(os.path.join(place, os.path.expanduser(source))) for place in places)
+    is_other = os.path.exists(physical) and os.path.realpath(physical) != os.path.realpath(spelt)
+    return physical if is_other else spelt
 
 
 def _is_in(path: str, folder: str) -> bool:

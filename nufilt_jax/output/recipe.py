@@ -14,7 +14,7 @@ from nufilt_jax.output.model import found_from, seen_from
 
 VERSION = 2  # of the recipe and of the state beside it; the recipes of nufilt_jax 0.1 name none
 _NEWER = ("conv", "output", "adapter_out_rank")  # settings that earlier versions' recipes lack
-_OF_WRITING = ("format", "dtype", "adapter_out_rank")  # settings that no number depends on before the model is written
+OF_WRITING = ("format", "dtype", "adapter_out_rank")  # settings that no number depends on before the model is written
 
 ConfigOf = Callable[[str], type[MethodConfig]]  # from a method's name to the class of its settings
 
@@ -71,7 +71,7 @@ class Settings:
         """
         here, there = self.to_json(), other.to_json()
         configs = here.pop("config"), there.pop("config")
-        pairs = [(key, here[key], there[key]) for key in there if is_written or key not in _OF_WRITING]
+        pairs = [(key, here[key], there[key]) for key in there if is_written or key not in OF_WRITING]
         if self.method == other.method:
             pairs += [(key, configs[0].get(key), value) for key, value in configs[1].items()]
         return [(key, mine, theirs) for key, mine, theirs in pairs if mine != theirs]

@@ -1,5 +1,7 @@
 """Models of one base that differ in what no layer holds; tensors that no rule can merge."""
 
+import re
+
 import architecture_models as arch
 import ml_dtypes
 import numpy as np
@@ -160,6 +162,36 @@ def test_a_prefix_on_one_side_only(entry, prefix, side, tmp_path, nufilt):
     refused = nufilt(*arch.merge_command(tmp_path / "prefixed", *FILTERED, "--strict", out="strict"))
     assert (refused.code, refused.out) == (1, "") and prefix in refused.err
     assert not (tmp_path / "prefixed" / "strict").exists()
+
+
+@pytest.mark.parametrize("side", ["tasks", "base"])
+@pytest.mark.parametrize(
+    ("wrapper", "prefix"),
+    [("_orig_mod.", ""), ("_checkpoint_wrapped_module.", "module."), ("_fsdp_wrapped_module.",) * 2],
+)
+def test_wrappers_of_modules_within_on_one_side_only(wrapper, prefix, side, tmp_path, nufilt):
+    """As `torch.compile` of every block leaves them; what comes out is called as in the base's files."""
+    base = LLAMA.stored()
+    tasks = [arch.fine_tuned(base, seed) for seed in (1, 2)]
+    arch.write_trio(tmp_path / "plain", base, LLAMA.config, tasks)
+    wanted, _ = merged(nufilt, tmp_path / "plain")
+    if side == "tasks":
+        tasks = [prefixed(wrapped(task, wrapper), prefix) for task in tasks]
+    else:
+        base, wanted = (prefixed(wrapped(x, wrapper), prefix) for x in (base, wanted))
+    arch.write_trio(tmp_path / "wrapped", base, LLAMA.config, tasks)
+    found, lines = merged(nufilt, tmp_path / "wrapped")
+    assert_same(found, wanted)
+    n_wrapped = sum(".layers." in name for name in base)
+    assert len(lines) == (4 if prefix else 2)
+    assert sum(f"{n_wrapped} names differ from the base's by '{wrapper}' of a wrapper" in line for line in lines) == 2
+    refused = nufilt(*arch.merge_command(tmp_path / "wrapped", *FILTERED, "--strict", out="strict"))
+    assert (refused.code, refused.out) == (1, "") and wrapper in refused.err
+
+
+def wrapped(tensors, wrapper):
+    """With something around every block."""
+    return {re.sub(r"(layers\.\d+\.)", rf"\1{wrapper}", name): x for name, x in tensors.items()}
 
 
 def prefixed(tensors, prefix):

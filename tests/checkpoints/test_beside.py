@@ -19,6 +19,7 @@ PART = {"linear.weight": np.ones((2, 2), np.float32)}
 KEPT = (
     *("config.json", "README.md", "LICENSE", ".gitattributes", "vocab.txt", "spiece.model", "chat_template.jinja"),
     *("modeling_own.py", "qwen.tiktoken", "bpe.codes", "merges.txt", "photo.png", "sub.folder/notes", "modules.json"),
+    *("mel_filters.npz", "audio/mel_filters.npz"),
     *("1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors", "3_Dense/pytorch_model.bin"),
     *("speech-lora/adapter_config.json", "speech-lora/adapter_model.safetensors", "speech-lora/sub/notes.txt"),
     *("tower/model-00001-of-00002.safetensors", "tower/model.safetensors.index.json", "flax/flax_model.msgpack"),
@@ -42,6 +43,7 @@ LEFT = (
     *("global_step12/mp_rank_00_model_states.pt", ".git/config", ".git/lfs/x", ".cache/huggingface/x", "state/d/x"),
     *("__pycache__/modeling_own.cpython-311.pyc", "nufilt.json", "forecast.json", "analysis/affinity.png"),
     *("merged/nufilt.json", "merged/model.safetensors", "merged/state/x", "tower/flax_model.msgpack"),
+    *("model.npz", "flax_model.npz", "weights-3.npz", "params.npz", "old/model.npz", "old/config.json"),
 )
 
 
@@ -149,4 +151,20 @@ def test_a_link_out_of_the_folder_is_not_copied(tmp_path, nufilt, refused):
     [line] = refused(*task, "--out", tmp_path / "none")
     assert "tokenizer.json: is a link to " in line and "outside the model's folder" in line
     with pytest.raises(CheckpointError, match="is a link to"):
+        save(load(str(base)), tmp_path / "saved", like=str(base))
+
+
+def test_a_file_that_git_lfs_did_not_fetch_is_not_copied(tmp_path, nufilt, refused):
+    """A clone in which the weights alone were pulled; an adapter holds no such files."""
+    base = write_safetensors(tmp_path / "base", vision_tower())
+    for name in ("spiece.model", "sub/tokenizer.json"):
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n")
+    given = ("--base", base, "--task", f"a={base}", "--method", "sum")
+    for command in (("merge", *given, "--out", tmp_path / "none"), ("plan", *given)):
+        assert refused(*command) == [
+            f"nufilt: {base / name}: is a Git LFS pointer, not the file itself (run in the clone: git lfs pull)"
+            for name in ("spiece.model", "sub/tokenizer.json")
+        ]
+    with pytest.raises(CheckpointError, match="is a Git LFS pointer"):
         save(load(str(base)), tmp_path / "saved", like=str(base))

@@ -133,6 +133,25 @@ def test_an_adapter_comes_out(nufilt, stream, tmp_path, options):
     assert result.json["adapter"]["energy_lost"] == 0
 
 
+@pytest.mark.parametrize(
+    "prefix", ["module.base_model.model.", "base_model.model._orig_mod.", "_orig_mod.module.base_model.model."]
+)
+def test_an_adapter_comes_out_without_what_wrapped_the_model(nufilt, stream, tmp_path, prefix):
+    """peft looks for the modules of the class: `module.` and its like are not among them, nor are those within."""
+    base, bias = build.tower(0), f"{adapters.MODULES[3]}.bias"
+    pairs = adapters.factors(base, 1)
+    within = {module.replace("layers.1.", "layers.1._checkpoint_wrapped_module."): x for module, x in pairs.items()}
+    for name, start, named in (("a", prefix, within), ("b", "base_model.model.", pairs)):
+        adapters.write(tmp_path / name, named, prefix=start, extra={f"{start}{bias}": base[bias] + 1}, bias="all")
+    how = ("--base", stream / "base", "--method", "weight_average", "--output", "adapter")
+    told = [nufilt("merge", "--task", f"t={tmp_path / name}", *how, "--out", tmp_path / f"{name}-out") for name in "ab"]
+    assert [result.code for result in told] == [0, 0], told[0].err
+    assert f"{tmp_path / 'a'}: 21 names hold '_checkpoint_wrapped_module.', '" in told[0].err
+    assert "of a wrapper" not in told[1].err
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "a-out" / file).read_bytes() == (tmp_path / "b-out" / file).read_bytes()
+
+
 def test_a_rank_that_was_filled_up_comes_out_as_it_went_in(nufilt, stream, tmp_path):
     """Of 5, which is worked on as 8."""
     adapters.write(tmp_path / "five", adapters.factors(build.tower(0), 3, 5))

@@ -169,6 +169,22 @@ def test_a_recipe_repeats_its_merge(models, tmp_path, nufilt, command, monkeypat
     assert changed.code == 1 and "beta: has changed since the merge that --config repeats" in changed.err
 
 
+def test_settings_of_the_command_line_leave_the_files_others(models, tmp_path, nufilt, command, written):
+    """Of a recipe and of a table alike; another method has settings of its own."""
+    ties = ("--method", "ties", "--method-args", "density=0.3", "--method-args", "scale=0.7")
+    assert nufilt(*command(models, tmp_path / "ties", *ties, n=2)).code == 0
+    table = 'base = "base"\nmethod = "ties"\nout = "x"\n[method_args]\ndensity = 0.3\nscale = 0.7\n'
+    tasks = '[tasks]\nalpha = "./alpha"\nbeta = "./beta"\n'
+    for number, file in enumerate((tmp_path / "ties" / "nufilt.json", written("merge.toml", table + tasks))):
+        how = ("--config", file, "--out", tmp_path / f"again-{number}", "--json", "--method-args")
+        again = nufilt("merge", *how, "scale=0.5")
+        assert again.code == 0, again.err
+        config = again.json["config"]
+        assert (config["density"], config["scale"]) == (0.3, 0.5)
+        other = nufilt("merge", *how[:3], tmp_path / f"other-{number}", *how[4:], "alpha=0.5", "--method", "opcm")
+        assert other.code == 0 and other.json["config"]["alpha"] == 0.5, other.err
+
+
 def test_card_and_recipe_tell_of_no_home(models, tmp_path, nufilt, command, monkeypatch):
     monkeypatch.setenv("HOME", str(models))
     assert nufilt(*command(models, tmp_path / "out", "--method", "sum", n=2)).code == 0

@@ -95,6 +95,24 @@ def test_sources_are_recorded_from_the_output_folder(models, tmp_path, nufilt, m
     assert nufilt("add", tmp_path / "out", "--task", f"gamma={models / 'gamma'}").code == 0
 
 
+def test_sources_are_found_through_a_link_above_the_output_and_behind_it(models, tmp_path, nufilt, monkeypatch):
+    """And as a recipe names them that was written for the folder as it was spelt."""
+    (tmp_path / "deep" / "er" / "real").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "deep" / "er" / "real")
+    given = ("--base", models / "base", "--task", f"alpha={models / 'alpha'}", "--method", "sum")
+    assert nufilt("merge", *given, "--out", tmp_path / "link" / "out").code == 0
+    monkeypatch.chdir(tmp_path / "link")
+    recipe = tmp_path / "link" / "out" / "nufilt.json"
+    assert json.loads(recipe.read_text())["base"]["source"] == "../../../../models/base"
+    for out in ("out", tmp_path / "link" / "out"):
+        assert nufilt("verify", out).code == 0
+        assert nufilt("plan", "--config", f"{out}/nufilt.json").code == 0
+        assert nufilt("merge", "--add", out, "--task", f"beta={models / 'beta'}").code == 0
+    recipe.write_text(recipe.read_text().replace("../../../../models", "../../models"))
+    assert nufilt("verify", tmp_path / "link" / "out").code == 0
+    assert nufilt("plan", "--config", recipe).code == 0
+
+
 def test_adding_the_last_task_again_adds_nothing(shared_models, tmp_path, nufilt, command):
     out = tmp_path / "out"
     assert nufilt(*command(shared_models, out, n=2)).code == 0
@@ -191,6 +209,31 @@ def finished(shared_models, tmp_path_factory, command):
     out = tmp_path_factory.mktemp("finished") / "out"
     assert main(command(shared_models, out, "--quiet")) == 0
     return out
+
+
+def test_what_is_out_of_the_range_of_a_type_is_added_in_a_wider_one(shared_models, tmp_path, nufilt, command):
+    """As the refusal says: what is merged is kept, and nothing but its writing may change."""
+    huge, out = build.weights(shared_models / "delta"), tmp_path / "out"
+    huge[build.SELECTED[0]] = np.full_like(huge[build.SELECTED[0]], 1e6)
+    build.write(tmp_path / "delta", huge)
+    assert nufilt(*command(shared_models, out, "--method", "sum", "--dtype", "float16")).code == 0
+    added = nufilt(*add(tmp_path, out, "delta"))
+    assert added.code == 1 and "has numbers out of the range of float16 (write a wider --dtype; what is " in added.err
+    refused = nufilt(*add(tmp_path, out, "delta", options=("--dtype", "float64", "--seed", "7")))
+    assert refused.code == 1 and [line.split(", got")[0] for line in refused.lines] == [
+        "nufilt: --dtype: must be one of float32, bfloat16, float16",
+        "nufilt: --seed: is 0 in this merge",
+    ]
+    planned = nufilt(*add(tmp_path, out, "delta", options=("--dtype", "float32", "--plan")))
+    assert planned.code == 0, planned.err
+    wider = nufilt(*add(tmp_path, out, "delta", options=("--dtype", "float32", "--json")))
+    assert wider.code == 0 and resumed(wider) == [True] * 4, wider.err
+    assert json.loads((out / "nufilt.json").read_text())["dtype"] == "float32"
+    assert {x.dtype for x in build.weights(out).values() if x.dtype.kind == "f"} == {np.dtype(np.float32)}
+    whole = command(shared_models, tmp_path / "whole", "--method", "sum", "--dtype", "float32")
+    assert nufilt(*whole, "--task", f"delta={tmp_path / 'delta'}").code == 0
+    assert build.weight_bytes(out) == build.weight_bytes(tmp_path / "whole")
+    assert nufilt("verify", out).code == 0
 
 
 @pytest.mark.parametrize("option", CHANGES)

@@ -1,6 +1,7 @@
 """The public Python names that are more than one method: a merge as one call, starts, canonical names, own rules."""
 
 import dataclasses
+import shutil
 import subprocess
 import sys
 
@@ -37,6 +38,22 @@ def test_a_merge_as_one_call_is_the_command(shared_models, tmp_path, nufilt, com
     assert np.array_equal(nj.load(str(tmp_path / "saved"))[build.Q0], saved[build.Q0])
     with pytest.warns(UserWarning, match="of its squared change is outside"):
         nj.merge(base, [tasks["alpha"]], tmp_path / "sum", method="sum", layers="fc2")
+
+
+def test_places_in_the_home_folder(shared_models, tmp_path, monkeypatch):
+    """Of what is written too, by all ways there are, and of examples."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(shared_models / "base", tmp_path / "base")
+    task = nj.load("~/base")
+    nj.merge("~/base", ["~/base"], "~/merged", method="sum")
+    nj.merge("~/base", [task], "~/loaded", method="sum")
+    nj.save(task, "~/saved", like="~/base")
+    with pytest.raises(NufiltError, match=f"{tmp_path}/examples"):
+        nj.merge("~/base", ["~/base"], "~/learnt", method="wemoe", data="~/examples")
+    assert not list((tmp_path / "here").iterdir())
+    assert all((tmp_path / name / "model.safetensors").is_file() for name in ("merged", "loaded", "saved"))
 
 
 def test_adapters_from_python(tmp_path, monkeypatch):

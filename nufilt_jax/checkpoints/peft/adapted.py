@@ -23,7 +23,7 @@ class LoraFactors(NamedTuple):
       a: A `[r, d_in]`, as stored.
       b: B `[d_out, r]`.
       scale: s.
-      module: as the model's class calls it, and peft.
+      module: as the model's class calls it, and peft, without what wrapped it when it ran.
     """
 
     a: TensorInfo

@@ -3,6 +3,8 @@
 import re
 from typing import Literal, NamedTuple
 
+from nufilt_jax.checkpoints.prefixes import without_peft
+
 PREFIX = "base_model.model."
 Kind = Literal["a", "b", "full", "copy", "foreign"]
 
@@ -49,7 +51,7 @@ def parse_key(stored: str) -> Key:
     >>> parse_key("base_model.model.score.modules_to_save.weight").name
     'score.weight'
     """
-    name = stored.removeprefix(PREFIX)
+    name = without_peft(stored)
     if found := _FACTOR.fullmatch(name):
         return Key("a" if found["factor"] == "A" else "b", found["module"])
     if found := _SAVED.fullmatch(name):

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from nufilt_jax.anatomy import is_head, is_vocabulary
@@ -13,7 +13,7 @@ from nufilt_jax.checkpoints.names import names_like, unties
 from nufilt_jax.checkpoints.peft.adapted import AdaptedCheckpoint, LoraFactors, factor_info
 from nufilt_jax.checkpoints.peft.config import CONFIG, LoraConfig
 from nufilt_jax.checkpoints.peft.keys import Key, parse_key
-from nufilt_jax.checkpoints.prefixes import match_names
+from nufilt_jax.checkpoints.prefixes import match_names, without_wrappers, wrappers_in
 from nufilt_jax.checkpoints.reader import Checkpoint, open_checkpoint
 from nufilt_jax.checkpoints.tensors import TensorInfo
 from nufilt_jax.errors import CheckpointError, Problem, raise_all
@@ -52,7 +52,7 @@ def adapted(base: Checkpoint, adapter: Checkpoint) -> AdaptedCheckpoint:
       CheckpointError: another kind of adapter, or factors that do not fit their config or the base; all listed.
     """
     config = LoraConfig.of(adapter.config, f"{adapter.source}/{CONFIG}")
-    pairs, full, problems = _sorted(adapter)
+    pairs, full, problems = _sorted(base, adapter)
     ranks = config.ranks_of(tuple(pairs))
     problems += _rank_problems(pairs, ranks, config)
     raise_all(CheckpointError, problems)
@@ -65,13 +65,14 @@ def adapted(base: Checkpoint, adapter: Checkpoint) -> AdaptedCheckpoint:
             factor_info(pair["a"], names[module], "A"),
             factor_info(pair["b"], names[module], "B"),
             scales[module],
-            module,
+            without_wrappers(module, base),
         )
         for module, pair in pairs.items()
     }
     whole = {names[name]: dataclasses.replace(info, name=names[name]) for name, info in full.items()}
     changed = {name: _entry(base.tensors[name], pair) for name, pair in factors.items()}
-    notices = (*_other_base(base, adapter, config), *_left(base, adapter, config, factors))
+    unwrapped = _unwrapped(adapter, {pair.module for pair in factors.values()} | full.keys())
+    notices = (*_other_base(base, adapter, config), *unwrapped, *_left(base, adapter, config, factors))
     return AdaptedCheckpoint(
         **{field.name: getattr(adapter, field.name) for field in dataclasses.fields(Checkpoint)}
         | {"tensors": {**base.tensors, **whole, **changed}, "notices": notices},
@@ -85,8 +86,8 @@ def _entry(ours: TensorInfo, pair: LoraFactors) -> TensorInfo:
     return dataclasses.replace(ours, stored_name=pair.b.stored_name, file=pair.b.file, spans=(), aliases=())
 
 
-def _sorted(adapter: Checkpoint) -> tuple[Pairs, dict[str, TensorInfo], list[Problem]]:
-    """Factors by module, full tensors by name, and what is neither."""
+def _sorted(base: Checkpoint, adapter: Checkpoint) -> tuple[Pairs, dict[str, TensorInfo], list[Problem]]:
+    """Factors by module as its config may call it, full tensors by name, and what is neither."""
     pairs: Pairs = {}
     full: dict[str, TensorInfo] = {}
     problems: list[Problem] = []
@@ -95,7 +96,7 @@ def _sorted(adapter: Checkpoint) -> tuple[Pairs, dict[str, TensorInfo], list[Pro
         if key.kind in ("a", "b"):
             twice = pairs.setdefault(key.name, {}).setdefault(key.kind, info)
         elif key.kind == "full":
-            twice = full.setdefault(key.name, info)
+            twice = full.setdefault(without_wrappers(key.name, base), info)
         else:
             problems += _foreign(info, key)
             continue
@@ -142,7 +143,7 @@ def _rank_problems(pairs: Pairs, ranks: Mapping[str, int], config: LoraConfig) -
 
 def _canonical(base: Checkpoint, adapter: Checkpoint, pairs: Pairs, full: Mapping[str, TensorInfo]) -> dict[str, str]:
     """The base's name of every module's weight and of every full tensor."""
-    weights = {module: f"{module}.weight" for module in pairs}
+    weights = {module: f"{without_wrappers(module, base)}.weight" for module in pairs}
     spelt = names_like([*weights.values(), *full], base.tensors)
     shapes = {weights[m]: (pair["b"].shape[0], pair["a"].shape[1]) for m, pair in pairs.items()}
     wanted = {
@@ -191,6 +192,15 @@ def _other_base(base: Checkpoint, adapter: Checkpoint, config: LoraConfig) -> It
     if not said or said in known or os.path.realpath(os.path.expanduser(said)) == os.path.realpath(base.path):
         return
     yield f"{adapter.source}: was trained on {said!r} by its {CONFIG}, and is merged onto {base.source!r}"
+
+
+def _unwrapped(adapter: Checkpoint, names: Collection[str]) -> Iterator[str]:
+    """What was left out of the names, which are then these."""
+    kept = {wrapper for name in names for wrapper in wrappers_in(name)}
+    found = [wrappers for info in adapter.tensors.values() if (wrappers := {*wrappers_in(info.stored_name)} - kept)]
+    if found:
+        shown = ", ".join(map(repr, sorted(set.union(*found))))
+        yield f"{adapter.source}: {len(found)} names hold {shown} of a wrapper: read and written without it"
 
 
 def _left(
