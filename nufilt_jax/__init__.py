@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from nufilt_jax.checkpoints import save as save
     from nufilt_jax.checkpoints.canonical import canonical as canonical
     from nufilt_jax.compile_cache import enable_compile_cache as enable_compile_cache
-    from nufilt_jax.core.solve import LayerSolution as LayerSolution
-    from nufilt_jax.core.solve import solve_layer as solve_layer
-    from nufilt_jax.core.solve import solve_stack as solve_stack
+    from nufilt_jax.core.layers import LayerSolution as LayerSolution
+    from nufilt_jax.core.layers import solve_layer as solve_layer
+    from nufilt_jax.core.layers import solve_stack as solve_stack
     from nufilt_jax.methods.adamerging import AdaMergingConfig as AdaMergingConfig
     from nufilt_jax.methods.adapter_only import AdapterOnlyConfig as AdapterOnlyConfig
     from nufilt_jax.methods.continuing import continue_from as continue_from
@@ -47,9 +47,9 @@ _HOMES = {
     "save": "nufilt_jax.checkpoints",
     "canonical": "nufilt_jax.checkpoints.canonical",
     "enable_compile_cache": "nufilt_jax.compile_cache",
-    "LayerSolution": "nufilt_jax.core.solve",
-    "solve_layer": "nufilt_jax.core.solve",
-    "solve_stack": "nufilt_jax.core.solve",
+    "LayerSolution": "nufilt_jax.core.layers",
+    "solve_layer": "nufilt_jax.core.layers",
+    "solve_stack": "nufilt_jax.core.layers",
     "methods": "nufilt_jax.methods",
     "AdaMergingConfig": "nufilt_jax.methods.adamerging",
     "AdapterOnlyConfig": "nufilt_jax.methods.adapter_only",

@@ -17,27 +17,12 @@ from jaxtyping import Array, Bool, Float, Int
 from nufilt_jax.core.forecast import Forecast
 from nufilt_jax.core.settings import SolveConfig
 from nufilt_jax.core.stages import correct, fuse_updates, reduce, train
-from nufilt_jax.errors import ConfigError, Problem, raise_all
-from nufilt_jax.linalg.dispatch import Program, in_chunks, is_traced, layers_at_once, layers_by_products, run_alone
+from nufilt_jax.linalg.directions import first_of
+from nufilt_jax.linalg.dispatch import in_chunks, layers_at_once, layers_by_products, run_alone
 from nufilt_jax.linalg.factored import Factored, Matrix, after_all, all_finite, chosen, plus, rows_of
 from nufilt_jax.linalg.grams import gram_of
 from nufilt_jax.linalg.stacks import MatrixStacks, bounds, joined
 from nufilt_jax.linalg.subspace import leading_of
-
-
-class LayerSolution(NamedTuple):
-    """What a solve returns; with a leading layer axis from `solve_stack`.
-
-    Attributes:
-      update: τ (P + BA), or τ P + E in closed form, to be added to the merged weights. float32.
-      losses: the data-free loss before each Adam step and after the last; before and after the closed form. Infinite
-        where float32 cannot hold it, as for weights of 1e19.
-      ok: whether all that was computed is finite.
-    """
-
-    update: Float[Array, "*layers m n"]
-    losses: Float[Array, "*layers n_losses"]
-    ok: Bool[Array, "*layers"]
 
 
 class GroupSolution(NamedTuple):
@@ -62,6 +47,7 @@ def solve_group(
     start: Float[Array, "layers r_l n"],
     *,
     config: SolveConfig,
+    ranks: Int[Array, "2"] | None = None,
     add: bool = False,
     until_certified: bool = True,
 ) -> GroupSolution:
@@ -76,12 +62,14 @@ def solve_group(
       task: τ = θ_t − θ0, likewise.
       start: A's start, one per layer in the order of the stacks.
       config: its real numbers and its steps may be traced; all else is static.
+      ranks: r_p and r_v as data, at most those of `config`; None takes these. r_l is data if rows of `start` are zero:
+        training leaves them, and what belongs to them, as they are.
       add: add the updates to D, in its memory where the program is given that; static.
       until_certified: what is done about layers whose directions get no certificate, see `subspace.leading`; static.
         Without it, D stays as it is in these layers if the updates are to be added: `mended` comes next.
     """
     _assert_one_group(merged, task, start, config)
-    solve = functools.partial(_solve_at_once, config=config, add=add, until_certified=until_certified)
+    solve = functools.partial(_solve_at_once, config=config, ranks=ranks, add=add, until_certified=until_certified)
     # Chosen when lowered: while tracing, nobody knows where the arrays of a caller's `jit` will be.
     return jax.lax.platform_dependent(merged, task, start, cpu=functools.partial(_solve_in_turn, solve), default=solve)
 
@@ -124,14 +112,25 @@ def _solve_in_turn(
 
 
 def _solve_at_once(
-    merged: MatrixStacks, task: MatrixStacks, start: Array, *, config: SolveConfig, add: bool, until_certified: bool
+    merged: MatrixStacks,
+    task: MatrixStacks,
+    start: Array,
+    *,
+    config: SolveConfig,
+    ranks: Int[Array, "2"] | None,
+    add: bool,
+    until_certified: bool,
 ) -> GroupSolution:
     """`solve_group`, the layers of all stacks side by side: V2 and V1, and then the stages, one after another."""
     find = functools.partial(leading_of, decomposition=config.decomposition, until_certified=until_certified)
     prior = find(merged, config.filter_rank)
+    if ranks is not None:
+        prior = first_of(prior, tuple(map(rows_of, merged)), ranks[0])
     task = tuple(after_all(x, prior.vectors) for x in task)  # no two LAPACK calls at once
     grams = gram_of(tuple(map(rows_of, task)))  # which the adapter needs anyway
     new = find(task, config.task_rank, grams=grams)
+    if ranks is not None:
+        new = first_of(new, tuple(map(rows_of, task)), ranks[1])
     certified = prior.certified & new.certified
     parts, objectives = reduce(merged, task, grams, prior, new, right_factor=config.right_factor)
     if config.closed_form_ridge is None:
@@ -197,99 +196,3 @@ def _layer(stack: Any, row: Int[Array, ""] | int) -> Any:
 def _replaced(old: Any, new: Any, row: Int[Array, ""] | int) -> Any:
     """Arrays with a layer axis, of which one layer is another; in their memory."""
     return jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, row, 0), old, new)
-
-
-_solve_group = Program(solve_group, static_argnames=("add", "until_certified"))
-
-
-def solve_stack(
-    merged_delta: Float[Array, "layers m n"],
-    task_delta: Float[Array, "layers m n"],
-    *,
-    config: SolveConfig,
-    adapter_init: Float[Array, "layers r_l n"],
-) -> LayerSolution:
-    """One NUFILT step for a stack of same-shaped layers, as one compiled program.
-
-    Source: Qiu et al., arXiv:2509.21413v2, Eqs. (7)-(10) and (15)-(17).
-
-    Args:
-      merged_delta: D = θ^m_{t−1} − θ0 of each layer. Any floating dtype; computed in float32.
-      task_delta: τ = θ_t − θ0 of each layer.
-      config: ranks, steps and learning rate; one compilation for all learning rates, ridges and, in steps of 64, steps.
-      adapter_init: A's start, r_l = `config.adapter_rank` rows; [layers, 0, n] for rank 0 or the closed form.
-
-    Returns:
-      The update per layer, with θ^m_t = θ^m_{t−1} + update; its losses; and whether all of it is finite.
-
-    Raises:
-      ConfigError: shapes or dtypes that do not fit each other or `config`.
-
-    >>> import jax, nufilt_jax as nj
-    >>> d, t = jax.random.normal(jax.random.key(0), (2, 3, 16, 8))
-    >>> config = nj.NufiltConfig(filter_rank=2, adapter_rank=4, task_rank=2)
-    >>> many = nj.solve_stack(d, t, config=config, adapter_init=jax.numpy.full((3, 4, 8), 0.02))
-    >>> many.update.shape, many.losses.shape, bool(many.ok.all())
-    ((3, 16, 8), (3, 51), True)
-    """
-    _check(merged_delta, task_delta, adapter_init, config, ("layers", "m", "n"))
-    merged, task, start = (jnp.asarray(x, jnp.float32) for x in (merged_delta, task_delta, adapter_init))
-    program = functools.partial(_solve_group, config=config)
-    if is_traced((merged, task, start)):  # nothing can be looked at before the caller's own program runs
-        found = run_alone(program, (merged,), (task,), start)
-    else:
-        found = run_alone(functools.partial(program, until_certified=False), (merged,), (task,), start)
-        found = mended(found, (merged,), (task,), start, program)
-    return LayerSolution(rows_of(found.updates[0]), found.losses[:, : config.n_losses], found.ok)
-
-
-def solve_layer(
-    merged_delta: Float[Array, "m n"],
-    task_delta: Float[Array, "m n"],
-    *,
-    config: SolveConfig,
-    adapter_init: Float[Array, "r_l n"],
-) -> LayerSolution:
-    """One NUFILT step for one layer: `solve_stack` of a stack of one.
-
-    Source: Qiu et al., arXiv:2509.21413v2, Eqs. (7)-(10) and (15)-(17).
-
-    Args:
-      merged_delta: D = θ^m_{t−1} − θ0, [outputs, inputs].
-      task_delta: τ = θ_t − θ0.
-      config: ranks, steps and learning rate.
-      adapter_init: A's start.
-
-    Returns:
-      The update, its losses and whether both are finite.
-
-    Raises:
-      ConfigError: shapes or dtypes that do not fit each other or `config`.
-
-    >>> import jax, nufilt_jax as nj
-    >>> d, t = jax.random.normal(jax.random.key(0), (2, 16, 8))
-    >>> config = nj.NufiltConfig(filter_rank=2, adapter_rank=0)
-    >>> one = nj.solve_layer(d, t, config=config, adapter_init=jax.numpy.zeros((0, 8)))
-    >>> one.update.shape
-    (16, 8)
-    """
-    _check(merged_delta, task_delta, adapter_init, config, ("m", "n"))
-    stacked = [jnp.asarray(x)[None] for x in (merged_delta, task_delta, adapter_init)]
-    found = solve_stack(stacked[0], stacked[1], config=config, adapter_init=stacked[2])
-    return LayerSolution(*(x[0] for x in found))
-
-
-def _check(merged: Array, task: Array, start: Array, config: SolveConfig, axes: tuple[str, ...]) -> None:
-    arrays = {"merged_delta": merged, "task_delta": task, "adapter_init": start}
-    problems = [
-        Problem(name, f"must be a floating array, got {x.dtype}")
-        for name, x in arrays.items()
-        if not jnp.issubdtype(x.dtype, jnp.floating)
-    ]
-    if merged.ndim != len(axes) or 0 in merged.shape:
-        problems.append(Problem("merged_delta", f"must be a non-empty [{', '.join(axes)}], got shape {merged.shape}"))
-    elif task.shape != merged.shape:
-        problems.append(Problem("task_delta", f"is {task.shape}, merged_delta is {merged.shape}"))
-    elif start.shape != (wanted := (*merged.shape[:-2], config.trained_rank, merged.shape[-1])):
-        problems.append(Problem("adapter_init", f"must be {wanted} for this config, got {start.shape}"))
-    raise_all(ConfigError, problems)

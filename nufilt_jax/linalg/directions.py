@@ -4,9 +4,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from nufilt_jax.linalg.dense import thin_svd
+from nufilt_jax.linalg.dense import matmul, thin_svd, transpose
 from nufilt_jax.linalg.dispatch import after
 from nufilt_jax.linalg.stacks import Stacks, bounds, joined
 
@@ -51,6 +51,35 @@ def in_turn(solve: Callable[[Array, int, int], Directions], stacks: Stacks) -> D
     for stack, (i, j) in zip(stacks, bounds(stacks), strict=True):
         parts.append(solve(after(stack, parts[-1].vectors) if parts else stack, i, j))
     return joined(parts)
+
+
+def first_of(found: Directions, stacks: Stacks, rank: Int[Array, ""]) -> Directions:
+    """The leading `rank` of more directions that are exact as a span; `rank` is data, and the others become zero.
+
+    Args:
+      found: of `stacks`.
+      stacks: the matrices X.
+      rank: at most as many as there are.
+    """
+
+    def cut(x: Float[Array, "layers m n"], i: int, j: int) -> Directions:
+        span = found.vectors[i:j]
+        most = span.shape[2]
+        _, s, wt = thin_svd(matmul(x, span))
+        missing = most - s.shape[1]  # with fewer outputs than directions, as in `leading_by_svd`
+        turned = jnp.pad(matmul(span, transpose(wt)), ((0, 0), (0, 0), (0, missing)))
+        s = jnp.pad(s, ((0, 0), (0, missing)))
+        is_first = jnp.arange(most) < rank
+        last, following = (jnp.take(s, jnp.clip(at, 0, most - 1), axis=1) for at in (rank - 1, rank))
+        is_inside = (rank < most) & (last > 0)
+        gap = jnp.where(is_inside, (last - following) / jnp.where(last > 0, last, 1), 1)
+        gap = jnp.where(rank == most, found.gap[i:j], gap)
+        return Directions(
+            jnp.where(is_first[None, None], turned, 0), jnp.where(is_first[None], s, 0), gap, found.certified[i:j]
+        )
+
+    waiting = tuple(after(x, found.vectors) for x in stacks)
+    return in_turn(cut, waiting)
 
 
 def relative_gap(s: Float[Array, "layers k"], rank: int) -> Float[Array, " layers"]:

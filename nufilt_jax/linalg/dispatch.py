@@ -21,7 +21,6 @@ from typing import Any, Generic, ParamSpec, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.linalg.cython_lapack  # noqa: F401  what XLA calls on CPU, loaded before its threads are asked for
 from jax.core import Tracer
 from jax.extend.core import get_opaque_trace_state
 from jax.interpreters.partial_eval import DynamicJaxprTracer
@@ -113,6 +112,9 @@ def _blas() -> ThreadpoolController:
     XLA spreads the matrices of one LAPACK call over the cores. With threads of its own inside each, OpenBLAS is
     slower.
     """
+    # What XLA calls on CPU, loaded before its threads are asked for, and not by those who only read of a method.
+    import scipy.linalg.cython_lapack  # noqa: F401
+
     return ThreadpoolController()
 
 

@@ -10,7 +10,7 @@ import oracle_closed_form as exact
 import pytest
 
 from nufilt_jax import NufiltConfig, solve_layer, solve_stack
-from nufilt_jax.core import solve
+from nufilt_jax.core import layers, solve
 from nufilt_jax.core.closed_form import blended_inverse, smallest_correction
 from nufilt_jax.errors import ConfigError
 from nufilt_jax.linalg.dispatch import run_alone
@@ -35,7 +35,7 @@ def pair(shape=SHAPE, ranks=(None, None), scale=0.02):
 def solved(pairs, config):
     """The whole solution of layers of one shape, forecast included."""
     d, tau = (jnp.stack([jnp.asarray(x) for x in side]) for side in zip(*pairs, strict=True))
-    program = functools.partial(solve._solve_group, config=config)
+    program = functools.partial(layers._solve_group, config=config)
     return run_alone(program, (d,), (tau,), jnp.zeros((len(d), 0, d.shape[2])))
 
 
@@ -164,7 +164,7 @@ def test_a_stack_equals_its_layers_alone():
 def test_shapes_of_one_width_share_a_group_without_touching_each_other():
     pairs = [pair((24, 48)), pair(SHAPE)]
     merged, task = (tuple(jnp.asarray(x)[None] for x in side) for side in zip(*pairs, strict=True))
-    program = functools.partial(solve._solve_group, config=config_for())
+    program = functools.partial(layers._solve_group, config=config_for())
     both = run_alone(program, merged, task, jnp.zeros((2, 0, 48)))
     assert both.losses.shape == (2, 2)
     for update, (d, tau) in zip(both.updates, pairs, strict=True):

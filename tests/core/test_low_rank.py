@@ -9,7 +9,7 @@ import oracle
 import pytest
 
 from nufilt_jax import NufiltConfig
-from nufilt_jax.core import solve
+from nufilt_jax.core import layers
 from nufilt_jax.linalg.dispatch import run_alone
 
 ROUTES = ["eigh", "subspace", "svd"]
@@ -29,7 +29,7 @@ def falling(shape, rank, least, seed, scale=1.0):
 def solved(pairs, config, a0):
     d, tau = (jnp.stack([jnp.asarray(x) for x in side]) for side in zip(*pairs, strict=True))
     start = jnp.broadcast_to(jnp.asarray(a0), (len(d), *a0.shape))
-    found = run_alone(functools.partial(solve._solve_group, config=config), (d,), (tau,), start)
+    found = run_alone(functools.partial(layers._solve_group, config=config), (d,), (tau,), start)
     return found._replace(losses=found.losses[:, : config.n_losses])
 
 

@@ -8,6 +8,7 @@ import pytest
 
 import nufilt_jax as nj
 from nufilt_jax import methods
+from nufilt_jax.core import layers as door
 from nufilt_jax.core import solve
 from nufilt_jax.methods import nufilt
 from nufilt_jax.methods.null_space import NullSpaceConfig
@@ -41,21 +42,21 @@ def solved(d, tau, config=CONFIG):
 
 @pytest.mark.parametrize("kind", EASY)
 def test_easy_layers_never_compile_the_second_program(kind):
-    solve._solve_group.clear_cache()
+    door._solve_group.clear_cache()
     found, _ = solved(layers(kind, kind), layers("easy", "easy", seed=2))
-    assert bool(found.ok.all()) and solve._solve_group._cache_size() == 1
+    assert bool(found.ok.all()) and door._solve_group._cache_size() == 1
 
 
 @pytest.mark.parametrize("kind", ["flat", "nearly flat"])
 def test_a_hard_layer_compiles_it_and_its_neighbours_stay_as_they_were(kind):
     tau = layers("easy", "easy", "easy", seed=2)
-    solve._solve_group.clear_cache()
+    door._solve_group.clear_cache()
     easy, _ = solved(layers("easy", "easy", "easy"), tau)
-    assert solve._solve_group._cache_size() == 1
+    assert door._solve_group._cache_size() == 1
     d = layers("easy", "easy", "easy")
     d = d.at[1].set(layers(kind)[0])
     found, start = solved(d, tau)
-    assert bool(found.ok.all()) and solve._solve_group._cache_size() == 2
+    assert bool(found.ok.all()) and door._solve_group._cache_size() == 2
     for i in (0, 2):
         np.testing.assert_array_equal(found.update[i], easy.update[i])
     alone = jax.jit(solve.solve_group, static_argnames=("add", "until_certified"))(

@@ -9,7 +9,7 @@ import oracle
 import pytest
 
 from nufilt_jax import NufiltConfig, solve_layer, solve_stack
-from nufilt_jax.core import solve
+from nufilt_jax.core import layers, solve
 from nufilt_jax.errors import ConfigError
 from nufilt_jax.linalg.dispatch import Program, run_alone
 from nufilt_jax.methods.adapter_only import AdapterOnlyConfig
@@ -69,7 +69,7 @@ def test_low_rank_inputs_equal_the_oracle(ranks, decomposition):
 
 
 def solve_one(d, tau, a0, config):
-    program = functools.partial(solve._solve_group, config=config)
+    program = functools.partial(layers._solve_group, config=config)
     found = run_alone(program, (jnp.asarray(d)[None],), (jnp.asarray(tau)[None],), jnp.asarray(a0)[None])
     return found._replace(losses=found.losses[:, : config.n_losses])
 
@@ -226,10 +226,10 @@ def test_the_second_call_at_a_shape_compiles_nothing():
         d, tau = (jnp.asarray(matrices.power_law((40, 48), seed=seed + s))[None] for s in (0, 10))
         a0 = jnp.asarray(matrices.start(6, 48))[None]
         jax.block_until_ready(counted((d,), (tau,), a0, config=config))
-        before = solve._solve_group._cache_size()
+        before = layers._solve_group._cache_size()
         assert solve_stack(d, tau, config=config, adapter_init=a0).losses.shape == (1, 5 + seed)
         if seed:
-            assert solve._solve_group._cache_size() == before
+            assert layers._solve_group._cache_size() == before
 
 
 def test_the_same_inputs_give_the_same_bits():
