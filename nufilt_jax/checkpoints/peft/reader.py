@@ -8,8 +8,9 @@ from typing import Any
 
 from nufilt_jax.anatomy import is_head, is_vocabulary
 from nufilt_jax.checkpoints.dtypes import FLOATS
-from nufilt_jax.checkpoints.folders import PEFT
+from nufilt_jax.checkpoints.folders import FLAX, PEFT
 from nufilt_jax.checkpoints.names import names_like, unties
+from nufilt_jax.checkpoints.orientation import stored_axes, with_conv1d
 from nufilt_jax.checkpoints.peft.adapted import AdaptedCheckpoint, LoraFactors, factor_info
 from nufilt_jax.checkpoints.peft.config import CONFIG, LoraConfig
 from nufilt_jax.checkpoints.peft.keys import Key, parse_key
@@ -36,9 +37,15 @@ def open_task(source: str, base: Checkpoint | None, **how: Any) -> Checkpoint:
     Raises:
       CheckpointError: with everything that is wrong with this folder.
     """
-    config = None if base is None else base.config
+    config = None if base is None else _oriented(base)
     task = open_checkpoint(source, role="task", model_config=config, adapters=True, **how)
     return task if base is None or task.format != PEFT else adapted(base, task)
+
+
+def _oriented(base: Checkpoint) -> Mapping[str, Any]:
+    """The base's config, and what its shapes tell beside: a task may hold too little to tell."""
+    stored = {} if base.format == FLAX else {name: info.stored_shape for name, info in base.tensors.items()}
+    return with_conv1d(base.config, stored)
 
 
 def adapted(base: Checkpoint, adapter: Checkpoint) -> AdaptedCheckpoint:
@@ -52,7 +59,7 @@ def adapted(base: Checkpoint, adapter: Checkpoint) -> AdaptedCheckpoint:
       CheckpointError: another kind of adapter, or factors that do not fit their config or the base; all listed.
     """
     config = LoraConfig.of(adapter.config, f"{adapter.source}/{CONFIG}")
-    pairs, full, problems = _sorted(adapter)
+    pairs, full, problems = _sorted(adapter, _oriented(base))
     ranks = config.ranks_of(tuple(pairs))
     problems += _rank_problems(pairs, ranks, config)
     raise_all(CheckpointError, problems)
@@ -85,8 +92,8 @@ def _entry(ours: TensorInfo, pair: LoraFactors) -> TensorInfo:
     return dataclasses.replace(ours, stored_name=pair.b.stored_name, file=pair.b.file, spans=(), aliases=())
 
 
-def _sorted(adapter: Checkpoint) -> tuple[Pairs, dict[str, TensorInfo], list[Problem]]:
-    """Factors by module, full tensors by name, and what is neither."""
+def _sorted(adapter: Checkpoint, model: Mapping[str, Any]) -> tuple[Pairs, dict[str, TensorInfo], list[Problem]]:
+    """Factors by module, full tensors by name, laid as the model's are, and what is neither."""
     pairs: Pairs = {}
     full: dict[str, TensorInfo] = {}
     problems: list[Problem] = []
@@ -95,6 +102,7 @@ def _sorted(adapter: Checkpoint) -> tuple[Pairs, dict[str, TensorInfo], list[Pro
         if key.kind in ("a", "b"):
             twice = pairs.setdefault(key.name, {}).setdefault(key.kind, info)
         elif key.kind == "full":
+            info = _laid_as(info, key.name, model)
             twice = full.setdefault(key.name, info)
         else:
             problems += _foreign(info, key)
@@ -106,6 +114,12 @@ def _sorted(adapter: Checkpoint) -> tuple[Pairs, dict[str, TensorInfo], list[Pro
         what = "holds no LoRA factors" if adapter.tensors else "holds no tensors"
         problems.append(Problem(str(adapter.weight_files[0]), what, _SAVE))
     return pairs, full, problems
+
+
+def _laid_as(info: TensorInfo, name: str, model: Mapping[str, Any]) -> TensorInfo:
+    """A full tensor as a tensor of that name of the model lies, which its name in the adapter may not tell."""
+    axes = stored_axes(name, info.stored_shape, model)
+    return dataclasses.replace(info, axes=axes, shape=tuple(info.stored_shape[axis] for axis in axes))
 
 
 def _foreign(info: TensorInfo, key: Key) -> Iterator[Problem]:
