@@ -9,7 +9,7 @@ from typing import Any
 from nufilt_jax.anatomy import is_head, is_vocabulary
 from nufilt_jax.checkpoints.dtypes import FLOATS
 from nufilt_jax.checkpoints.folders import FLAX, PEFT
-from nufilt_jax.checkpoints.names import names_like, unties
+from nufilt_jax.checkpoints.names import names_like
 from nufilt_jax.checkpoints.orientation import stored_axes, with_conv1d
 from nufilt_jax.checkpoints.peft.adapted import AdaptedCheckpoint, LoraFactors, factor_info
 from nufilt_jax.checkpoints.peft.config import CONFIG, LoraConfig
@@ -17,6 +17,7 @@ from nufilt_jax.checkpoints.peft.keys import Key, parse_key
 from nufilt_jax.checkpoints.prefixes import match_names
 from nufilt_jax.checkpoints.reader import Checkpoint, open_checkpoint
 from nufilt_jax.checkpoints.tensors import TensorInfo
+from nufilt_jax.checkpoints.ties import unties
 from nufilt_jax.errors import CheckpointError, Problem, raise_all
 from nufilt_jax.patterns import patterns
 
