@@ -27,8 +27,11 @@ _NORM = re.compile(
 )
 _ROUTER = re.compile(r"(?:.*\.)?(?:(?:\w*router\w*|gate)(?:\.\w+)*|shared_expert_gate|wg)(?:\.weight)?")
 _BIAS = re.compile(r"(?:.*[._])?bias(?:es|_[a-z])?")
-# Scales of blocks of numbers, and the recurrence of state-space and RWKV blocks: two axes, and no linear map.
-_SCALE = re.compile(r"(?:.*\.)?(?:A_log|D|\w*scales?(?:_inv)?|translate|time_\w+|layer_scale\w*|lambda\w*)")
+# The numbers of quantisers, and the recurrence of state-space and RWKV blocks: two axes, and no linear map.
+_SCALE = re.compile(
+    r"(?:.*\.)?(?:A_log|D|\w*scales?(?:_inv)?|zeros?|_shift|codebooks?|\w*centroids(?:\.weight)?|translate|time_\w+"
+    r"|layer_scale\w*|lambda\w*)"
+)
 # Under a module of this name, or with the leaves of GraniteMoE and JetMoE, three axes are a stack of experts.
 _EXPERTS = re.compile(r"(?:^|\.)\w*experts?\.|\.(?:input|output)_linear\.weight$")
 _CONVOLUTION = re.compile(r"conv|patch_embed", re.I)

@@ -6,7 +6,7 @@ from typing import Any
 from nufilt_jax.checkpoints.dtypes import AnyArray
 from nufilt_jax.checkpoints.flax_trees import from_flax
 from nufilt_jax.checkpoints.names import canonical_names
-from nufilt_jax.checkpoints.orientation import stored_axes
+from nufilt_jax.checkpoints.orientation import stored_axes, with_conv1d
 from nufilt_jax.errors import CheckpointError, Problem, raise_all
 
 
@@ -34,6 +34,8 @@ def canonical(params: Mapping[Any, Any], config: object = None) -> dict[str, Any
     settings = to_dict() if callable(to_dict) else config
     if settings is not None and not isinstance(settings, Mapping):
         raise CheckpointError(Problem("config", f"must be a model's config or a dict, got {type(settings).__name__}"))
+    shapes = {stored: tuple(array.shape) for stored, array in params.items() if hasattr(array, "shape")}
+    settings = with_conv1d(settings or {}, shapes)
     names, found, problems = canonical_names(set(params)), dict[str, AnyArray](), list[Problem]()
     for stored, array in params.items():
         name = names[stored]
@@ -42,6 +44,6 @@ def canonical(params: Mapping[Any, Any], config: object = None) -> dict[str, Any
         elif name in found:
             problems.append(Problem("params", f"means the same tensor as another: {name}", "keep one of them", stored))
         else:
-            found[name] = array.transpose(stored_axes(name, tuple(array.shape), settings or {}))
+            found[name] = array.transpose(stored_axes(name, tuple(array.shape), settings))
     raise_all(CheckpointError, problems)
     return found

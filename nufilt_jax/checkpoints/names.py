@@ -26,9 +26,6 @@ _VISION_RULES = ((rf"^{_VISION_PARTS}", r"vision_model.\1."),)
 _TEXT_RULES = ((rf"^{_TEXT_PARTS}", r"text_model.\1."),)
 
 _FLAX_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
-# Models whose head is tied unless their config says otherwise, of those with names as Llama's; few configs say it.
-_TIED = re.compile(r"(?:gemma\d?n?|cohere\d?|lfm\d|ernie4_5)(?:_moe|_text)?")
-_T5_EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 
 
 def canonical_names(stored_names: Collection[str]) -> dict[str, str]:
@@ -124,36 +121,3 @@ def _family(config: Mapping[str, Any]) -> str | None:
     if model_type in ("clip", "clip_vision_model", "clip_text_model"):
         return "clip"
     return "t5" if model_type in ("t5", "mt5") else None
-
-
-def alias_groups(names: Collection[str], config: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Canonical names that mean one tensor, the one to keep first; only groups of which a member exists.
-
-    T5's three embeddings are one module. Its `lm_head`, and that of a Llama or LLaVA, belongs to the group
-    only if the config ties it. Whether stored copies really are equal is for the reader to check.
-    """
-    if any(name in names for name in _T5_EMBEDDINGS):
-        return [(*_T5_EMBEDDINGS, "lm_head.weight") if _ties_t5_head(config) else _T5_EMBEDDINGS]
-    prefix = "language_model." if any(name.startswith("language_model.") for name in names) else ""
-    embedding, head = f"{prefix}model.embed_tokens.weight", f"{prefix}lm_head.weight"
-    parts = _with_text_config(config)
-    by_default = any(_TIED.fullmatch(str(part.get("model_type", ""))) for part in parts) and not unties(config)
-    tied = by_default or any(part.get("tie_word_embeddings") is True for part in parts)
-    return [(embedding, head)] if tied and (embedding in names or head in names) else []
-
-
-def unties(config: Mapping[str, Any]) -> bool:
-    """Whether a config says that a head has weights of its own; what it does not say is that the two are tied."""
-    said = [part["tie_word_embeddings"] for part in _with_text_config(config) if "tie_word_embeddings" in part]
-    return False in said and True not in said
-
-
-def _with_text_config(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    text_config = config.get("text_config")
-    return [config, text_config] if isinstance(text_config, dict) else [config]
-
-
-def _ties_t5_head(config: Mapping[str, Any]) -> bool:
-    # transformers 5 writes `tie_word_embeddings: true` into every T5 config and keeps the
-    # meaning of 4.x's flag in `scale_decoder_outputs`.
-    return config.get("tie_word_embeddings", True) is True and config.get("scale_decoder_outputs", True) is True

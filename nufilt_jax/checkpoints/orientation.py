@@ -8,11 +8,13 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-# Models made of `Conv1D`, which computes x W, and the weights that are.
+# Models made of `Conv1D`, which computes x W, and the weights that are; the code of the last two is on the Hub.
 _CONV1D = {
-    model: re.compile(r"(?:.*\.)?h\.\d+\.(?:attn|mlp|crossattention)\.(?:c_attn|c_proj|c_fc|q_attn)\.weight")
-    for model in ("gpt2", "gpt-sw3", "imagegpt", "decision_transformer", "openai-gpt")
+    model: re.compile(r"(?:.*\.)?h\.\d+\.(?:attn|mlp|crossattention)\.(?:c_attn|c_proj|c_fc2?|q_attn|kv_attn)\.weight")
+    for model in ("gpt2", "gpt-sw3", "imagegpt", "decision_transformer", "openai-gpt", "jais", "btlm")
 }
+# Its outputs are three times its inputs, or fewer if queries share keys, and never fewer than its inputs.
+_FUSED_ATTENTION = re.compile(r"(?:.*\.)?h\.\d+\.attn\.c_attn\.weight")
 _CONV1D["clvp"] = re.compile(r"speech_decoder_model\..*\.mlp\.(?:c_fc|c_proj)\.weight")
 _CONV1D["dbrx"] = re.compile(r"(?:.*\.)?ffn\.experts\.mlp\.w2")
 # Models whose experts are multiplied as x W_e, their stacks `[e, d_in, d_out]`.
@@ -42,6 +44,26 @@ def stored_axes(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) ->
         if len(shape) == 3 and is_turned and _EXPERTS.fullmatch(name):
             return (0, 2, 1)
     return as_stored
+
+
+def with_conv1d(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Any]:
+    """The config of a model that is GPT-2's kin by the shapes of its weights, whatever it calls itself, as that of one.
+
+    Args:
+      config: of the model, with a `model_type` that need not be known, or with none.
+      shapes: of its stored torch tensors, by name.
+
+    >>> with_conv1d({"model_type": "own"}, {"h.0.attn.c_attn.weight": (8, 24)})
+    {'model_type': 'own', 'by_shape': {'model_type': 'gpt2'}}
+    >>> with_conv1d({"model_type": "own"}, {"h.0.attn.c_attn.weight": (24, 8)})
+    {'model_type': 'own'}
+    """
+    fused = [shape for name, shape in shapes.items() if _FUSED_ATTENTION.fullmatch(name) and len(shape) == 2]
+    width = config.get("n_embd", config.get("hidden_size"))
+    is_turned = any(3 * n_in == n_out or width == n_in < n_out for n_in, n_out in fused)
+    if not is_turned or any(part.get("model_type") in _CONV1D for part in _parts(config)):
+        return config
+    return {**config, "by_shape": {"model_type": "gpt2"}}
 
 
 def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

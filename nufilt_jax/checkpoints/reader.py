@@ -22,7 +22,7 @@ from nufilt_jax.checkpoints.folders import (
 from nufilt_jax.checkpoints.hub import Place, locate
 from nufilt_jax.checkpoints.index import Index, disagreements, missing_shards, parse_index
 from nufilt_jax.checkpoints.names import canonical_names, flax_axes, from_flax_name
-from nufilt_jax.checkpoints.orientation import stored_axes
+from nufilt_jax.checkpoints.orientation import stored_axes, with_conv1d
 from nufilt_jax.checkpoints.safetensors_files import HEADER_MARK, Entry, Header
 from nufilt_jax.checkpoints.tensors import TensorInfo, UnreadTensors, map_tensors, stream_spans
 from nufilt_jax.checkpoints.ties import tie
@@ -252,6 +252,8 @@ def _infos(
     rows = [(name, entry) for name, header in headers.items() for entry in header.entries]
     torch_names = [from_flax_name(e.name) if kind == FLAX else e.name for _, e in rows]
     canonical = canonical_names(set(torch_names))
+    if kind != FLAX:  # which keeps its kernels of that kind the other way round
+        config = with_conv1d(config, {name: entry.shape for name, (_, entry) in zip(torch_names, rows, strict=True)})
     infos: dict[str, TensorInfo] = {}
     problems = []
     for (file, entry), torch_name in zip(rows, torch_names, strict=True):

@@ -15,19 +15,19 @@ from jaxtyping import Array, Float
 
 from nufilt_jax.anatomy import is_lookup, tensor_of
 from nufilt_jax.checkpoints import Checkpoint, fit, open_checkpoint, open_task, parse_source
-from nufilt_jax.checkpoints.dtypes import FLOATS, numpy_dtype
+from nufilt_jax.checkpoints.dtypes import FLOATS
 from nufilt_jax.checkpoints.partners import Fitted, listed
 from nufilt_jax.checkpoints.peft.writer import NewPair, module_of, write_adapter
 from nufilt_jax.checkpoints.survey import squared_change
 from nufilt_jax.checkpoints.writer import output_error
 from nufilt_jax.config import problem
 from nufilt_jax.durable import make_folder, move, sync_tree
+from nufilt_jax.engine.readable import select_readable
 from nufilt_jax.errors import CheckpointError, ConfigError, OutputError, Problem, raise_all
 from nufilt_jax.linalg.dense import matmul, norm
 from nufilt_jax.linalg.directions import rank_mask
 from nufilt_jax.linalg.dispatch import Program, after, chunk_size, layers_by_products, run_alone
 from nufilt_jax.linalg.subspace import leading_of
-from nufilt_jax.methods.selection import select
 from nufilt_jax.methods.stacked import stack_names, task_vector
 from nufilt_jax.output.documents import write_json
 
@@ -106,7 +106,7 @@ def extract_adapter(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(Problem(str(out), "exists and is not an empty folder", "choose another --out, or remove it"))
     base, model = _opened(source, base_source, offline)
-    reachable, tables = _reachable(base, layers)
+    reachable, tables = _reachable(base, model, layers)
     fitted = fit(base, model, reachable, asked_for=layers is not None)
     raise_all(CheckpointError, fitted.problems)
     model, names = fitted.task, tuple(name for name in reachable if name not in fitted.kept)
@@ -130,11 +130,9 @@ def _opened(source: str, base_source: str, offline: bool) -> tuple[Checkpoint, C
     return base, open_task(name, base, revision=revision, offline=offline)
 
 
-def _reachable(base: Checkpoint, layers: str | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _reachable(base: Checkpoint, model: Checkpoint, layers: str | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The matrices that an adapter's factors can reach, and the chosen lookup tables, which peft adapts otherwise."""
-    held = {name: info for name, info in base.tensors.items() if info.dtype in FLOATS}
-    shapes = {name: jax.ShapeDtypeStruct(info.shape, numpy_dtype(info.dtype)) for name, info in held.items()}
-    chosen = select(shapes, layers=layers).layers
+    chosen = select_readable(base, (model,), layers=layers).layers
     whole = [name for name in chosen if name == tensor_of(name) and name.endswith(".weight")]
     tables = tuple(name for name in whole if is_lookup(name))
     return tuple(name for name in whole if name not in tables), tables

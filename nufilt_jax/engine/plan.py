@@ -6,13 +6,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
 from nufilt_jax.anatomy import shape_in, tensor_of
-from nufilt_jax.checkpoints import Checkpoint, fit, open_checkpoint, open_task, quantised_problems
+from nufilt_jax.checkpoints import Checkpoint, fit, open_checkpoint, open_task
 from nufilt_jax.checkpoints.beside import not_to_copy
-from nufilt_jax.checkpoints.dtypes import OUTPUT_DTYPES, numpy_dtype
+from nufilt_jax.checkpoints.dtypes import OUTPUT_DTYPES
 from nufilt_jax.checkpoints.folders import FLAX
 from nufilt_jax.checkpoints.names import has_flax_form
 from nufilt_jax.checkpoints.outputs import plan_shards
@@ -23,9 +20,10 @@ from nufilt_jax.engine.grid import Direction, Stack, Window
 from nufilt_jax.engine.job import EvaluationOptions, Job, Recorded, other_merge_problems, recorded_in
 from nufilt_jax.engine.layout import lay_out
 from nufilt_jax.engine.memory import Memory
-from nufilt_jax.errors import CheckpointError, ConfigError, NufiltError, Problem, gathering, raise_all
+from nufilt_jax.engine.readable import select_readable
+from nufilt_jax.errors import ConfigError, NufiltError, Problem, gathering
 from nufilt_jax.methods import find
-from nufilt_jax.methods.selection import Selection, reach_of, select, wanted_by
+from nufilt_jax.methods.selection import Selection
 from nufilt_jax.output.place import OutputPlace
 from nufilt_jax.output.recipe import Model, Settings
 from nufilt_jax.output.stored import Stored
@@ -122,7 +120,14 @@ def make_plan(job: Job, *, offline: bool = False, headers_only: bool = False) ->
     rows, memory = list[Window](), None
     if base is not None:
         with gathering(problems):
-            selection = _select(base, tasks, job.settings)
+            selection = select_readable(
+                base,
+                tuple(tasks.values()),
+                layers=job.settings.layers,
+                other_params=job.settings.other_params,
+                scope=find(job.settings.method).scope,
+                conv=job.settings.conv,
+            )
         with gathering(problems):
             examples = _examples(job, base, tuple(tasks), problems)
         for name, task in tasks.items():
@@ -217,33 +222,6 @@ def _open_all(
         with gathering(problems):
             tasks[source.name] = open_task(source.source, base, revision=source.revision, **how)
     return base, tasks
-
-
-def _select(base: Checkpoint, tasks: Mapping[str, Checkpoint], settings: Settings) -> Selection:
-    """What the merge touches.
-
-    Raises:
-      NufiltError: nothing, or weights that are quantised in the base or in a task.
-    """
-    tensors = {
-        name: jax.ShapeDtypeStruct(info.shape, numpy_dtype(info.dtype) or np.dtype(np.uint8))
-        for name, info in base.tensors.items()
-    }
-    how: dict[str, Any] = {"layers": settings.layers, "scope": find(settings.method).scope, "conv": settings.conv}
-    wanted, in_reach = wanted_by(tensors, **how), reach_of(tensors, settings.layers)
-    failure: list[Problem] = []
-    selection = Selection((), ())
-    with gathering(failure):
-        selection = select(tensors, other_params=settings.other_params, **how)
-
-    def would_touch(name: str, shape: tuple[int, ...]) -> bool:
-        return in_reach(name) and (settings.other_params != "pretrained" or wanted(name, shape))
-
-    quantised = [
-        p for model in (base, *tasks.values()) for p in quantised_problems(model, would_touch, selection.touched)
-    ]
-    raise_all(CheckpointError, quantised or failure)
-    return selection
 
 
 def _examples(job: Job, base: Checkpoint, names: tuple[str, ...], problems: list[Problem]) -> dict[str, Path]:

@@ -327,6 +327,66 @@ def gptq(name, x):
     }
 
 
+def hqq(name, x):
+    stem = name.removesuffix("weight")
+    return {
+        f"{stem}W_q": np.ones((x.shape[0] // 2, x.shape[1]), np.uint8),
+        f"{stem}scale": np.ones((x.size // 16, 1), np.float16),
+        f"{stem}zero": np.ones((x.size // 16, 1), np.float16),
+        f"{stem}nbits": np.asarray(4),
+        f"{stem}shape": np.asarray(x.shape),
+    }
+
+
+def quanto(name, x):
+    stem = name.removesuffix("weight")
+    return {
+        f"{name}._data": np.ones(x.shape, np.int8),
+        f"{name}._scale": np.ones((x.shape[0], 1), np.float32),
+        f"{stem}input_scale": np.ones((), np.float32),
+        f"{stem}output_scale": np.ones((), np.float32),
+    }
+
+
+def aqlm(name, x):
+    stem, (m, n) = name.removesuffix("weight"), x.shape
+    return {
+        f"{stem}codes": np.ones((m, n // 8, 1), np.int16),
+        f"{stem}codebooks": np.ones((1, 16, 1, 8), np.float16),
+        f"{stem}scales": np.ones((m, 1, 1, 1), np.float16),
+    }
+
+
+def exl2(name, x):
+    stem, (m, n) = name.removesuffix("weight"), x.shape
+    return {
+        f"{stem}q_weight": np.ones((n // 8, m), np.int32),
+        f"{stem}q_scale": np.ones((1, m // 8), np.int32),
+        f"{stem}q_scale_max": np.ones(1, np.float16),
+        f"{stem}q_groups": np.ones(2, np.int16),
+        f"{stem}q_invperm": np.arange(n, dtype=np.int16),
+    }
+
+
+def exl3(name, x):
+    stem, (m, n) = name.removesuffix("weight"), x.shape
+    return {
+        f"{stem}trellis": np.ones((n // 16, m // 16, 48), np.int16),
+        f"{stem}suh": np.ones(n, np.float16),
+        f"{stem}svh": np.ones(m, np.float16),
+    }
+
+
+def vptq(name, x):
+    stem, (m, n) = name.removesuffix("weight"), x.shape
+    return {
+        f"{stem}indices": np.ones((1, m, n // 8), np.int32),
+        f"{stem}centroids.weight": np.ones((1, 64), np.float16),
+        f"{stem}weight_scale": np.ones(n, np.float16),
+        f"{stem}perm": np.arange(n, dtype=np.int16),
+    }
+
+
 # How a layer is stored, and its tensor that no rule can read, with the type that the file gives.
 QUANTISED = {
     "fp8": (fp8, "weight", "F8_E4M3"),
@@ -334,26 +394,30 @@ QUANTISED = {
     "packed": (packed, "weight", "U8"),
     "gptq": (gptq, "qweight", "I32"),
 }
+# Quantisers whose names nobody has listed: told by what a layer has and lacks.
+NAMED_OTHERWISE = {
+    "hqq": (hqq, "W_q", "U8"),
+    "quanto": (quanto, "weight._data", "I8"),
+    "aqlm": (aqlm, "codes", "I16"),
+    "exl2": (exl2, "q_weight", "I32"),
+    "exl3": (exl3, "trellis", "I16"),
+    "vptq": (vptq, "indices", "I32"),
+}
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", QUANTISED)
-def test_quantised_weights_are_refused(kind, method, tmp_path, nufilt):
-    change, leaf, dtype = QUANTISED[kind]
+def quantised(model, change):
+    """A model whose layers are stored so, and the rest in bfloat16."""
+    found = {}
+    for name, x in model.items():
+        found |= change(name, x) if name in LLAMA.layers else {name: x.astype(ml_dtypes.bfloat16)}
+    return found
 
-    def quantised(model):
-        found = {}
-        for name, x in model.items():
-            found |= change(name, x) if name in LLAMA.layers else {name: x.astype(ml_dtypes.bfloat16)}
-        return found
 
-    base = LLAMA.stored()
-    config = LLAMA.config | {"quantization_config": {"quant_method": kind}}
-    arch.write_trio(tmp_path, quantised(base), config, [quantised(arch.fine_tuned(base, s)) for s in (1, 2)])
-    result = nufilt(*arch.merge_command(tmp_path, "--method", method, *METHODS[method]))
-    assert (result.code, result.out) == (1, "") and not (tmp_path / "out").exists()
+def assert_refused(nufilt, folder, method, leaf, dtype):
+    result = nufilt(*arch.merge_command(folder, "--method", method, *METHODS[method]))
+    assert (result.code, result.out) == (1, "") and not (folder / "out").exists()
     assert all(line.startswith("nufilt: ") for line in result.lines)
-    where = str(tmp_path / "base" / "model.safetensors")
+    where = str(folder / "base" / "model.safetensors")
     for layer in LLAMA.layers:  # alike ones share a line, which names the first and the pattern of all
         named = layer.removesuffix("weight") + leaf
         [group] = [
@@ -362,6 +426,60 @@ def test_quantised_weights_are_refused(kind, method, tmp_path, nufilt):
             if named in group.names
         ]
         one_line(result.lines, where, group.names[0], dtype, *(["more like it"] if len(group.names) > 1 else []))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_quantised_weights_are_refused(kind, method, tmp_path, nufilt):
+    change, leaf, dtype = QUANTISED[kind]
+    base = LLAMA.stored()
+    config = LLAMA.config | {"quantization_config": {"quant_method": kind}}
+    tasks = [quantised(arch.fine_tuned(base, s), change) for s in (1, 2)]
+    arch.write_trio(tmp_path, quantised(base, change), config, tasks)
+    assert_refused(nufilt, tmp_path, method, leaf, dtype)
+
+
+@pytest.mark.parametrize("kind", NAMED_OTHERWISE)
+def test_quantised_weights_of_any_name_are_refused(kind, tmp_path, nufilt):
+    """The config, which a folder may lack, says nothing of it here."""
+    change, leaf, dtype = NAMED_OTHERWISE[kind]
+    base = LLAMA.stored()
+    tasks = [quantised(arch.fine_tuned(base, s), change) for s in (1, 2)]
+    arch.write_trio(tmp_path, quantised(base, change), LLAMA.config, tasks)
+    for method in ("nufilt", "task_arithmetic"):
+        assert_refused(nufilt, tmp_path, method, leaf, dtype)
+
+
+def test_a_config_tells_of_quantised_weights_without_scales(tmp_path, nufilt):
+    def whole(name, x):
+        return {f"{name.removesuffix('weight')}numbers": np.ones(x.shape, np.int8)}
+
+    base = LLAMA.stored()
+    config = LLAMA.config | {"quantization_config": {"quant_method": "whole"}}
+    arch.write_trio(tmp_path, quantised(base, whole), config, [quantised(base, whole)] * 2)
+    assert_refused(nufilt, tmp_path, "task_arithmetic", "numbers", "I8")
+
+
+@pytest.mark.parametrize("method", ["null_space", "task_arithmetic"])
+def test_integers_beside_weights_are_buffers(method, tmp_path, nufilt):
+    square = np.arange(16).reshape(4, 4)
+    layer = "model.layers.0"
+    beside = {
+        f"{layer}.self_attn.bias": np.ones((1, 1, 4, 4), np.uint8),
+        f"{layer}.self_attn.attention_biases": np.ones((2, 16), np.float32),
+        f"{layer}.self_attn.attention_bias_idxs": square,  # LeViT's
+        f"{layer}.self_attn.table": square,
+        f"{layer}.mlp.down_proj.order": square,
+        f"{layer}.rel.biases": np.ones(16, np.float32),
+        f"{layer}.rel.relative_index": square,
+        f"{layer}.bn.weight": np.ones(4, np.float32),
+        f"{layer}.bn.num_batches_tracked": np.asarray(3),
+        "model.lookup": square,
+    }
+    base = LLAMA.stored() | beside
+    arch.write_trio(tmp_path, base, LLAMA.config)
+    found, _ = merged(nufilt, tmp_path, "--method", method, *METHODS[method])
+    assert all(arch.same_bits(found[name], x) for name, x in beside.items() if x.dtype.kind in "iu")
 
 
 def test_one_quantised_task_is_refused_too(tmp_path, nufilt):

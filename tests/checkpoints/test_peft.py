@@ -268,6 +268,22 @@ def test_conv1d(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "key", ["c_proj.weight", "c_proj.modules_to_save.weight", "c_proj.modules_to_save.default.weight"]
+)
+@pytest.mark.parametrize("model_type", ["gpt2", "own"])
+def test_whole_conv1d_weights_lie_as_the_base_s(tmp_path, model_type, key):
+    """A square one looks alike both ways."""
+    rng = np.random.default_rng(0)
+    square, fused, a, b = (rng.standard_normal(n).astype(np.float32) for n in ((4, 4), (4, 12), (2, 4), (12, 2)))
+    tensors = {"h.0.attn.c_proj.weight": np.zeros((4, 4), np.float32), "h.0.attn.c_attn.weight": fused}
+    base = open_checkpoint(str(build.write(tmp_path / "base", tensors, model_type=model_type)), role="base")
+    extra = {f"base_model.model.transformer.h.0.attn.{key}": square}
+    how = {"target_modules": ["c_attn"], "fan_in_fan_out": True, "modules_to_save": ["c_proj"], "extra": extra}
+    task = open_task(str(adapters.write(tmp_path / "a", {"transformer.h.0.attn.c_attn": (a, b)}, **how)), base)
+    np.testing.assert_array_equal(task.read()["h.0.attn.c_proj.weight"], square.T)
+
+
+@pytest.mark.parametrize(
     ("config", "expected"),
     [
         ({"model_type": "gemma2"}, "ties to model.embed_tokens.weight"),

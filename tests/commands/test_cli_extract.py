@@ -3,6 +3,7 @@
 import json
 
 import adapter_builders as adapters
+import ml_dtypes
 import model_builders as build
 import numpy as np
 import pytest
@@ -94,6 +95,37 @@ def test_modules_are_called_as_the_model_s_class_calls_them(nufilt, models, tmp_
     read = open_task(str(tmp_path / "a"), open_checkpoint(str(tmp_path / "base"), role="base")).read()
     for name in bare:
         np.testing.assert_allclose(read[name], tuned[prefix + name], atol=2e-6)
+
+
+def fp8(tensors, word):
+    """With the matrices of this word in float8, a scale beside each."""
+    found = dict(tensors)
+    for name, x in tensors.items():
+        if word in name and name in build.SELECTED:
+            found |= {name: x.astype(ml_dtypes.float8_e4m3fn), f"{name}_scale_inv": np.ones((1, 1), np.float32)}
+    return found
+
+
+@pytest.mark.parametrize("word", ["self_attn", ""])
+@pytest.mark.parametrize("which", ["base", "full"])
+def test_quantised_layers_are_refused(refused, models, tmp_path, which, word):
+    """Also where others could be extracted: nothing is left out in silence."""
+    for name in ("base", "full"):
+        tensors = build.weights(models / name)
+        build.write(tmp_path / name, fp8(tensors, word) if name == which else tensors)
+    how = ("--base", tmp_path / "base", "--rank", 2, "--out", tmp_path / "a")
+    lines = refused("extract", tmp_path / "full", *how)
+    where = str(tmp_path / which / "model.safetensors")
+    assert any(where in line and "q_proj.weight" in line and "holds F8_E4M3" in line for line in lines)
+    assert not (tmp_path / "a").exists()
+
+
+def test_quantised_layers_that_are_not_extracted_do_not_matter(nufilt, models, tmp_path):
+    for name in ("base", "full"):
+        build.write(tmp_path / name, fp8(build.weights(models / name), "self_attn"))
+    how = ("--base", tmp_path / "base", "--rank", 2, "--layers", r"fc1\.weight", "--out", tmp_path / "a")
+    result = nufilt("extract", tmp_path / "full", *how)
+    assert result.code == 0, result.err
 
 
 REFUSED = {

@@ -8,14 +8,16 @@ from typing import Any
 
 from nufilt_jax.anatomy import is_head, is_vocabulary
 from nufilt_jax.checkpoints.dtypes import FLOATS
-from nufilt_jax.checkpoints.folders import PEFT
-from nufilt_jax.checkpoints.names import names_like, unties
+from nufilt_jax.checkpoints.folders import FLAX, PEFT
+from nufilt_jax.checkpoints.names import names_like
+from nufilt_jax.checkpoints.orientation import stored_axes, with_conv1d
 from nufilt_jax.checkpoints.peft.adapted import AdaptedCheckpoint, LoraFactors, factor_info
 from nufilt_jax.checkpoints.peft.config import CONFIG, LoraConfig
 from nufilt_jax.checkpoints.peft.keys import Key, parse_key
 from nufilt_jax.checkpoints.prefixes import match_names, without_wrappers, wrappers_in
 from nufilt_jax.checkpoints.reader import Checkpoint, open_checkpoint
 from nufilt_jax.checkpoints.tensors import TensorInfo
+from nufilt_jax.checkpoints.ties import unties
 from nufilt_jax.errors import CheckpointError, Problem, raise_all
 from nufilt_jax.patterns import patterns
 
@@ -36,9 +38,15 @@ def open_task(source: str, base: Checkpoint | None, **how: Any) -> Checkpoint:
     Raises:
       CheckpointError: with everything that is wrong with this folder.
     """
-    config = None if base is None else base.config
+    config = None if base is None else _oriented(base)
     task = open_checkpoint(source, role="task", model_config=config, adapters=True, **how)
     return task if base is None or task.format != PEFT else adapted(base, task)
+
+
+def _oriented(base: Checkpoint) -> Mapping[str, Any]:
+    """The base's config, and what its shapes tell beside: a task may hold too little to tell."""
+    stored = {} if base.format == FLAX else {name: info.stored_shape for name, info in base.tensors.items()}
+    return with_conv1d(base.config, stored)
 
 
 def adapted(base: Checkpoint, adapter: Checkpoint) -> AdaptedCheckpoint:
@@ -87,7 +95,8 @@ def _entry(ours: TensorInfo, pair: LoraFactors) -> TensorInfo:
 
 
 def _sorted(base: Checkpoint, adapter: Checkpoint) -> tuple[Pairs, dict[str, TensorInfo], list[Problem]]:
-    """Factors by module as its config may call it, full tensors by name, and what is neither."""
+    """Factors by module as its config may call it, full tensors by name, laid as the base's, and what is neither."""
+    model = _oriented(base)
     pairs: Pairs = {}
     full: dict[str, TensorInfo] = {}
     problems: list[Problem] = []
@@ -96,7 +105,9 @@ def _sorted(base: Checkpoint, adapter: Checkpoint) -> tuple[Pairs, dict[str, Ten
         if key.kind in ("a", "b"):
             twice = pairs.setdefault(key.name, {}).setdefault(key.kind, info)
         elif key.kind == "full":
-            twice = full.setdefault(without_wrappers(key.name, base), info)
+            name = without_wrappers(key.name, base)
+            info = _laid_as(info, name, model)
+            twice = full.setdefault(name, info)
         else:
             problems += _foreign(info, key)
             continue
@@ -107,6 +118,12 @@ def _sorted(base: Checkpoint, adapter: Checkpoint) -> tuple[Pairs, dict[str, Ten
         what = "holds no LoRA factors" if adapter.tensors else "holds no tensors"
         problems.append(Problem(str(adapter.weight_files[0]), what, _SAVE))
     return pairs, full, problems
+
+
+def _laid_as(info: TensorInfo, name: str, model: Mapping[str, Any]) -> TensorInfo:
+    """A full tensor as a tensor of that name of the model lies, which its name in the adapter may not tell."""
+    axes = stored_axes(name, info.stored_shape, model)
+    return dataclasses.replace(info, axes=axes, shape=tuple(info.stored_shape[axis] for axis in axes))
 
 
 def _foreign(info: TensorInfo, key: Key) -> Iterator[Problem]:

@@ -1,0 +1,44 @@
+"""What is worked on, of models whose numbers can be read."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from nufilt_jax.checkpoints import Checkpoint, quantised_problems
+from nufilt_jax.checkpoints.dtypes import numpy_dtype
+from nufilt_jax.config import OtherParams
+from nufilt_jax.errors import CheckpointError, Problem, gathering, raise_all
+from nufilt_jax.methods.selection import Scope, Selection, published_layers, reach_of, select, wanted_by
+
+
+def select_readable(
+    base: Checkpoint,
+    others: Sequence[Checkpoint],
+    *,
+    layers: str | None,
+    other_params: OtherParams = "pretrained",
+    scope: Scope = published_layers,
+    conv: bool = False,
+) -> Selection:
+    """Selects from a base, as `select` does, if none of the models has quantised weights there.
+
+    Raises:
+      NufiltError: nothing is selected, or weights are quantised in the base or in another model.
+    """
+    tensors = {
+        name: jax.ShapeDtypeStruct(info.shape, numpy_dtype(info.dtype) or np.dtype(np.uint8))
+        for name, info in base.tensors.items()
+    }
+    wanted, in_reach = wanted_by(tensors, layers=layers, scope=scope, conv=conv), reach_of(tensors, layers)
+    failure: list[Problem] = []
+    selection = Selection((), ())
+    with gathering(failure):
+        selection = select(tensors, layers=layers, other_params=other_params, scope=scope, conv=conv)
+
+    def would_touch(name: str, shape: tuple[int, ...]) -> bool:
+        return in_reach(name) and (other_params != "pretrained" or wanted(name, shape))
+
+    quantised = [p for model in (base, *others) for p in quantised_problems(model, would_touch, selection.touched)]
+    raise_all(CheckpointError, quantised or failure)
+    return selection
