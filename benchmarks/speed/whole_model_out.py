@@ -2,7 +2,8 @@
 
 The base is synthetic, with a 7B Llama's matrices in bfloat16 at as many blocks as the disk takes, and adapters are
 merged into it in closed form by the command. Both are timed until they are on the disk; the file is copied before the
-command and after it, each time twice, and the fastest counts.
+command and after it, each time twice, and the fastest counts. What the products of the factors take at the rate of
+large products says how near the copy's time a writer can come.
 """
 
 import os
@@ -22,13 +23,14 @@ COLUMNS = (
     "of this compiling s",
     "copy s",
     "% of copy rate",
+    "products at full rate s",
     "whole run s",
     "peak GiB",
 )
 
 
-def written(folder: Path, model: Model, rank: int, tasks: int, cap: str) -> list[Any]:
-    """The row of one model."""
+def written(folder: Path, model: Model, rank: int, tasks: int, cap: str, rate: float) -> list[Any]:
+    """The row of one model, on a machine of so many GFLOP/s."""
     models.write_models(folder, models.Llama(model.width, model.hidden, model.blocks, vocabulary=256), 0)
     for task in range(tasks):
         write_adapter(folder / f"task{task}", model, rank, task)
@@ -38,7 +40,9 @@ def written(folder: Path, model: Model, rank: int, tasks: int, cap: str) -> list
     copies.append(copied(file))
     seconds = found["timings"]["write_model"]
     told = [found["compile"] - found["compile of solves"], min(copies), 100 * min(copies) / seconds]
-    return [model.blocks, file.stat().st_size / 1e9, seconds, *told, found["wall"], found["peak"] / measure.GIB]
+    least = sum(2 * m * n * rank * tasks for m, n in model.shapes().values()) / (1e9 * rate)
+    size = file.stat().st_size / 1e9
+    return [model.blocks, size, seconds, *told, least, found["wall"], found["peak"] / measure.GIB]
 
 
 def copied(file: Path) -> float:
@@ -66,16 +70,18 @@ def main() -> None:
     parser.add_argument("--tasks", type=positive, default=8, help="adapters (default: 8)")
     parser.add_argument("--max-memory", default="2GB", metavar="SIZE", help="of the command (default: 2GB)")
     options = parser.parse_args()
-    rows = []
+    rows, rates = [], measure.machine_rates()
     for blocks in options.blocks:
         script.say(f"{blocks} blocks")
         model = Model(blocks, options.width, options.hidden)
         with tempfile.TemporaryDirectory() as folder:
-            rows.append(written(Path(folder), model, options.rank, options.tasks, options.max_memory))
+            given = options.rank, options.tasks, options.max_memory, rates.matmul
+            rows.append(written(Path(folder), model, *given))
     title = f"a whole model out of {options.tasks} adapters of rank {options.rank}"
     document = {
         "benchmark": "whole_model_out",
         "environment": measure.environment(),
+        "machine": rates._asdict(),
         "settings": script.settings(options),
         "tables": [records.table(title, COLUMNS, rows)],
     }

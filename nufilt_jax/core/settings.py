@@ -30,7 +30,7 @@ class SolveConfig(DirectionsConfig):
     """An adapter and its training: one set for every model and task count (Table 9, arXiv:2509.21413v2).
 
     A pytree: to a compiled program its real numbers and its steps are data, and only all else says which program it is.
-    Ranks are shapes: what a program takes grows with them.
+    Ranks are shapes, as what a program takes grows with them; `solve_stack` takes them as data too, up to others.
 
     Attributes:
       adapter_rank: r_l, rank of the correction B A. 0 trains none.
