@@ -204,14 +204,14 @@ def _count(name: str, slices: list[Task], config: NufiltConfig, function: Progra
     """By formula; a decomposition by running it with counters."""
     if name in DECOMPOSITION:
         return counts.total(counted(_as_solved(function), *x) for x in args)
-    if name == "adam":
-        return counts.total(_adam_count(part, config) for part in slices)
-    formula = {"reduce": counts.reduce_count, "fuse": counts.fuse_count}[name]
-    sizes = [x.shape for part in slices for x in part.merged]
-    return counts.total(formula(m, n, config).times(layers) for layers, m, n in sizes)
+    return counts.total(_count_of_part(name, part, config) for part in slices)
 
 
-def _adam_count(part: Task, config: NufiltConfig) -> Work:
-    factored = isinstance(jax.eval_shape(gram_of, part.task), GramFactor)
+def _count_of_part(name: str, part: Task, config: NufiltConfig) -> Work:
+    formula: Callable[..., Work] = counts.fuse_count
+    if name != "fuse":
+        of_stage = {"reduce": counts.reduce_count, "adam": counts.adam_count}[name]
+        factored = isinstance(jax.eval_shape(gram_of, part.task), GramFactor)
+        formula = functools.partial(of_stage, factored=factored)
     sizes = [x.shape for x in part.merged]
-    return counts.total(counts.adam_count(m, n, config, factored=factored).times(layers) for layers, m, n in sizes)
+    return counts.total(formula(m, n, config).times(layers) for layers, m, n in sizes)

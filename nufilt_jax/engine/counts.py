@@ -6,7 +6,7 @@ scalings and masks count as part of the product next to them.
 
 Reduce, Adam and fuse have formulas, with r = r_p + r_v directions. Per layer [m, n]:
 
-- reduce: U = V2 (V2ᵀ V1) (4 n r_p r_v); τ U, D V1 and K = τᵀ C1 (2 m n r_v each).
+- reduce: U = V2 (V2ᵀ V1) (4 n r_p r_v); τ U, D V1 and, where the Gram matrix is formed, K = τᵀ C1 (2 m n r_v each).
 - adam, per step: G B (2 n² r_l), or τ B and a product with τᵀ (2 m n r_l each) where no Gram matrix is formed; A V and
   its gradient's product with Vᵀ (2 n r_l r each); BᵀG B, G B Z Zᵀ (2 k r_l² each, k the rows of what is held of G: n,
   or m); Z Zᵀ and BᵀGB Z (2 r_l² r each); Bᵀ K and K Z1ᵀ (2 k r_l r_v each); 26 flops for each of the 2 n r_l trained
@@ -49,14 +49,15 @@ def total(counts: Iterable[Work]) -> Work:
     return sum(counts, Work())
 
 
-def reduce_count(m: int, n: int, config: SolveConfig) -> Work:
-    """One layer's stage 3."""
+def reduce_count(m: int, n: int, config: SolveConfig, *, factored: bool = False) -> Work:
+    """One layer's reduction; `factored` as of `adam_count`."""
     p, v = config.filter_rank, config.task_rank
-    return total([product(p, n, v), product(n, p, v), *[product(m, n, v)] * 2, product(n, m, v)])
+    pull = [] if factored else [product(n, m, v)]
+    return total([product(p, n, v), product(n, p, v), *[product(m, n, v)] * 2, *pull])
 
 
 def adam_count(m: int, n: int, config: SolveConfig, *, factored: bool = False) -> Work:
-    """One layer's stage 4: all steps, and the last loss.
+    """One layer's Adam: all steps, and the last loss.
 
     Args:
       m: outputs.
@@ -80,7 +81,7 @@ def adam_count(m: int, n: int, config: SolveConfig, *, factored: bool = False) -
 
 
 def fuse_count(m: int, n: int, config: SolveConfig) -> Work:
-    """One layer's stage 5."""
+    """One layer's fusion."""
     r_l, p = config.adapter_rank, config.filter_rank
     products = [product(m, n, p + r_l), product(m, p + r_l, n)]
     for_forecast = [product(r_l, n, p), product(m, r_l, p), product(r_l, m, r_l), product(r_l, n, r_l)]

@@ -99,7 +99,7 @@ def _flops(shapes: Iterable[tuple[tuple[int, ...], int]], config: SolveConfig) -
 
 def _layer_flops(m: int, n: int, config: SolveConfig) -> float:
     factored = 2 * m < n
-    stages = reduce_count(m, n, config) + fuse_count(m, n, config)
+    stages = reduce_count(m, n, config, factored=factored) + fuse_count(m, n, config)
     if config.closed_form_ridge is None:
         stages += adam_count(m, n, config, factored=factored)
     gram = 0 if factored else m * n * n

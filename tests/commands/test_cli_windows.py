@@ -11,6 +11,7 @@ import pytest
 
 from nufilt_jax.engine import walk
 from nufilt_jax.engine.walk import Walk
+from nufilt_jax.linalg import dispatch
 
 SMALL = 5000  # bytes of a window: the towers' stacks of 16 x 16 and 24 x 16 make 3 of 2 to 5 layers
 
@@ -53,7 +54,7 @@ def test_windows_give_the_same_bits(shared_models, tmp_path, nufilt, command, in
 
 def test_large_layers_are_solved_one_by_one(shared_models, tmp_path, nufilt, command, in_windows, monkeypatch):
     """In every window as in the whole model; `layers_by_products` says which are large."""
-    monkeypatch.setattr(chunks, "MOST_NUMBERS", 24 * 16)
+    monkeypatch.setattr(dispatch, "MOST_NUMBERS", 24 * 16)
     jax.clear_caches()
     assert nufilt(*command(shared_models, tmp_path / "whole")).code == 0
     in_windows(0)
