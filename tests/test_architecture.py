@@ -5,11 +5,14 @@ import importlib
 import re
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
 
 import nufilt_jax
+from nufilt_jax.commands import settings
+from nufilt_jax.linalg import subspace
 
 ROOT = Path(nufilt_jax.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
@@ -186,3 +189,23 @@ def test_a_module_is_read_in_one_sitting(path):
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="'nufilt_jax' has no attribute 'nothing'"):
         _ = nufilt_jax.nothing
+
+
+def test_the_walk_of_a_setting_is_short(shared_models, tmp_path, nufilt, command, monkeypatch):
+    """From --filter-rank to what finds so many directions: the files that take it in, and those that it is used in."""
+    walked = {"commands/arguments.py", "engine/plan.py"}  # the option, and the plan that holds what was read
+
+    def noting(function):
+        def noted(*args, **kwargs):
+            stack = (Path(frame.filename) for frame in traceback.extract_stack())
+            walked.update(str(path.relative_to(ROOT)) for path in stack if path.is_relative_to(ROOT))
+            return function(*args, **kwargs)
+
+        return noted
+
+    monkeypatch.setattr(settings, "_config", noting(settings._config))
+    monkeypatch.setattr(subspace, "leading", noting(subspace.leading))
+    assert nufilt(*command(shared_models, tmp_path / "out", n=2)).code == 0
+    walked -= {"cli.py", "merge.py"}  # before any option is read
+    assert {"commands/settings.py", "methods/nufilt.py", "linalg/subspace.py"} < walked
+    assert len(walked) <= 14, sorted(walked)

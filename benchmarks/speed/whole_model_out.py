@@ -23,7 +23,7 @@ COLUMNS = (
     "of this compiling s",
     "copy s",
     "% of copy rate",
-    "products at full rate s",
+    "products at full rate, % of copy",
     "whole run s",
     "peak GiB",
 )
@@ -42,7 +42,7 @@ def written(folder: Path, model: Model, rank: int, tasks: int, cap: str, rate: f
     told = [found["compile"] - found["compile of solves"], min(copies), 100 * min(copies) / seconds]
     least = sum(2 * m * n * rank * tasks for m, n in model.shapes().values()) / (1e9 * rate)
     size = file.stat().st_size / 1e9
-    return [model.blocks, size, seconds, *told, least, found["wall"], found["peak"] / measure.GIB]
+    return [model.blocks, size, seconds, *told, 100 * least / min(copies), found["wall"], found["peak"] / measure.GIB]
 
 
 def copied(file: Path) -> float:

@@ -105,7 +105,7 @@ def advance(state: MergeState, task: TaskVector, context: Context[SolveConfig]) 
             report.update(_unmoved(group, config))
             continue
         if context.mesh is None or is_inline or is_thin:  # thin layers are through before they could be sent anywhere
-            step = _thin_step if is_thin else _step
+            step = _thin_step if is_thin and config.trained_rank > 0 else _step
             found = run_alone(functools.partial(step, config=config, until_certified=is_inline), d, t, keys)
         else:
             found = _spread_step(d, t, keys, config, context.mesh)

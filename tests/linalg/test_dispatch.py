@@ -156,6 +156,18 @@ def test_whatever_the_solver_and_the_ranks_they_wait(changes):
     assert pairs == []
 
 
+def test_cuts_at_ranks_that_are_data_wait_too():
+    stacks = tuple(jnp.zeros((1, m, 48)) for m in (24, 48))
+
+    def program(d, t, a, ranks):
+        return solve.solve_group(d, t, a, config=CONFIG, ranks=ranks)
+
+    start = jnp.zeros((2, CONFIG.trained_rank, 48))
+    pairs, bearing = unordered_lapack_calls(computations(program, stacks, stacks, start, jnp.asarray([3, 1])))
+    assert bearing
+    assert pairs == []
+
+
 def test_the_closed_form_calls_lapack_for_its_directions_alone():
     config = dataclasses.replace(CONFIG, solver="closed_form", filter_rank=0, task_rank=0)
     stack = jnp.ones((2, 24, 48))
