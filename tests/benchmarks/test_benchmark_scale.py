@@ -40,7 +40,7 @@ def test_dividing_costs_what_it_takes_longer():
 
 def test_scale(monkeypatch, capsys, tmp_path):
     out = tmp_path / "scale.json"
-    options = ("--max-memory", "4GB", "--devices", "2", "--whole", "4", "--repeat", "2", "--json", str(out))
+    options = ("--max-memory", "4GB", "--devices", "2", "--whole", "4", "--json", str(out))
     monkeypatch.setattr("sys.argv", ["scale.py", *TINY, *options])
     scale.main()
     stored = json.loads(out.read_text())
