@@ -17,7 +17,6 @@ from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float, Int, UInt32
 
 from nufilt_jax.linalg.dense import inner, matmul
@@ -136,6 +135,8 @@ def adapt(
     if start.shape[0] == 0:
         # The ablation of r_l = 0; as many losses as ever, so that reports keep their shape.
         return adapter, jnp.full(room, objective.constant)
+    import optax  # where something is trained: its start is a tenth of that of a command without work
+
     # Gradients of c L are c times those of L: so is the ε that leaves the steps as they were.
     epsilon = jnp.maximum(EPSILON * objective.unit**2, LEAST_EPSILON)
     optimizer = optax.adam(learning_rate, eps=cast(float, epsilon))

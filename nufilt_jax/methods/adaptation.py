@@ -11,7 +11,6 @@ from typing import Any, Literal, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Float
 
 from nufilt_jax.config import MethodConfig, number
@@ -89,6 +88,8 @@ def train_by_adam(
       ConfigError: there are too few batches.
       SolveError: the result is not finite.
     """
+    import optax  # late, as in `core.adapt`
+
     config = context.config
     data = cast(TaskData, context.data)
     moments = optax.adam(config.learning_rate).init(variables)
@@ -127,7 +128,7 @@ def _on_device(data: TaskData, steps: int) -> Iterator[Batch]:
 @functools.partial(jax.jit, static_argnames=("build", "forward", "learning_rate", "kind"))
 def _step(
     variables: Any,
-    moments: optax.OptState,
+    moments: Any,
     frozen: Any,
     batch: Batch,
     *,
@@ -135,8 +136,9 @@ def _step(
     forward: Forward,
     learning_rate: float,
     kind: Entropy,
-) -> tuple[Any, optax.OptState, Float[Tensor, ""]]:
+) -> tuple[Any, Any, Float[Tensor, ""]]:
     """One step of Adam (β .9/.999, ε 1e-8, no decay), and the loss before it."""
+    import optax  # late, as in `core.adapt`
 
     def loss_of(variables: Any) -> Tensor:
         return entropy(jnp.asarray(forward(build(variables, frozen), batch)), kind)

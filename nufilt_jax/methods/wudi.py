@@ -19,7 +19,6 @@ from typing import NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Bool, Float
 
 from nufilt_jax.config import MethodConfig, Variant, number
@@ -90,6 +89,8 @@ def _layer(
     """M and the loss before every step and after the last; the mean of D and τ for a tensor that is not `solved`."""
     problem = _quadratic(d, t)
     # Adam's own ε of 1e-8 is felt: gradients are 1e-5 and less.
+    import optax  # late, as in `core.adapt`
+
     optimizer = optax.adam(config.learning_rate)
 
     def step(carry: tuple, _: None) -> tuple[tuple, Float[Array, ""]]:
