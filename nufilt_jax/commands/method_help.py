@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nufilt_jax.commands import text
+from nufilt_jax.commands.process import loading
 from nufilt_jax.commands.spelling import spelt
 from nufilt_jax.config import ENTRY_POINTS
 
@@ -36,7 +37,8 @@ def show_methods(asked: str, console: Console, *, as_json: bool) -> int:
     """
     name = asked.partition("=")[2]
     if as_json or name:
-        from nufilt_jax.methods import RULES, find
+        with loading():
+            from nufilt_jax.methods import RULES, find
 
         documents = [_document(rule) for rule in ([find(name)] if name else RULES.values())]
         if as_json:
