@@ -5,14 +5,15 @@ something else than the weights. A subfolder with weights, such as `2_Dense` of 
 of the model and kept, in the first format that it has.
 """
 
+import contextlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from nufilt_jax.checkpoints.folders import ADDED, is_pickle, is_small, is_weight_file
+from nufilt_jax.checkpoints.safetensors_files import pointer_problem
 from nufilt_jax.errors import Problem
-from nufilt_jax.strict_json import LFS_POINTER, LFS_PULL, POINTER_BYTES, is_lfs_pointer
 
 # An earlier merge's: true of it, not of its copy.
 OWN_FILES = frozenset(
@@ -93,17 +94,11 @@ def not_to_copy(root: Path) -> list[Problem]:
         if not is_blob and not target.is_relative_to(within):
             what = f"is a link to {target}, outside the model's folder, and would be copied"
             found.append(Problem(str(root / name), what, "put the file itself there, or remove the link"))
-        elif _is_pointer(target):
-            found.append(Problem(str(root / name), LFS_POINTER, LFS_PULL))
+            continue
+        with contextlib.suppress(OSError), target.open("rb") as file:  # of which copying tells
+            if problem := pointer_problem(file, str(root / name)):
+                found.append(problem)
     return found
-
-
-def _is_pointer(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return is_lfs_pointer(file.read(POINTER_BYTES))
-    except OSError:
-        return False  # of which copying tells
 
 
 def names_below(root: Path) -> Iterator[str]:

@@ -92,7 +92,7 @@ def header_sha256(path: Path) -> str:
 
 
 def pointer_problem(file: BufferedReader, where: str) -> Problem | None:
-    """Says that a weight file was never fetched; None if it was. Leaves the file at its start."""
+    """Says that git-lfs never fetched a file; None if it did. Leaves the file at its start."""
     start = file.read(POINTER_BYTES)
     file.seek(0)
     return Problem(where, LFS_POINTER, LFS_PULL) if is_lfs_pointer(start) else None
