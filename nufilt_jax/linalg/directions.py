@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from nufilt_jax.linalg.dense import matmul, thin_svd, transpose
+from nufilt_jax.linalg.dense import matmul, thin_svd
 from nufilt_jax.linalg.dispatch import after
 from nufilt_jax.linalg.stacks import Stacks, bounds, joined
 
@@ -59,21 +59,21 @@ def first_of(found: Directions, stacks: Stacks, rank: Int[Array, ""]) -> Directi
     Args:
       found: of `stacks`.
       stacks: the matrices X.
-      rank: at most as many as there are.
+      rank: more than there are takes all.
     """
+    most = found.vectors.shape[2]
+    if most == 0:
+        return found
 
     def cut(x: Float[Array, "layers m n"], i: int, j: int) -> Directions:
         span = found.vectors[i:j]
-        most = span.shape[2]
-        _, s, wt = thin_svd(matmul(x, span))
-        missing = most - s.shape[1]  # with fewer outputs than directions, as in `leading_by_svd`
-        turned = jnp.pad(matmul(span, transpose(wt)), ((0, 0), (0, 0), (0, missing)))
-        s = jnp.pad(s, ((0, 0), (0, missing)))
+        within = leading_by_svd((matmul(x, span),), most)
+        turned, s = matmul(span, within.vectors), within.sizes
         is_first = jnp.arange(most) < rank
         last, following = (jnp.take(s, jnp.clip(at, 0, most - 1), axis=1) for at in (rank - 1, rank))
         is_inside = (rank < most) & (last > 0)
         gap = jnp.where(is_inside, (last - following) / jnp.where(last > 0, last, 1), 1)
-        gap = jnp.where(rank == most, found.gap[i:j], gap)
+        gap = jnp.where(rank >= most, found.gap[i:j], gap)
         return Directions(
             jnp.where(is_first[None, None], turned, 0), jnp.where(is_first[None], s, 0), gap, found.certified[i:j]
         )

@@ -67,6 +67,14 @@ def test_a_sweep_is_compiled_once():
     assert layers._solve_group._cache_size() <= before + 1
 
 
+def test_the_largest_may_be_zero():
+    merged, task = stacks(power_law, 40, 48)
+    none = dataclasses.replace(LARGEST, filter_rank=0, task_rank=0)
+    given = {"config": none, "adapter_init": start(12, 48)}
+    alone, found = solve_stack(merged, task, **given), solve_stack(merged, task, **given, largest=none)
+    np.testing.assert_array_equal(found.update, alone.update)
+
+
 def test_one_layer_takes_it_too():
     merged, task = stacks(power_law, 40, 48)
     config = dataclasses.replace(LARGEST, filter_rank=5, adapter_rank=4)
