@@ -14,7 +14,9 @@ if TYPE_CHECKING:  # JAX and the engine are loaded by the call
     import numpy as np
 
     from nufilt_jax.config import MethodConfig, OtherParams, OutputKind
+    from nufilt_jax.engine.inspection import Inspection
     from nufilt_jax.engine.job import Job
+    from nufilt_jax.engine.plan import Plan
 
 Source = str | os.PathLike[str]
 
@@ -157,7 +159,6 @@ def _job(
 
 def _merged_into(out: Path, job: "Job", *, offline: bool) -> "dict[str, np.ndarray]":
     from nufilt_jax.checkpoints import load, open_task
-    from nufilt_jax.engine.coverage import outside_warnings
     from nufilt_jax.engine.inspection import inspect
     from nufilt_jax.engine.plan import make_plan
     from nufilt_jax.engine.records import layers_as_begun
@@ -170,24 +171,31 @@ def _merged_into(out: Path, job: "Job", *, offline: bool) -> "dict[str, np.ndarr
     with place.locked(), at_once(layers_as_begun(place)):
         plan = make_plan(dataclasses.replace(job, out=place.out), offline=offline)
         inspection = inspect(plan)
-        outside = outside_warnings(plan.base, plan.selection, plan.settings, inspection.changes)
-        for text in (*plan.warnings, *inspection.warnings, *outside):
-            warnings.warn(text, UserWarning, stacklevel=3)
+        _warn(plan, inspection)
         run(plan, inspection, place, _Nobody(), Clock())
     is_adapter = plan.settings.output == "adapter"
     return open_task(str(place.out), plan.base).read() if is_adapter else load(str(place.out), offline=True)
 
 
+def _warn(plan: "Plan", inspection: "Inspection") -> None:
+    """Of what the command warns about, of the user's own call."""
+    from nufilt_jax.engine.coverage import outside_warnings
+
+    outside = outside_warnings(plan.base, plan.selection, plan.settings, inspection.changes)
+    for text in (*plan.warnings, *inspection.warnings, *outside):
+        warnings.warn(text, UserWarning, stacklevel=4)
+
+
 def _read_and_merged(job: "Job", how: dict[str, Any], *, offline: bool) -> "dict[str, np.ndarray]":
     """Models of the disk or the Hub, adapters too, merged in memory."""
+    from nufilt_jax.engine.inspection import inspect
     from nufilt_jax.engine.plan import make_plan
 
     plan = make_plan(job, offline=offline)
-    for text in plan.warnings:
-        warnings.warn(text, UserWarning, stacklevel=3)
+    _warn(plan, inspect(plan))
     touched = plan.selection.touched
     tasks = {name: task.unread(touched) for name, task in plan.tasks.items()}
-    return _merged_one_by_one(plan.base.read(), tasks, how)
+    return _merged_one_by_one(plan.base.read(), tasks, how, are_inspected=True)
 
 
 def _merged_in_memory(
@@ -211,14 +219,14 @@ def _merged_in_memory(
         name: task if isinstance(task, Mapping) else load(os.fspath(task), offline=offline)
         for name, task in tasks.items()
     }
-    merged = _merged_one_by_one(weights, params, how)
+    merged = _merged_one_by_one(weights, params, how, are_inspected=False)
     if out is not None:
         save(merged, os.fspath(out), like=like, format=format, dtype=dtype, offline=offline)
     return merged
 
 
 def _merged_one_by_one(
-    base: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]], how: dict[str, Any]
+    base: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]], how: dict[str, Any], *, are_inspected: bool
 ) -> "dict[str, np.ndarray]":
     import numpy as np
 
@@ -226,10 +234,29 @@ def _merged_one_by_one(
 
     rule = methods.get(**{"name" if key == "method" else key: value for key, value in how.items()})
     state = rule.init(base)
+    if not are_inspected:
+        _inspect(base, tasks, state.touched)
     for name, task in tasks.items():
         with _naming(name):
             state = rule.update(state, task, donate=True)
     return {name: np.asarray(value) for name, value in state.merged.items()}
+
+
+def _inspect(base: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]], touched: Sequence[str]) -> None:
+    """Refuses weights in memory that cannot be merged, all at once, and warns of numbers that are merely kept."""
+    from nufilt_jax.errors import CheckpointError
+    from nufilt_jax.methods.state import NONFINITE, check_task, nonfinite
+
+    problems = nonfinite(base, touched, "base")
+    for name, task in tasks.items():
+        with gathering(problems), _naming(name):
+            check_task(base, task, touched)
+            raise_all(CheckpointError, nonfinite(task, touched, "task"))
+    raise_all(CheckpointError, problems)
+    for where, params in (("base", base), *((f"task {name!r}", task) for name, task in tasks.items())):
+        for found in nonfinite(params, params.keys() - set(touched), where):
+            kept = found._replace(what=f"{NONFINITE}; the merge does not touch it", fix="")
+            warnings.warn(str(kept), UserWarning, stacklevel=5)
 
 
 @contextlib.contextmanager

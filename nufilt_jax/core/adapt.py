@@ -88,9 +88,14 @@ def reduced_objective(
 
 def normal_start(key: UInt32[Array, "2"], rank: int, width: int) -> Float[Array, "r_l n"]:
     """A's start, N(0, 0.02²) from a layer's own raw threefry key."""
-    # Named: the default generator is the user's to configure, and a merge must not depend on it.
-    wrapped = jax.random.wrap_key_data(key, impl="threefry2x32")
-    return START_STD * jax.random.normal(wrapped, (rank, width), jnp.float32)
+    return START_STD * standard_normal(key, (rank, width))
+
+
+def standard_normal(key: UInt32[Array, "2"], shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """N(0, 1) in float32 from a raw threefry key: the same numbers, however JAX is configured."""
+    # Both named: generator and order of its numbers are the user's to configure, and a merge must not depend on them.
+    with jax.threefry_partitionable(True):
+        return jax.random.normal(jax.random.wrap_key_data(key, impl="threefry2x32"), shape, jnp.float32)
 
 
 def loss_and_gradients(objective: Objective, adapter: Adapter) -> tuple[Float[Array, ""], Adapter]:

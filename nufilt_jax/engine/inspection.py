@@ -15,9 +15,8 @@ from nufilt_jax.checkpoints.peft.adapted import weight_of
 from nufilt_jax.engine.memory import READERS
 from nufilt_jax.engine.plan import Plan
 from nufilt_jax.errors import CheckpointError, Problem, raise_all
+from nufilt_jax.methods.state import NONFINITE
 from nufilt_jax.output.model import Model
-
-_NONFINITE = "has NaN or infinite numbers"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,8 +150,8 @@ def _nonfinite_problems(tensors: Iterable[TensorInfo], touched: set[str]) -> tup
     for info in tensors:
         if weight_of(info.name) in touched:
             fix = "fine-tune again, or exclude it with --layers"
-            refused.append(Problem(str(info.file), _NONFINITE, fix, info.stored_name))
+            refused.append(Problem(str(info.file), NONFINITE, fix, info.stored_name))
         else:
-            what = f"{_NONFINITE}; the merge does not touch it"
+            what = f"{NONFINITE}; the merge does not touch it"
             accepted.append(Problem(str(info.file), what, tensor=info.stored_name))
     return refused, accepted

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import importlib.metadata
+import itertools
 import os
 import sys
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from nufilt_jax.anatomy import shape_in
 from nufilt_jax.config import ENTRY_POINTS, OtherParams, problem
 from nufilt_jax.config import MethodConfig as MethodConfig
 from nufilt_jax.config import number as number
-from nufilt_jax.errors import ConfigError, Problem, raise_all
+from nufilt_jax.errors import ConfigError, Problem, SolveError, raise_all
 from nufilt_jax.methods import (
     adamerging,
     adapter_only,
@@ -45,7 +46,7 @@ from nufilt_jax.methods.stacked import Stacked as Stacked
 from nufilt_jax.methods.state import Advance as Advance
 from nufilt_jax.methods.state import Context as Context
 from nufilt_jax.methods.state import MergeState as MergeState
-from nufilt_jax.methods.state import Numbers, OnStack, check_task
+from nufilt_jax.methods.state import Numbers, OnStack, check_task, nonfinite
 from nufilt_jax.methods.state import Rule as Rule
 
 RULES: dict[str, Rule[Any]] = {
@@ -232,6 +233,7 @@ def get(
         if rule.needs_data and data is None:
             raise ConfigError(Problem("data", f"{name} needs examples of each task", "give update its `data`"))
         mine, others = choose(state.base)
+        params = None if isinstance(task, TaskVector) else task
         if not isinstance(task, TaskVector):
             check_task(state.base, task, state.touched)
             task = task_vector(state.base, task, mine + others)
@@ -239,10 +241,17 @@ def get(
         delta = state.delta if donate else state.delta.copied()
         own = dataclasses.replace(state, delta=delta.only(mine))
         take = rule.first if state.step == 0 else rule.advance
-        done = take(own, task.only(mine), Context(settings, seed, on_stack, data, numbers, mesh, adapter_start))
-        moved = move_others(delta.only(others), task.only(others), state.step, other_params)
-        # For all rules alike; those that know a remedy have refused before.
-        require_finite(done.delta + moved)
+        try:
+            done = take(own, task.only(mine), Context(settings, seed, on_stack, data, numbers, mesh, adapter_start))
+            moved = move_others(delta.only(others), task.only(others), state.step, other_params)
+            # For all rules alike; those that know a remedy have refused before.
+            require_finite(done.delta + moved)
+        except SolveError:
+            # Only now: looking at every weight would take longer than many a solve.
+            if params is not None:
+                causes = [nonfinite(state.base, state.touched, "base"), nonfinite(params, state.touched, "task")]
+                raise_all(SolveError, itertools.chain(*causes))
+            raise
         extra, added, report = dict(done.extra), dict(done.added), dict(done.report)
         return MergeState(state.base, done.delta + moved, state.step + 1, extra, added, report)
 

@@ -248,6 +248,15 @@ class Rule(Generic[C]):
         return self.survey if step else self.first_survey
 
 
+NONFINITE = "has NaN or infinite numbers"
+
+
+def nonfinite(params: Params, names: Iterable[str], where: str) -> list[Problem]:
+    """A problem for each tensor with numbers that nothing can be merged from."""
+    broken = (name for name in names if not np.isfinite(np.asarray(params[name])).all())
+    return [Problem(where, NONFINITE, "fine-tune again, or exclude it with --layers", name) for name in broken]
+
+
 def check_task(base: Params, task: Params, touched: Iterable[str]) -> None:
     """Refuses a task that lacks a tensor the rule touches, or has it in another shape."""
     problems = []

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from nufilt_jax.anatomy import ModelFamily
+from nufilt_jax.core.adapt import standard_normal
 from nufilt_jax.errors import Problem, SolveError, raise_all
 from nufilt_jax.linalg.dense import thin_svd
 from nufilt_jax.methods.adaptation import TRAINED_MODEL, LearningConfig, model_params, train_by_adam
@@ -134,8 +135,7 @@ def grow_gates(state: MergeState, task: TaskVector, config: WemoeConfig, seed: i
         widths[found["block"]] = n_inputs if found["first"] else n_outputs
     gates: dict[str, Tensor] = {}
     for (block, width), key in zip(widths.items(), adapter_keys(seed, state.step + 1, tuple(widths)), strict=True):
-        wrapped = jax.random.wrap_key_data(jnp.asarray(key), impl="threefry2x32")
-        row = GATE_STD * jax.random.normal(wrapped, (1, width), jnp.float32)
+        row = GATE_STD * standard_normal(jnp.asarray(key), (1, width))
         grown = {f"{block}.gate.weight": row, f"{block}.gate.bias": jnp.full(1, config.scale, jnp.float32)}
         gates |= {name: _appended(state.added.get(name), x) for name, x in grown.items()}
     return gates

@@ -111,5 +111,5 @@ def test_a_bad_number_of_a_later_task_is_refused_by_name(name, bad):
     tasks[1][Q][3, 2] = bad
     rule = methods.get(name, config_of(name))
     state = rule.update(rule.init(base), tasks[0])
-    with pytest.raises(SolveError, match=r"q_proj\.weight: .*not finite"):
+    with pytest.raises(SolveError, match=r"q_proj\.weight: has NaN or infinite numbers"):
         rule.update(state, tasks[1])

@@ -6,13 +6,15 @@ import subprocess
 import sys
 
 import adapter_builders as adapters
+import jax
 import model_builders as build
 import numpy as np
 import pytest
 from merging import BASE, SELECTED, TASKS, rule_for
+from safetensors.numpy import load_file, save_file
 
 import nufilt_jax as nj
-from nufilt_jax.errors import CheckpointError, ConfigError, NufiltError
+from nufilt_jax.errors import CheckpointError, ConfigError, NufiltError, SolveError
 from nufilt_jax.methods.merger import Merger
 
 
@@ -257,3 +259,51 @@ def test_the_commands_module_is_called_as_the_function():
     code = "import nufilt_jax.merge, nufilt_jax as nj; print(nj.merge({'a.layers.0.w': 0}, [], method='sum'))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "ConfigError: tasks: is empty" in run.stderr
+
+
+KEPT = "vision_model.embeddings.class_embedding"  # as all that no matrix rule touches
+
+
+def with_nan(params, name):
+    return params | {name: np.full_like(params[name], np.nan)}
+
+
+def test_weights_that_cannot_be_merged_are_refused_all_at_once_before_any_work():
+    bad = [with_nan(TASKS[0], SELECTED[0]), {key: x for key, x in TASKS[1].items() if key != SELECTED[1]}]
+    with pytest.raises(CheckpointError) as error:
+        nj.merge(with_nan(BASE, SELECTED[2]), bad)
+    told = str(error.value)
+    assert len(error.value.problems) == 3
+    assert f"base: {SELECTED[2]}: has NaN or infinite numbers (fine-tune again, or exclude it with layers)" in told
+    assert f"task 'task-1': {SELECTED[0]}: has NaN" in told
+    assert f"task 'task-2': {SELECTED[1]}: is missing" in told
+    with pytest.warns(UserWarning, match=f"task 'task-1': {KEPT}: has NaN .*; the merge does not touch it"):
+        nj.merge(BASE, [with_nan(TASKS[0], KEPT)], method="sum")
+
+
+@pytest.mark.parametrize("name", ["nufilt", "sum", "iso_c"])
+def test_a_rule_tells_bad_weights_from_a_solve_that_failed(name):
+    rule = rule_for(name)
+    state = rule.update(rule.init(BASE), TASKS[0])
+    with pytest.raises(SolveError, match=f"task: {SELECTED[0]}: has NaN or infinite numbers"):
+        rule.update(state, with_nan(TASKS[1], SELECTED[0]))
+    broken = rule.init(with_nan(BASE, SELECTED[0]))
+    with pytest.raises(SolveError, match=f"base: {SELECTED[0]}: has NaN or infinite numbers"):
+        rule.update(rule.update(broken, TASKS[0]), TASKS[1])
+
+
+def test_models_of_the_disk_are_looked_at_as_the_command_does(shared_models, tmp_path):
+    for name, key in (("alpha", SELECTED[0]), ("beta", KEPT)):
+        shutil.copytree(shared_models / name, tmp_path / name)
+        weights = load_file(tmp_path / name / "model.safetensors")
+        save_file(with_nan(weights, key), tmp_path / name / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"{SELECTED[0]}: has NaN or infinite numbers"):
+        nj.merge(shared_models / "base", [tmp_path / "alpha", shared_models / "beta"], method="sum")
+    with pytest.warns(UserWarning, match=f"{KEPT}: has NaN or infinite numbers; the merge does not touch it"):
+        nj.merge(shared_models / "base", [tmp_path / "beta"], method="sum")
+
+
+def test_starts_do_not_depend_on_how_jax_is_configured():
+    drawn = nj.draw_start(0, 1, "a", 2, 3)
+    with jax.threefry_partitionable(False), jax.default_prng_impl("rbg"):
+        np.testing.assert_array_equal(nj.draw_start(0, 1, "a", 2, 3), drawn)
