@@ -124,6 +124,12 @@ def no_weights_problem(where: str, names: Collection[str]) -> Problem:
     return Problem(where, "holds no weights", f"expected {single_file(SAFETENSORS)} or {single_file(FLAX)}")
 
 
+def unreadable(error: OSError, where: str | Path) -> Problem:
+    """Says why a file or folder cannot be read: the one that the system names, or else `where`."""
+    what = f"cannot be read: {error.strerror or error}"
+    return Problem(str(error.filename or where), what, "check the folder and its permissions")
+
+
 def is_weight_file(name: str) -> bool:
     """Whether a file holds weights or their index, in any format ever seen in a model folder."""
     return bool(_WEIGHTS.search(name))

@@ -18,6 +18,7 @@ from nufilt_jax.checkpoints.folders import (
     Layout,
     find_weights,
     no_weights_problem,
+    unreadable,
 )
 from nufilt_jax.checkpoints.hub import Place, locate
 from nufilt_jax.checkpoints.index import Index, disagreements, missing_shards, parse_index
@@ -164,9 +165,7 @@ def open_checkpoint(
     try:
         return _open_at(place, source, role, model_config, adapters=adapters)
     except OSError as error:
-        where = str(error.filename or source)
-        what = f"cannot be read: {error.strerror or error}"
-        raise CheckpointError(Problem(where, what, "check the folder and its permissions")) from error
+        raise CheckpointError(unreadable(error, source)) from error
 
 
 def _open_at(
