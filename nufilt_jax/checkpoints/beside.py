@@ -22,10 +22,15 @@ _RECIPE = "nufilt.json"
 OWN_FOLDERS = frozenset({"state", "analysis"})
 _NO_PART = re.compile(
     r"\.git|\.cache|\.huggingface|\.ipynb_checkpoints|__pycache__|original|onnx|openvino|coreml|gguf|tflite|metal"
-    r"|(last-|tmp-)?checkpoint(-\d+)?|global_?step\d+|lost\+found",
+    r"|(last-|tmp-)?checkpoint(-\d+)?|global_?step\d+|wandb|lost\+found",
     re.IGNORECASE,
 )
-_LEFT = frozenset({".git", "trainer_state.json"})
+# Of the training alone: transformers', its loggers', DeepSpeed's, and of torch's distributed checkpoints.
+_LEFT = re.compile(
+    r"\.git|trainer_state\.json|trainer_log\.jsonl|training_args\.(json|ya?ml)|(all|train|eval|test|predict)_results\.json"
+    r"|latest|zero_to_fp32\.py|\.metadata|nohup\.out"
+)
+_EVENTS = re.compile(r"events\.out\.tfevents\..*")  # of a training too, in whatever subfolder
 # With one of these beside the weights they are taken for an adapter's base, or for quantised.
 _MISLEADING = re.compile(r"adapter_(config|model)\b.*|(hf_)?quant(ize|ization)?_config\.json")
 _MODULES, _MODULE = "modules.json", re.compile(r"\d+_\w+")  # of sentence-transformers
@@ -72,7 +77,9 @@ def _weights_kept(folder: str, files: Sequence[str], has_modules: bool) -> list[
 
 
 def _is_left(folder: str, file: str) -> bool:
-    return not folder and (file in OWN_FILES or file in _LEFT or _MISLEADING.fullmatch(file) is not None)
+    if _EVENTS.fullmatch(file):
+        return True
+    return not folder and (file in OWN_FILES or any(left.fullmatch(file) for left in (_LEFT, _MISLEADING)))
 
 
 def is_wanted_of_task(name: str) -> bool:

@@ -24,13 +24,14 @@ _INDEX = ".index.json"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 _WEIGHTS = re.compile(
-    r"\.(safetensors|msgpack|bin|pt|pth|ckpt|h5|ot|onnx|onnx_data|gguf|ggml|pkl|pickle|tflite|pb|mlmodel)"
-    r"([._-]?(data|\d+))?(\.index(\.\w+)?\.json|\.index|\.meta|\.data-.*)?$"
+    r"\.(safetensors|msgpack|bin|pt|pth|ckpt|h5|ot|onnx|onnx_data|gguf|ggml|pkl|pickle|tflite|pb|mlmodel|distcp)"
+    r"([._-]?(data|\d+))?(\.index(\.\w+)?\.json|\.index|\.meta|\.data-.*)?(\.(tmp|part|partial|incomplete|aria2))?$"
     # Other archives of arrays are a part of the model, as the `mel_filters.npz` of its own code.
     r"|(^|/)((flax|tf|pytorch)_)?(model|weights|params|checkpoint)[^/]*\.npz$",
     re.IGNORECASE,
 )
 _PICKLE = re.compile(r"\.(bin|pt|pth|ckpt|pkl|pickle)$", re.IGNORECASE)
+_VOCABULARY = re.compile(r"(^|/)(tokenizer|vocab)[^/]*\.(pkl|pickle)$", re.IGNORECASE)  # copied, never opened
 _SMALL = re.compile(r"(\.(json|txt|model|jinja|md|yaml|yml)|^LICENSE.*|^NOTICE.*)$", re.IGNORECASE)
 
 CONVERT = (
@@ -115,10 +116,10 @@ def no_weights_problem(where: str, names: Collection[str]) -> Problem:
     if "model_index.json" in names:
         what = "is a diffusers pipeline: its components are models of their own"
         return Problem(where, what, _component_to_give(where, names))
-    if pickles := sorted(name for name in names if _PICKLE.search(name)):
+    if pickles := sorted(filter(is_pickle, names)):
         what = "is a pickle, which can run any code when loaded, and the folder has no other weights"
         return Problem(f"{where}/{pickles[0]}", what, CONVERT)
-    if others := sorted(name for name in names if _WEIGHTS.search(name)):
+    if others := sorted(filter(is_weight_file, names)):
         expected = f"neither {single_file(SAFETENSORS)} nor {single_file(SAFETENSORS)}{_INDEX} nor their Flax forms"
         return Problem(where, f"holds {others[0]}, but {expected}", "save it with transformers' save_pretrained")
     return Problem(where, "holds no weights", f"expected {single_file(SAFETENSORS)} or {single_file(FLAX)}")
@@ -132,12 +133,12 @@ def unreadable(error: OSError, where: str | Path) -> Problem:
 
 def is_weight_file(name: str) -> bool:
     """Whether a file holds weights or their index, in any format ever seen in a model folder."""
-    return bool(_WEIGHTS.search(name))
+    return bool(_WEIGHTS.search(name)) and not _VOCABULARY.search(name)
 
 
 def is_pickle(name: str) -> bool:
     """Whether a weight file can run any code when it is loaded."""
-    return bool(_PICKLE.search(name))
+    return bool(_PICKLE.search(name)) and not _VOCABULARY.search(name)
 
 
 def is_small(name: str) -> bool:

@@ -24,6 +24,7 @@ KEPT = (
     *("mel_filters.npz", "audio/mel_filters.npz"),
     *("1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors", "3_Dense/pytorch_model.bin"),
     *("speech-lora/adapter_config.json", "speech-lora/adapter_model.safetensors", "speech-lora/sub/notes.txt"),
+    *("tokenizer.pkl", "words/vocab.pkl", "runs/notes.txt", "sub.folder/latest", "results.json", "latest.txt"),
     *("tower/model-00001-of-00002.safetensors", "tower/model.safetensors.index.json", "flax/flax_model.msgpack"),
 )
 LEFT = (
@@ -45,6 +46,15 @@ LEFT = (
     *("global_step12/mp_rank_00_model_states.pt", ".git/config", ".git/lfs/x", ".cache/huggingface/x", "state/d/x"),
     *("__pycache__/modeling_own.cpython-311.pyc", "nufilt.json", "forecast.json", "analysis/affinity.png"),
     *("merged/nufilt.json", "merged/model.safetensors", "merged/state/x", "tower/flax_model.msgpack"),
+    *(
+        "pytorch_model_fsdp_0/__0_0.distcp",
+        "pytorch_model_fsdp_0/.metadata",
+        "optimizer_0/__0_0.distcp",
+        "__0_0.distcp",
+    ),
+    *(".metadata", "latest", "zero_to_fp32.py", "runs/Nov29/events.out.tfevents.1.host.2.0", "events.out.tfevents.1"),
+    *("wandb/run-1/files/output.log", "trainer_log.jsonl", "training_args.json", "all_results.json", "nohup.out"),
+    *("eval_results.json", "model.safetensors.tmp", ".model.safetensors.aria2", "random_states_0.pkl", "vocab.bin"),
     *("model.npz", "flax_model.npz", "weights-3.npz", "params.npz", "old/model.npz", "old/config.json"),
 )
 
