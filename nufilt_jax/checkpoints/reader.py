@@ -197,7 +197,14 @@ def _open_at(
         index_metadata=index.metadata,
         is_local=place.is_local,
         has_added=ADDED in present,
+        notices=() if is_adapter or ADAPTER_CONFIG not in present else (_beside(source, layout),),
     )
+
+
+def _beside(source: str, layout: Layout) -> str:
+    """Says that an adapter beside a whole model is not read, which transformers would put onto it."""
+    weights = layout.file.removesuffix(".index.json")
+    return f"{source}: {weights} is read, and the adapter beside it is not (to merge it, give a folder of it alone)"
 
 
 def _read_config(

@@ -96,3 +96,18 @@ def test_an_adapter_of_mlx_is_to_be_fused(tmp_path):
     problem = refusal(root)
     assert problem.what == "is an adapter of MLX, which is not read"
     assert problem.fix.endswith(f"mlx_lm.fuse --model BASE --adapter-path {root}")
+
+
+def test_an_adapter_beside_a_whole_model_is_said_to_be_left(tmp_path, nufilt):
+    """Which transformers would put onto it, and take the whole for the model."""
+    for name, shards in (("base", 1), ("task", 2)):
+        write_safetensors(tmp_path / name, vision_tower(), shards=shards)
+    given = ("plan", "--base", tmp_path / "base", "--task", f"a={tmp_path / 'task'}", "--method", "sum")
+    quiet = nufilt(*given)
+    assert quiet.code == 0 and "adapter" not in quiet.err
+    for name in ("base", "task"):
+        filled(tmp_path / name, "adapter_config.json", "adapter_model.safetensors")
+    loud = nufilt(*given)
+    assert loud.code == 0
+    for name in ("base", "task"):
+        assert f"{tmp_path / name}: model.safetensors is read, and the adapter beside it is not" in loud.err
