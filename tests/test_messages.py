@@ -150,7 +150,7 @@ BY_COMMAND = {
     "OtherDiedError",
     "VerificationError",
     "EvaluationError",
-    "_UnreachableError",
+    "UnreachableError",
     "NotYetError",
 }
 

@@ -5,13 +5,12 @@ something else than the weights. A subfolder with weights, such as `2_Dense` of 
 of the model and kept, in the first format that it has.
 """
 
-import contextlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-from nufilt_jax.checkpoints.folders import ADDED, is_pickle, is_small, is_weight_file
+from nufilt_jax.checkpoints.folders import ADDED, is_pickle, is_small, is_weight_file, unreadable
 from nufilt_jax.checkpoints.safetensors_files import pointer_problem
 from nufilt_jax.errors import Problem
 
@@ -23,10 +22,15 @@ _RECIPE = "nufilt.json"
 OWN_FOLDERS = frozenset({"state", "analysis"})
 _NO_PART = re.compile(
     r"\.git|\.cache|\.huggingface|\.ipynb_checkpoints|__pycache__|original|onnx|openvino|coreml|gguf|tflite|metal"
-    r"|(last-|tmp-)?checkpoint(-\d+)?|global_?step\d+",
+    r"|(last-|tmp-)?checkpoint(-\d+)?|global_?step\d+|wandb|lost\+found",
     re.IGNORECASE,
 )
-_LEFT = frozenset({".git", "trainer_state.json"})
+# Of the training alone: transformers', its loggers', DeepSpeed's, and of torch's distributed checkpoints.
+_LEFT = re.compile(
+    r"\.git|trainer_state\.json|trainer_log\.jsonl|training_args\.(json|ya?ml)|(all|train|eval|test|predict)_results\.json"
+    r"|latest|zero_to_fp32\.py|\.metadata|nohup\.out"
+)
+_EVENTS = re.compile(r"events\.out\.tfevents\..*")  # of a training too, in whatever subfolder
 # With one of these beside the weights they are taken for an adapter's base, or for quantised.
 _MISLEADING = re.compile(r"adapter_(config|model)\b.*|(hf_)?quant(ize|ization)?_config\.json")
 _MODULES, _MODULE = "modules.json", re.compile(r"\d+_\w+")  # of sentence-transformers
@@ -73,7 +77,9 @@ def _weights_kept(folder: str, files: Sequence[str], has_modules: bool) -> list[
 
 
 def _is_left(folder: str, file: str) -> bool:
-    return not folder and (file in OWN_FILES or file in _LEFT or _MISLEADING.fullmatch(file) is not None)
+    if _EVENTS.fullmatch(file):
+        return True
+    return not folder and (file in OWN_FILES or any(left.fullmatch(file) for left in (_LEFT, _MISLEADING)))
 
 
 def is_wanted_of_task(name: str) -> bool:
@@ -82,28 +88,46 @@ def is_wanted_of_task(name: str) -> bool:
 
 
 def not_to_copy(root: Path) -> list[Problem]:
-    """The files beside a model that are links out of its folder, or that a clone without git-lfs did not fetch.
+    """What beside a model cannot be read, is a link out of its folder, or was not fetched by a clone without git-lfs.
 
     A stranger's folder could name a private file by a link. Those of the Hub's cache lead to its own blobs.
     """
-    found = []
+    errors = list[OSError]()
+    names = files_beside(names_below(root, errors.append))
+    found = [unreadable(error, root) for error in errors]
     within = Path(os.path.realpath(root))
-    for name in files_beside(names_below(root)):
+    for name in names:
         target = Path(os.path.realpath(root / name))
         is_blob = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
         if not is_blob and not target.is_relative_to(within):
             what = f"is a link to {target}, outside the model's folder, and would be copied"
             found.append(Problem(str(root / name), what, "put the file itself there, or remove the link"))
             continue
-        with contextlib.suppress(OSError), target.open("rb") as file:  # of which copying tells
-            if problem := pointer_problem(file, str(root / name)):
-                found.append(problem)
+        try:
+            with (root / name).open("rb") as file:
+                problem = pointer_problem(file, str(root / name))
+        except OSError as error:
+            problem = unreadable(error, root / name)
+        found += [problem] if problem else []
     return found
 
 
-def names_below(root: Path) -> Iterator[str]:
-    """Names of all files below a folder, joined by `/`; links to folders are not followed, broken ones are no files."""
-    for folder, subfolders, names in os.walk(root):
+def names_below(root: Path, tell: Callable[[OSError], None] | None = None) -> Iterator[str]:
+    """Names of all files below a folder, joined by `/`; links to folders are not followed, broken ones are no files.
+
+    Args:
+      root: the folder.
+      tell: is told of every folder that cannot be listed.
+    """
+    for folder, subfolders, names in os.walk(root, onerror=tell):
         here = Path(folder)
-        subfolders[:] = [name for name in subfolders if not _NO_PART.fullmatch(name)]
-        yield from ((here / name).relative_to(root).as_posix() for name in names if (here / name).is_file())
+        gone = OWN_FOLDERS if here == root else frozenset[str]()
+        subfolders[:] = [name for name in subfolders if not _NO_PART.fullmatch(name) and name not in gone]
+        yield from ((here / name).relative_to(root).as_posix() for name in names if _is_file(here / name))
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except PermissionError:  # of its folder, whose names alone may be read: opening it will tell
+        return True

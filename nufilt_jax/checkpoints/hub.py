@@ -3,14 +3,13 @@
 huggingface_hub is imported only when a source is no local folder: it is slow to start.
 """
 
-import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from io import BufferedReader, RawIOBase
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from nufilt_jax.checkpoints.beside import files_beside, is_wanted_of_task
 from nufilt_jax.checkpoints.folders import (
@@ -21,12 +20,18 @@ from nufilt_jax.checkpoints.folders import (
     find_weights,
     no_weights_problem,
 )
+from nufilt_jax.checkpoints.hub_failures import UnreachableError, distinguished, hushed, translated
 from nufilt_jax.checkpoints.index import parse_index
 from nufilt_jax.durable import atomic_write
 from nufilt_jax.errors import CheckpointError, Problem
 from nufilt_jax.strict_json import MOST_BYTES
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$", re.ASCII)
+_ADDRESS = re.compile(
+    r"(?!.*(\.\.|--))(https?://[^/]+/|hf://|(www\.)?(huggingface\.co|hf\.co)/)?(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
+    r"(/(tree|blob|resolve)/(?P<revision>[^/]+)(/.*)?)?/?$",
+    re.ASCII,
+)
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
 _PATTERN = re.compile(r"[*?\[]")  # what the Hub library would take for more than a name
 _TIMEOUT = 10.0  # seconds for the first answer of the Hub
@@ -77,8 +82,16 @@ def locate(source: str, *, revision: str | None, offline: bool, headers_only: bo
     if os.path.exists(path) and source:
         raise CheckpointError(Problem(source, "is a file", f"give its folder: {path.parent}"))
     if not _HUB_ID.match(source) or ".." in source or "--" in source:
-        raise CheckpointError(Problem(source, "there is no such folder", "check the path"))
+        raise CheckpointError(Problem(source, "there is no such folder", f"check the path{_meant(source)}"))
     return _locate_on_hub(source, revision, offline=offline, headers_only=headers_only, whole=whole)
+
+
+def _meant(source: str) -> str:
+    """Tells the Hub id that an address of a model's page, or an id with a slash behind it, may mean."""
+    found = _ADDRESS.match(source)
+    if not found:
+        return ""
+    return f", or for a model of the Hub give {found['id']}" + (f"@{found['revision']}" if found["revision"] else "")
 
 
 def _locate_on_hub(source: str, revision: str | None, *, offline: bool, headers_only: bool, whole: bool) -> Place:
@@ -96,12 +109,12 @@ def _locate_on_hub(source: str, revision: str | None, *, offline: bool, headers_
     if cached is not None and is_fixed and _is_complete(cached.folder):
         return cached
     try:
-        with _translated(source, revision), _quiet():
+        with distinguished(source, revision), hushed():
             return _fetch(source, revision, headers_only=headers_only, whole=whole)
-    except _UnreachableError:
+    except UnreachableError as error:
         if cached is not None and _is_complete(cached.folder):
             return cached
-        raise
+        raise CheckpointError(*error.problems) from None
 
 
 def _cached(source: str, revision: str) -> Place | None:
@@ -110,9 +123,9 @@ def _cached(source: str, revision: str) -> Place | None:
 
     root = Path(constants.HF_HUB_CACHE) / f"models--{source.replace('/', '--')}"
     ref = root / "refs" / revision
-    commit = ref.read_text().strip() if ref.is_file() else revision
+    commit = ref.read_text().strip() if os.path.isfile(ref) else revision  # False where pathlib's may raise
     snapshot = root / "snapshots" / commit
-    if not _COMMIT.match(commit) or not snapshot.is_dir():
+    if not _COMMIT.match(commit) or not os.path.isdir(snapshot):
         return None
     return Place(LocalFolder(snapshot), snapshot, commit)
 
@@ -194,7 +207,7 @@ class HubFolder:
         url = hf_hub_url(self.source, name, revision=self.commit)
         # Not compressed: a range would be one of the compressed bytes.
         headers = build_hf_headers() | {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-        with _translated(self.source, self.commit), _quiet():
+        with translated(self.source, self.commit), hushed():
             response = get_session().get(url, headers=headers, timeout=_TIMEOUT)
             hf_raise_for_status(response)
             whole = response.status_code == 200  # a server may ignore the range
@@ -226,58 +239,3 @@ class _HubFile(RawIOBase):
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
-
-
-class _UnreachableError(CheckpointError):
-    """The Hub did not answer: what the cache holds may serve instead."""
-
-
-@contextlib.contextmanager
-def _translated(source: str, revision: str | None) -> Iterator[None]:
-    """Turns every failure of the Hub library into one line."""
-    from huggingface_hub import errors
-
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except errors.GatedRepoError:
-        fix = f"accept its terms at https://huggingface.co/{source} and log in with: hf auth login"
-        raise CheckpointError(Problem(source, "is gated on the Hub", fix)) from None
-    except errors.RepositoryNotFoundError:
-        what = "there is no such folder, and the Hub has no such model, or it is private"
-        raise CheckpointError(Problem(source, what, "check the name, or log in with: hf auth login")) from None
-    except errors.RevisionNotFoundError:
-        what = f"the Hub's model has no revision {revision!r}"
-        raise CheckpointError(Problem(source, what, "check the part after @")) from None
-    except _failures() as error:
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        what = f"there is no such folder, and the Hub could not be asked: {reason}"
-        fix = "check the path and the network, or use --offline with a filled cache"
-        raise _UnreachableError(Problem(source, what, fix)) from None
-
-
-def _failures() -> tuple[type[Exception], ...]:
-    """What the Hub library lets through: errors of HTTP, OSError, and ValueError of a strange answer."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    # Named by its subclass: it is httpx's in one release and httpx2's in another.
-    return (*cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__), OSError, ValueError)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps the Hub library's progress bars and hints off the terminal; the command line has its own."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-    from huggingface_hub.utils import logging as hub_logging
-
-    level, bars_off = hub_logging.get_verbosity(), are_progress_bars_disabled()
-    hub_logging.set_verbosity_error()
-    if not bars_off:
-        disable_progress_bars()
-    try:
-        yield
-    finally:
-        hub_logging.set_verbosity(level)
-        if not bars_off:
-            enable_progress_bars()

@@ -18,6 +18,7 @@ from nufilt_jax.checkpoints.folders import (
     Layout,
     find_weights,
     no_weights_problem,
+    unreadable,
 )
 from nufilt_jax.checkpoints.hub import Place, locate
 from nufilt_jax.checkpoints.index import Index, disagreements, missing_shards, parse_index
@@ -164,9 +165,7 @@ def open_checkpoint(
     try:
         return _open_at(place, source, role, model_config, adapters=adapters)
     except OSError as error:
-        where = str(error.filename or source)
-        what = f"cannot be read: {error.strerror or error}"
-        raise CheckpointError(Problem(where, what, "check the folder and its permissions")) from error
+        raise CheckpointError(unreadable(error, source)) from error
 
 
 def _open_at(
@@ -198,7 +197,14 @@ def _open_at(
         index_metadata=index.metadata,
         is_local=place.is_local,
         has_added=ADDED in present,
+        notices=() if is_adapter or ADAPTER_CONFIG not in present else (_beside(source, layout),),
     )
+
+
+def _beside(source: str, layout: Layout) -> str:
+    """Says that an adapter beside a whole model is not read, which transformers would put onto it."""
+    weights = layout.file.removesuffix(".index.json")
+    return f"{source}: {weights} is read, and the adapter beside it is not (to merge it, give a folder of it alone)"
 
 
 def _read_config(

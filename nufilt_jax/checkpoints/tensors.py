@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import mmap
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError
@@ -13,6 +12,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from nufilt_jax.checkpoints.dtypes import NumpyArray, numpy_dtype
+from nufilt_jax.checkpoints.maps import drop_pages, map_file
 
 Bytes = UInt8[np.ndarray, " bytes"]
 CHUNK = 1 << 24  # bytes per piece when streaming: 16 MiB keeps memory flat and disks busy
@@ -149,30 +149,19 @@ class PassingTensors(Mapping[str, Any]):
         return len(self._tensors)
 
 
-def drop_pages(array: Any) -> None:
-    """Lets go of the pages of the file that an array is a view of, if it is one."""
-    owner = array
-    while isinstance(owner, np.ndarray):
-        owner = owner.base
-    mapped = getattr(owner, "obj", None)
-    if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-        mapped.madvise(mmap.MADV_DONTNEED)
-
-
 def map_tensors(infos: Iterable[TensorInfo]) -> dict[str, NumpyArray]:
     """Arrays by canonical name: read-only views of memory-mapped files, in canonical orientation.
 
     The maps live as long as the arrays do, so what a caller drops is unmapped.
     """
-    maps: dict[Path, memoryview] = {}
+    maps: dict[Path, Bytes] = {}
     return {info.name: _view(info, maps) for info in infos}
 
 
-def _view(info: TensorInfo, maps: dict[Path, memoryview]) -> NumpyArray:
+def _view(info: TensorInfo, maps: dict[Path, Bytes]) -> NumpyArray:
     if info.file not in maps:
-        with info.file.open("rb") as file:
-            maps[info.file] = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    parts = [np.frombuffer(maps[info.file][start:stop], np.uint8) for start, stop in info.spans]
+        maps[info.file] = map_file(info.file)
+    parts = [maps[info.file][start:stop] for start, stop in info.spans]
     return _as_array(parts[0] if len(parts) == 1 else np.concatenate(parts), info)
 
 

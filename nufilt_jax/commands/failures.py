@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import os
 import platform
 import sys
 import traceback
@@ -50,6 +51,8 @@ def unforeseen(error: BaseException, log: Path | None = None) -> Problem:
       log: the file that holds its traceback; None if there is none.
     """
     kept = f"the traceback is in {log}" if log else ""
+    if isinstance(error, FileNotFoundError) and error.filename is None and not _has_place():
+        return Problem("the working directory", "was deleted", _joined("change to one that is there", kept))
     if isinstance(error, OSError):
         return Problem(str(error.filename or "system"), error.strerror or str(error), kept)
     reason = next((line for line in map(str.strip, str(error).splitlines()) if line), "")
@@ -60,6 +63,14 @@ def unforeseen(error: BaseException, log: Path | None = None) -> Problem:
         return Problem("device memory", f"is exhausted: {reason}", _joined(fix, kept))
     what = f"{type(error).__name__}" + (f": {reason}" if reason else "")
     return Problem(_place(error), f"failed unforeseen: {what}", _joined(kept, "please report it"))
+
+
+def _has_place() -> bool:
+    """Whether the working directory is there."""
+    try:
+        return bool(os.getcwd())
+    except FileNotFoundError:
+        return False
 
 
 def _joined(*parts: str) -> str:

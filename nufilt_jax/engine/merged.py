@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from nufilt_jax.checkpoints.tensors import drop_pages
+from nufilt_jax.checkpoints.maps import drop_pages
 from nufilt_jax.linalg.factored import Factored, dense
 from nufilt_jax.methods.stacked import Params, Tensor
 from nufilt_jax.methods.state import merged_tensor, whole_delta

@@ -119,6 +119,7 @@ def make_plan(job: Job, *, offline: bool = False, headers_only: bool = False) ->
     selection, examples, notices = Selection((), ()), {}, list[str]()
     rows, memory = list[Window](), None
     if base is not None:
+        notices += base.notices
         with gathering(problems):
             selection = select_readable(
                 base,

@@ -1,6 +1,8 @@
 """What an output holds beside the merged weights: the same from the Hub as from a folder."""
 
+import io
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from checkpoint_builders import folder_bytes, vision_tower, write_safetensors
 from safetensors.numpy import save_file
 
 from nufilt_jax.checkpoints import load, open_checkpoint, save
-from nufilt_jax.checkpoints.beside import files_beside
+from nufilt_jax.checkpoints.beside import files_beside, names_below
 from nufilt_jax.checkpoints.folders import no_weights_problem
 from nufilt_jax.errors import CheckpointError
 
@@ -22,6 +24,7 @@ KEPT = (
     *("mel_filters.npz", "audio/mel_filters.npz"),
     *("1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors", "3_Dense/pytorch_model.bin"),
     *("speech-lora/adapter_config.json", "speech-lora/adapter_model.safetensors", "speech-lora/sub/notes.txt"),
+    *("tokenizer.pkl", "words/vocab.pkl", "runs/notes.txt", "sub.folder/latest", "results.json", "latest.txt"),
     *("tower/model-00001-of-00002.safetensors", "tower/model.safetensors.index.json", "flax/flax_model.msgpack"),
 )
 LEFT = (
@@ -43,6 +46,15 @@ LEFT = (
     *("global_step12/mp_rank_00_model_states.pt", ".git/config", ".git/lfs/x", ".cache/huggingface/x", "state/d/x"),
     *("__pycache__/modeling_own.cpython-311.pyc", "nufilt.json", "forecast.json", "analysis/affinity.png"),
     *("merged/nufilt.json", "merged/model.safetensors", "merged/state/x", "tower/flax_model.msgpack"),
+    *(
+        "pytorch_model_fsdp_0/__0_0.distcp",
+        "pytorch_model_fsdp_0/.metadata",
+        "optimizer_0/__0_0.distcp",
+        "__0_0.distcp",
+    ),
+    *(".metadata", "latest", "zero_to_fp32.py", "runs/Nov29/events.out.tfevents.1.host.2.0", "events.out.tfevents.1"),
+    *("wandb/run-1/files/output.log", "trainer_log.jsonl", "training_args.json", "all_results.json", "nohup.out"),
+    *("eval_results.json", "model.safetensors.tmp", ".model.safetensors.aria2", "random_states_0.pkl", "vocab.bin"),
     *("model.npz", "flax_model.npz", "weights-3.npz", "params.npz", "old/model.npz", "old/config.json"),
 )
 
@@ -168,3 +180,56 @@ def test_a_file_that_git_lfs_did_not_fetch_is_not_copied(tmp_path, nufilt, refus
         ]
     with pytest.raises(CheckpointError, match="is a Git LFS pointer"):
         save(load(str(base)), tmp_path / "saved", like=str(base))
+
+
+@pytest.fixture
+def locked(monkeypatch):
+    """Locks files and folders as permissions do, which do not bind the user that tests may run as."""
+    paths = set[str]()
+
+    def guarded(function):
+        def call(path, *args, **options):
+            if str(path) in paths:
+                raise PermissionError(13, "Permission denied", str(path))
+            return function(path, *args, **options)
+
+        return call
+
+    for module, name in ((io, "open"), (os, "scandir")):
+        monkeypatch.setattr(module, name, guarded(getattr(module, name)))
+    return paths
+
+
+def test_what_cannot_be_read_beside_the_weights_is_told_before_any_work(tmp_path, nufilt, locked):
+    """A copy without it would not be the base's."""
+    base = write_safetensors(tmp_path / "base", vision_tower())
+    for name in ("tok.txt", "sub/tokenizer.json", "lost+found/x", "checkpoint-5/x", "state/x"):
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_text("{}")
+    given = ("--base", base, "--task", f"a={base}", "--method", "sum")
+    locked |= {str(base / name) for name in ("lost+found", "checkpoint-5", "state")}  # no part of the model
+    assert nufilt("plan", *given).code == 0
+    locked |= {str(base / name) for name in ("tok.txt", "sub")}
+    for command in (("merge", *given, "--out", tmp_path / "none"), ("plan", *given)):
+        assert nufilt(*command).err.splitlines() == [
+            f"nufilt: {base / name}: cannot be read: Permission denied (check the folder and its permissions)"
+            for name in ("sub", "tok.txt")
+        ]
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(CheckpointError, match="cannot be read: Permission denied"):
+        save(load(str(base)), tmp_path / "saved", like=str(base))
+
+
+def test_files_of_a_folder_whose_names_alone_can_be_read_are_told(tmp_path, monkeypatch):
+    """As a folder without the permission to enter it."""
+    base = write_safetensors(tmp_path / "base", vision_tower())
+    (base / "sub").mkdir()
+    (base / "sub" / "notes.txt").write_text("x")
+
+    def stat(path, **options):
+        if path.name == "notes.txt":
+            raise PermissionError(13, "Permission denied", str(path))
+        return os.stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    assert "sub/notes.txt" in names_below(base)

@@ -110,6 +110,30 @@ def test_what_cannot_be_a_hub_id_is_not_looked_up(source, monkeypatch):
     assert "there is no such folder (check the path)" in refusal(source)
 
 
+@pytest.mark.parametrize(
+    ("source", "meant"),
+    [
+        ("org/base/", "org/base"),
+        ("https://huggingface.co/org/base", "org/base"),
+        ("https://huggingface.co/org/base/tree/main", "org/base@main"),
+        ("https://mirror.example/org/base/blob/v1.0/config.json", "org/base@v1.0"),
+        ("huggingface.co/org/base/", "org/base"),
+        ("hf://org/base", "org/base"),
+    ],
+)
+def test_an_address_of_the_hub_is_told_as_an_id(source, meant):
+    expected = f"there is no such folder (check the path, or for a model of the Hub give {meant})"
+    assert refusal(source) == f"{source}: {expected}"
+
+
+def test_a_cache_that_cannot_be_written_is_told(tmp_path, hub, cache):
+    hub.repos["org/tiny"] = write_safetensors(tmp_path / "repo", vision_tower())
+    cache.write_text("no folder")
+    line = refusal("org/tiny")
+    assert "and the Hub's cache cannot be used: " in line and str(cache) in line
+    assert line.endswith("(set HF_HOME to a folder with room that can be written)")
+
+
 class _Hub(http.server.BaseHTTPRequestHandler):
     """As much of the Hub's interface as fetching a model needs."""
 
@@ -277,6 +301,13 @@ def test_every_refusal_of_the_hub_is_one_line(tmp_path, hub, cache):
     assert refusal("org/tiny", revision="v9").startswith("org/tiny: the Hub's model has no revision 'v9'")
     assert refusal("org/gated").startswith("org/gated: is gated on the Hub (accept its terms")
     assert "the Hub could not be asked: " in refusal("org/down")
+
+
+def test_a_hub_that_does_not_answer_raises_a_class_that_users_know(hub):
+    hub.repos["org/down"] = (400, "")
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint("org/down")
+    assert type(caught.value) is CheckpointError
 
 
 def test_without_network_the_cache_serves(tmp_path, cache, monkeypatch):

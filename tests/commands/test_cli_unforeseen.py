@@ -150,3 +150,13 @@ def test_names_from_files_are_escaped_in_lists(models, tmp_path, nufilt):
         assert "\\x1b[31m\\u202e" in result.out
     recipe = json.loads((tmp_path / "out" / "nufilt.json").read_text())
     assert any("\x1b" in row["pattern"] for row in recipe["selected"])
+
+
+def test_a_working_directory_that_was_deleted_is_told(shared_models, tmp_path, nufilt, command, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    result = nufilt(*command(shared_models, "out", *FAST))
+    assert result.code == 1
+    assert result.err == "nufilt: the working directory: was deleted (change to one that is there)\n"
