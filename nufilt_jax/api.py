@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nufilt_jax.errors import ConfigError, Problem, gathering, raise_all
+from nufilt_jax.errors import ConfigError, Problem, gathering, in_python, raise_all
 
 if TYPE_CHECKING:  # JAX and the engine are loaded by the call
     import numpy as np
@@ -171,8 +171,7 @@ def _merged_into(out: Path, job: "Job", *, offline: bool) -> "dict[str, np.ndarr
         plan = make_plan(dataclasses.replace(job, out=place.out), offline=offline)
         inspection = inspect(plan)
         outside = outside_warnings(plan.base, plan.selection, plan.settings, inspection.changes)
-        for text in (*plan.warnings, *inspection.warnings, *outside):
-            warnings.warn(text, UserWarning, stacklevel=3)
+        _warn((*plan.warnings, *inspection.warnings, *outside))
         run(plan, inspection, place, _Nobody(), Clock())
     is_adapter = plan.settings.output == "adapter"
     return open_task(str(place.out), plan.base).read() if is_adapter else load(str(place.out), offline=True)
@@ -183,11 +182,16 @@ def _read_and_merged(job: "Job", how: dict[str, Any], *, offline: bool) -> "dict
     from nufilt_jax.engine.plan import make_plan
 
     plan = make_plan(job, offline=offline)
-    for text in plan.warnings:
-        warnings.warn(text, UserWarning, stacklevel=3)
+    _warn(plan.warnings)
     touched = plan.selection.touched
     tasks = {name: task.unread(touched) for name, task in plan.tasks.items()}
     return _merged_one_by_one(plan.base.read(), tasks, how)
+
+
+def _warn(texts: Iterable[str]) -> None:
+    """Warns about each where `merge` was called."""
+    for text in texts:
+        warnings.warn(in_python(text), UserWarning, stacklevel=4)
 
 
 def _merged_in_memory(

@@ -166,7 +166,7 @@ def show_plan(console: Console, plan: Plan, estimate: Mapping[str, Any]) -> None
         f"method  {plan.settings.method} ({settings}), seed {plan.settings.seed}",
         f"layers  {len(plan.selection.layers)} merged by the method, {len(plan.selection.other)} other tensors "
         f"moved ({plan.settings.other_params}), {document['kept_from_base']} kept from the base",
-        *(f"        {row['layers']} of shape [{row['shape'][0]}, {row['shape'][1]}]" for row in document["stacks"]),
+        *(f"        {row['layers']} of shape {row['shape']}" for row in document["stacks"]),
         *map(printable, coverage_lines(*(map(Covered.from_json, document[part]) for part in ("selected", "left")))),
         *grid_lines(plan),
         *estimate_lines(estimate),
