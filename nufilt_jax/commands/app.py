@@ -24,7 +24,8 @@ from nufilt_jax.commands.config_file import options_from_file
 from nufilt_jax.commands.extract_arguments import ExtractArguments
 from nufilt_jax.commands.interrupt import begins
 from nufilt_jax.commands.streams import Output
-from nufilt_jax.errors import NufiltError, Problem, UsageError
+from nufilt_jax.commands.wrong_usage import wrong_usage
+from nufilt_jax.errors import NufiltError, UsageError
 
 NO_ARGUMENTS = Arguments()
 ADD_DEFAULTS = AddArguments()
@@ -266,7 +267,7 @@ def dispatch(argv: list[str], prog: str) -> int:
     except CycloptsError as error:
         if isinstance(error.__cause__, NufiltError):  # of a converter of ours
             raise error.__cause__ from None
-        raise UsageError(Problem("", f"{error} (see {prog} --help)")) from error
+        raise UsageError(wrong_usage(error, prog)) from error
     return result if isinstance(result, int) else 0
 
 

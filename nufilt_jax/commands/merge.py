@@ -15,6 +15,7 @@ from nufilt_jax.commands.arguments import Arguments
 from nufilt_jax.commands.backend import require_backend
 from nufilt_jax.commands.failures import traceback_beside, traceback_kept
 from nufilt_jax.commands.request import check_usage, cluster_of, continued_job, new_job
+from nufilt_jax.commands.settings import settings_as_given
 from nufilt_jax.engine.coverage import coverage, outside_warnings
 from nufilt_jax.engine.estimate import estimate
 from nufilt_jax.engine.hosts import Hosts, together
@@ -38,11 +39,12 @@ def execute(arguments: Arguments, stdout: Console, stderr: Console) -> int:
       NufiltError: with every problem found.
     """
     check_usage(arguments)
-    if arguments.plan:
-        with tempfile.TemporaryDirectory(prefix="nufilt-") as scratch:
-            _plan(arguments, Path(scratch), stdout, stderr)
-    else:
-        _run(arguments, stdout, stderr)
+    with settings_as_given():
+        if arguments.plan:
+            with tempfile.TemporaryDirectory(prefix="nufilt-") as scratch:
+                _plan(arguments, Path(scratch), stdout, stderr)
+        else:
+            _run(arguments, stdout, stderr)
     return 0
 
 

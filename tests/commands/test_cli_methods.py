@@ -95,7 +95,10 @@ def test_settings_reach_the_method(shared_models, tmp_path, nufilt):
     nufilt("merge", *arguments(shared_models, "opcm", "alpha", "beta"), "--out", tmp_path / "plain")
     assert build.weight_bytes(tmp_path / "masked") != build.weight_bytes(tmp_path / "plain")
     again = nufilt("merge", *arguments(shared_models, "opcm", "alpha", "beta"), "--out", tmp_path / "masked")
-    assert again.code == 1 and "--mask-diagonal: is True in the merge in" in again.err
+    assert again.code == 1 and "nufilt: --method-args: mask_diagonal is True in the merge in" in again.err
+    given = ("--method", "opcm", "--method-args", "mask_diagonal=false", "--task", f"c={shared_models / 'gamma'}")
+    added = nufilt("add", tmp_path / "masked", *given)
+    assert added.code == 1 and "nufilt: --method-args: mask_diagonal is True in this merge, got False" in added.err
 
 
 @pytest.mark.parametrize("method", LEARNING)

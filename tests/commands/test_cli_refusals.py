@@ -19,6 +19,26 @@ def replace(folder, tensors):
     build.write(folder, tensors)
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("merge --base b --task -x=t1", "--task: -x=t1 begins as an option does (say --task=-x=t1)"),
+        ("plan --base", 'Command "plan" parameter --base requires an argument. (see nufilt plan --help)'),
+        ("merge --base --out o", 'Command "merge" parameter --base requires an argument. (see nufilt merge --help)'),
+        ("evaluate m --zork", "Unknown option: --zork. (see nufilt evaluate --help)"),
+        (
+            "add m --config f.toml",
+            "--config: add takes no configuration file (base, earlier tasks and settings are those of the merge)",
+        ),
+        ("verify m --config=f", "--config: verify takes no configuration file (see nufilt verify --help)"),
+        ("plan --processes 2", "--processes: is an option of merge, and not of plan (see nufilt plan --help)"),
+        ("export m", 'Command "export" parameter --what requires an argument. (see nufilt export --help)'),
+    ],
+)
+def test_wrong_usage_names_the_help_that_is_meant(line, said, refused):
+    assert refused(*line.split(), code=2) == [f"nufilt: {said}"]
+
+
 def test_missing_folder(models, tmp_path, refused, command):
     shutil.rmtree(models / "beta")
     (line,) = refused(*command(models, tmp_path / "out"))

@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 import subprocess
 import sys
+import warnings
 
 import adapter_builders as adapters
 import model_builders as build
@@ -107,13 +108,16 @@ def test_warnings_speak_python(shared_models, tmp_path):
     base, task = shared_models / "base", shared_models / "alpha"
     how = {"layers": "fc2", "filter_rank": 24, "adapter_rank": 2, "task_rank": 2, "steps": 1}
     for out in (None, tmp_path / "out"):
-        with pytest.warns(UserWarning, match=r"^filter_rank: 24 directions are all that layers with 24") as told:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
             nj.merge(base, [task], out, **how)
         texts = [str(found.message) for found in told]
+        assert any(text.startswith("filter_rank: 24 directions are all that layers with 24") for text in texts)
         assert not [text for text in texts if "--" in text] and {found.filename for found in told} == {__file__}
         if out is not None:
             assert any("(select more with layers, or see other_params)" in text for text in texts)
-    with pytest.raises(NufiltError, match=r"^seed: is 0 in the merge .* choose another out, .* with nufilt add\)"):
+    message = r"^seed: is 0 in the merge .*choose another out, .* continue it with nufilt add\)"
+    with pytest.raises(NufiltError, match=message):
         nj.merge(base, [task], tmp_path / "out", seed=1, **how)
 
 
