@@ -7,7 +7,7 @@ from typing import Any, TypeVar, get_args
 
 from nufilt_jax.commands.arguments import Arguments, EvaluateArguments
 from nufilt_jax.commands.spelling import SPELLINGS
-from nufilt_jax.config import ComputeType, MethodConfig, OtherParams, OutputKind, option, problem
+from nufilt_jax.config import ComputeType, MethodConfig, OtherParams, OutputKind, differing, option, problem
 from nufilt_jax.engine.job import EvaluationOptions
 from nufilt_jax.errors import ConfigError, NufiltError, Problem, gathering
 from nufilt_jax.methods import canonical_name, find, load_own
@@ -131,7 +131,7 @@ def continued_settings(arguments: Arguments, settings: Settings, *, is_written: 
     given = arguments.config_flags() | _parsed(settings.method, arguments.method_args, problems)
     wanted |= {key: (value, getattr(settings.config, key, None)) for key, value in given.items()}
     problems += [
-        problem(key, f"is {there!r} in this merge, got {here!r}", "--add takes all settings from the recipe")
+        problem(key, differing(there, here, "in this merge"), "--add takes all settings from the recipe")
         for key, (here, there) in wanted.items()
         if here is not None and here != there
     ]

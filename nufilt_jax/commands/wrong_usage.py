@@ -1,6 +1,7 @@
 """A command line that does not parse, in this program's words and with the help that is meant."""
 
 import dataclasses
+import itertools
 
 from cyclopts import CycloptsError, MissingArgumentError, UnknownOptionError
 
@@ -31,6 +32,6 @@ def wrong_usage(error: CycloptsError, prog: str) -> Problem:
 def _taken_for_an_option(error: MissingArgumentError) -> str:
     """What stands behind an option that wants a value, and begins with one dash; empty if that is not what is wrong."""
     tokens = error.root_input_tokens or []
-    behind = [text for name, text in zip(tokens, tokens[1:], strict=False) if name == error.keyword]
+    behind = [text for name, text in itertools.pairwise(tokens) if name == error.keyword]
     text = behind[-1] if behind else ""
     return text if text.startswith("-") and not text.startswith("--") and len(text) > 2 else ""

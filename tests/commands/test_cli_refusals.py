@@ -243,7 +243,7 @@ def test_a_first_solution_that_is_not_finite_leaves_nothing(models, tmp_path, re
     [
         (("merge", "--add", "x", "--base", "y"), "--base: does not go with --add (--add takes all but new tasks"),
         (("merge", "--model", "tiny", "--base", "x"), "--base: does not go with --model (a preset brings its own"),
-        (("add", "x", "--add", "y"), "Unknown option: --add"),
+        (("add", "x", "--add", "y"), "--add: is an option of merge, and not of add"),
     ],
 )
 def test_options_that_exclude_each_other(refused, argv, what):

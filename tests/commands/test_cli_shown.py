@@ -37,8 +37,15 @@ def test_help_lists_what_a_command_takes(nufilt):
     of_a_run = {"--plan", "--distributed", "--coordinator", "--processes", "--process"}
     assert options["plan"] == options["merge"] - of_a_run
     assert {"--task", "--evaluate", "--max-memory"} <= options["add"]
-    kept = ("--base", "--method", "--filter-rank", "--dtype", "--out", "--config", "--output", "--adapter-out-rank")
+    assert "As MODULE:RULE, if a rule of your own made the merge" in nufilt("add", "--help").out
+    kept = ("--base", "--filter-rank", "--dtype", "--out", "--config", "--output", "--adapter-out-rank")
     assert options["add"].isdisjoint(kept)
+
+
+def test_help_marks_what_extract_cannot_do_without(nufilt):
+    told = " ".join(nufilt("extract", "--help").out.replace("│", " ").split())
+    parts = dict(part.split(" ", 1) for part in told.split(" --")[1:])
+    assert {name for name, text in parts.items() if "[required]" in text} == {"base", "rank", "out"}
 
 
 def test_defaults_shown_are_those_taken():
