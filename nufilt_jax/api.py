@@ -260,5 +260,8 @@ class _Nobody:
     def compiling(self, program: str) -> None:
         """A program is about to be compiled."""
 
+    def merged(self) -> None:
+        """All cells are done."""
+
     def phase(self, description: str) -> None:
         """Something else begins."""
