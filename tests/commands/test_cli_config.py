@@ -313,7 +313,7 @@ def test_a_mergekit_file_that_means_the_same(case, written, models, tmp_path, nu
 @pytest.mark.parametrize(
     ("text", "keys"),
     [
-        ("merge_method: slerp\nbase_model: base", ["merge_method"]),
+        ("merge_method: slerp\nbase_model: base", ["merge_method", "models"]),
         ("merge_method: task_arithmetic\nmodels:\n- model: alpha", ["base_model"]),
         ("merge_method: linear\nslices: []\nmodels: 3", ["slices", "models"]),
         ("merge_method: linear\nmodels:\n- {model: a, parameters: {weight: 1}}\n- {model: b}\n", []),
@@ -331,6 +331,23 @@ def test_a_mergekit_file_that_means_the_same(case, written, models, tmp_path, nu
             "merge_method: task_arithmetic\nbase_model: base\ntokenizer_source: union\nmodels:\n"
             "- {model: a, parameters: {weight: [0, 1]}}\n",
             ["tokenizer_source", "models[0].parameters.weight"],
+        ),
+        (
+            "merge_method: slerp\nbase_model: base\nzork: 1\ntokenizer_source: union\nparameters: {t: 0.5}\n"
+            "models: [{model: a}]\n",
+            ["merge_method", "zork", "tokenizer_source"],
+        ),
+        (
+            "merge_method: ties\nbase_model: base\ntokenizer_source: union\nparameters: {int8_mask: 1, weight: []}\n"
+            "models: [{model: a, parameters: 3}, {model: b, parameters: {t: 1}}]\n",
+            [
+                "tokenizer_source",
+                "parameters.int8_mask",
+                "parameters.weight",
+                "models[0].parameters",
+                "models[1].parameters.t",
+                "merge_method",
+            ],
         ),
     ],
 )
