@@ -7,6 +7,24 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "EvaluationError",
+    "MissingExtraError",
+    "NotYetError",
+    "NufiltError",
+    "OutputError",
+    "Problem",
+    "SolveError",
+    "UsageError",
+]
+
+
+def __dir__() -> list[str]:
+    return list(__all__)
+
+
 _OPTION = re.compile(r"(?<![\w/-])--[a-z][a-z0-9-]*")  # behind a slash, of a path
 _COMMANDS = {"--add": "nufilt add"}  # what no function has as an argument
 # What moves a terminal's cursor, ends a line, or turns the direction of the text behind it.
