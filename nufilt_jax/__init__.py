@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nufilt_jax import errors as errors
     from nufilt_jax import methods as methods
     from nufilt_jax import models as models
     from nufilt_jax.api import merge as merge
@@ -68,13 +69,14 @@ _HOMES = {
     "WeightAverageConfig": "nufilt_jax.methods.weight_average",
     "WemoeConfig": "nufilt_jax.methods.wemoe",
     "WudiConfig": "nufilt_jax.methods.wudi",
+    "errors": "nufilt_jax.errors",
     "models": "nufilt_jax.models",
 }
 __all__ = [*sorted(_HOMES)]
 
 
 def __dir__() -> list[str]:
-    return list(__all__)
+    return [*__all__, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nufilt_jax.errors import ConfigError, Problem, gathering, raise_all
+from nufilt_jax.errors import ConfigError, Problem, gathering, in_python, raise_all
 
 if TYPE_CHECKING:  # JAX and the engine are loaded by the call
     import numpy as np
@@ -183,7 +183,7 @@ def _warn(plan: "Plan", inspection: "Inspection") -> None:
 
     outside = outside_warnings(plan.base, plan.selection, plan.settings, inspection.changes)
     for text in (*plan.warnings, *inspection.warnings, *outside):
-        warnings.warn(text, UserWarning, stacklevel=4)
+        warnings.warn(in_python(text), UserWarning, stacklevel=4)
 
 
 def _read_and_merged(job: "Job", how: dict[str, Any], *, offline: bool) -> "dict[str, np.ndarray]":
@@ -282,6 +282,9 @@ class _Nobody:
 
     def compiling(self, program: str) -> None:
         """A program is about to be compiled."""
+
+    def merged(self) -> None:
+        """All cells are done."""
 
     def phase(self, description: str) -> None:
         """Something else begins."""

@@ -76,6 +76,16 @@ def _fault(field: dataclasses.Field, value: object) -> str:
     return f"{broken[0]}, got {value}" if broken else ""
 
 
+def differing(there: object, here: object, where: str) -> str:
+    """Says of a setting that it has another value somewhere.
+
+    >>> differing(None, 3, "in this merge")
+    'is not given in this merge, got 3'
+    """
+    told = "not given" if there is None else repr(there)
+    return f"is {told} {where}, " + ("and is not given here" if here is None else f"got {here!r}")
+
+
 def option(field_name: str) -> str:
     """The command-line spelling of a field: `filter_rank` -> `--filter-rank`."""
     return "--" + field_name.replace("_", "-")

@@ -7,7 +7,26 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-_OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "EvaluationError",
+    "MissingExtraError",
+    "NotYetError",
+    "NufiltError",
+    "OutputError",
+    "Problem",
+    "SolveError",
+    "UsageError",
+]
+
+
+def __dir__() -> list[str]:
+    return list(__all__)
+
+
+_OPTION = re.compile(r"(?<![\w/-])--[a-z][a-z0-9-]*")  # behind a slash, of a path
+_COMMANDS = {"--add": "nufilt add"}  # what no function has as an argument
 # What moves a terminal's cursor, ends a line, or turns the direction of the text behind it.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 _NUMBERS = re.compile(r"\[[\d, ]*\]|\d+(?:\.\d+)?(?:e[-+]?\d+)?")  # and shapes
@@ -34,11 +53,8 @@ class Problem(NamedTuple):
 
     def in_python(self) -> str:
         """The same in Python's words: options by the names of arguments."""
-        where = self.where
-        if where.startswith("--"):
-            what = f"{_argument(where)} {self.what}"
-            return str(Problem("", _in_words(what), _in_words(self.fix), self.tensor))
-        return str(self._replace(what=_in_words(self.what), fix=_in_words(self.fix)))
+        where = in_python(self.where) if self.where.startswith("--") else self.where
+        return str(Problem(where, in_python(self.what), in_python(self.fix), self.tensor))
 
     def __str__(self) -> str:
         # One line, whatever a foreign message brought along; and no command to the terminal, whatever a name did.
@@ -95,12 +111,13 @@ def _cause(problem: Problem, whats: dict[str, str]) -> tuple[str, ...]:
     return (folder, "files", what, problem.fix) if folder else (problem.where, problem.what, what, problem.fix)
 
 
-def _argument(option: str) -> str:
-    return option.removeprefix("--").replace("-", "_")
+def in_python(text: str) -> str:
+    """A sentence in Python's words: options by the names of arguments.
 
-
-def _in_words(text: str) -> str:
-    return _OPTION.sub(lambda found: _argument(found[0]), text)
+    >>> in_python("--filter-rank: no effect (leave out --strict, or continue it with --add)")
+    'filter_rank: no effect (leave out strict, or continue it with nufilt add)'
+    """
+    return _OPTION.sub(lambda found: _COMMANDS.get(found[0]) or found[0].removeprefix("--").replace("-", "_"), text)
 
 
 class NufiltError(Exception):

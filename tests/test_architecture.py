@@ -15,6 +15,7 @@ from nufilt_jax.commands import settings
 from nufilt_jax.linalg import subspace
 
 ROOT = Path(nufilt_jax.__file__).parent
+DOCS = Path(__file__).parents[1] / "docs"
 MODULES = sorted(ROOT.rglob("*.py"))
 
 # What each room may see of the package, besides itself and what is open to all. Shells see all.
@@ -149,11 +150,22 @@ def test_public_names_resolve(name):
 
 
 def test_completion_shows_the_public_names_and_no_others():
-    assert sorted(dir(nufilt_jax)) == sorted(nufilt_jax.__all__)
+    assert sorted(dir(nufilt_jax)) == sorted([*nufilt_jax.__all__, "__version__"])
     from nufilt_jax.methods import RULES
 
     configs = {rule.config.__name__ for rule in RULES.values()}
     assert configs == {name for name in nufilt_jax.__all__ if name.endswith("Config")}
+
+
+@pytest.mark.parametrize("room", ["methods", "models", "errors"])
+def test_completion_shows_what_a_public_module_is_for(room):
+    module = getattr(nufilt_jax, room)
+    assert dir(module) == sorted(module.__all__)
+    told = set(re.findall(rf"auto\w+:: nufilt_jax\.{room}\.(\w+)$", (DOCS / "api.md").read_text(), re.MULTILINE))
+    assert told <= set(module.__all__)
+    for name in module.__all__:
+        value = getattr(module, name)
+        assert getattr(value, "__module__", "nufilt_jax").startswith("nufilt_jax"), name
 
 
 # Names that several modules give to the same thing of theirs: every rule's parts, both formats' ways in and out, what

@@ -30,6 +30,7 @@ from nufilt_jax.errors import (
     NufiltError,
     OutputError,
     Problem,
+    printable,
     raise_all,
 )
 from nufilt_jax.evaluation import accuracy_matrix
@@ -43,6 +44,7 @@ from nufilt_jax.output.recipe import Model, Recipe
 from nufilt_jax.zoo import draw
 from nufilt_jax.zoo.families import IMAGE_MEAN, IMAGE_STD
 
+_LOST = "lost by earlier_tasks, points"  # of a percent, as accuracies are shown
 ANALYSIS, REPORT, PICTURES = "analysis.json", "report.html", "analysis"
 
 
@@ -109,7 +111,10 @@ def _measured(
         models = [_as_merged(params, base, task, touched, asked_for=settings.layers is not None) for task in tasks]
         return measure(params, models, base.config, images, rules), missing
     except NufiltError as error:  # the rest of the report needs none of this
-        reason = "; ".join(f"{found.where}: {found.what}" for found in error.problems)
+        causes = dict[str, list[str]]()  # of which several files may have one
+        for found in error.problems:
+            causes.setdefault(found.what, []).append(found.where)
+        reason = "; ".join(f"{', '.join(where)}: {what}" for what, where in causes.items())
         return None, {"affinity": reason, "losses": reason}
 
 
@@ -191,7 +196,7 @@ def _show(console: Console, document: Mapping[str, Any], report: Path) -> None:
     """A row per step, and where the report is."""
     columns: dict[str, list[float | None]] = {}
     if found := document["accuracy"]:
-        columns["lost by earlier_tasks, points"] = [None if x is None else 100 * x for x in found["lost"]]
+        columns[_LOST] = [None if x is None else 100 * x for x in found["lost"]]
     if found := document["forecast"]:
         columns["forecast_drift"] = found["mean"]["drift"]
     if found := document["losses"]:
@@ -199,13 +204,15 @@ def _show(console: Console, document: Mapping[str, Any], report: Path) -> None:
         columns |= {f"{name}_loss": steps[name] for name in ("stability", "plasticity")}
     names = document["tasks"]
     cells = {"step": [str(number) for number in range(1, len(names) + 1)], "task": list(names)}
-    cells |= {head: ["" if x is None else f"{x:.4f}" for x in values] for head, values in columns.items()}
+    for head, values in columns.items():
+        cells[head] = ["" if x is None else f"{x:.1f}" if head == _LOST else f"{x:.4f}" for x in values]
     show.show_table(console, cells, texts=("task",))
     if found := document["affinity"]:
         group = found["groups"][WHOLE_MODEL]
         means = np.array([group["own_mean"], group["cross_mean"]], float)
         text = f"{means[0]:.3f} own task, {means[1]:.3f} other tasks, {found['random']:.3f} random"
         show.show_line(console, f"affinity of data with task vectors, mean: {text}")
-    for part, reason in document["missing"].items():
-        show.show_line(console, f"{part}: not known: {reason}")
+    for reason in dict.fromkeys(document["missing"].values()):
+        parts = ", ".join(part for part, why in document["missing"].items() if why == reason)
+        show.show_wrapped(console, f"{parts}: not known: {printable(reason)}")
     show.show_line(console, f"report: {report}")

@@ -1,6 +1,8 @@
 """The commands and their options: what is parsed, and nothing of what it does."""
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, TextIO, cast
 
@@ -24,7 +26,8 @@ from nufilt_jax.commands.config_file import options_from_file
 from nufilt_jax.commands.extract_arguments import ExtractArguments
 from nufilt_jax.commands.interrupt import begins
 from nufilt_jax.commands.streams import Output
-from nufilt_jax.errors import NufiltError, Problem, UsageError
+from nufilt_jax.commands.wrong_usage import wrong_usage
+from nufilt_jax.errors import NufiltError, UsageError
 
 NO_ARGUMENTS = Arguments()
 ADD_DEFAULTS = AddArguments()
@@ -85,9 +88,10 @@ def merge(arguments: Arguments = NO_ARGUMENTS) -> int:
 
         if (status := worked_elsewhere()) is not None:
             return status
-    elif not arguments.plan:
-        _require_backend()
-    from nufilt_jax.commands.merge import execute
+    with _shown_loading(is_quiet=arguments.quiet or arguments.json or arguments.verbose):
+        if not arguments.plan and not arguments.distributed:
+            _require_backend()
+        from nufilt_jax.commands.merge import execute
 
     return execute(arguments, _console(), _console(stderr=True))
 
@@ -266,8 +270,16 @@ def dispatch(argv: list[str], prog: str) -> int:
     except CycloptsError as error:
         if isinstance(error.__cause__, NufiltError):  # of a converter of ours
             raise error.__cause__ from None
-        raise UsageError(Problem("", f"{error} (see {prog} --help)")) from error
+        raise UsageError(wrong_usage(error, prog)) from error
     return result if isinstance(result, int) else 0
+
+
+@contextlib.contextmanager
+def _shown_loading(*, is_quiet: bool) -> Iterator[None]:
+    """Says on a terminal that something goes on while libraries are loaded, which takes a second or more."""
+    console = _console(stderr=True)
+    with contextlib.nullcontext() if is_quiet or not console.is_terminal else console.status("loading"):
+        yield
 
 
 def _require_backend() -> None:

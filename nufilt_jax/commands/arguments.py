@@ -102,29 +102,29 @@ class Arguments:
       task: A fine-tuned model, as NAME=PATH_OR_HUB[@REV]; once per task, in order.
       out: The output folder.
       add: Continue the finished or interrupted merge in this folder, with one more --task.
-      method: help lists them all, help=NAME tells of one; MODULE:RULE is one of your own.
+      method: How to merge; help lists all methods, help=NAME tells of one; MODULE:RULE is one of your own.
       method_args: Settings of the method, as KEY=VALUE ...
       data: Folder with unlabelled examples of each task, for the methods that learn from them: NAME.safetensors.
       filter_rank: Directions of earlier tasks that a new task may not touch (r_p).
       adapter_rank: Rank of the trained correction (r_l).
       task_rank: Directions of the new task whose answer should stay (r_v).
-      steps: Adam steps.
-      learning_rate: Of Adam.
-      decomposition: auto, eigh, svd or subspace.
+      steps: Number of Adam steps that train the correction.
+      learning_rate: Learning rate of Adam.
+      decomposition: How spectra are found: auto, eigh, svd or subspace.
       solver: adam trains the correction; closed_form writes it down.
-      seed: Of the correction's random start.
+      seed: Seed of the correction's random start.
       layers: Merge the matrices in whose names this regular expression is found.
       conv: Convolutions inside blocks are matrices too.
       strict: Refuse tasks of which a head or a vocabulary would stay the base's.
-      other_params: All other parameters: pretrained, first or average.
+      other_params: What becomes of all other parameters: pretrained, first or average.
       evaluate: Measure the merged model on all tasks after every step.
       tasks_file: JSON file that describes tasks, beside those known by name.
       heads_from: CLIP model whose text tower makes the zero-shot heads; without it, the base's own.
       limit: At most so many examples of each task, for a quick look.
       dtype: Type of the stored weights: float32, bfloat16 or float16.
-      format: Of the weight files: safetensors or flax.
-      output: model, or adapter: of tasks that are all adapters, a LoRA folder for peft.
-      adapter_out_rank: Most rank of that adapter.
+      format: Format of the weight files: safetensors or flax.
+      output: What is written: model, or adapter: of tasks that are all adapters, a LoRA folder for peft.
+      adapter_out_rank: Most rank of the adapter that is written.
       max_memory: Most memory that the run may take, as 8GB (10^9) or 8GiB (2^30).
       devices: So many devices of this machine share the layers, or "all".
       distributed: One of several processes that share a file system and the work: under SLURM, Open MPI or on a TPU
@@ -196,12 +196,16 @@ Arguments.__doc__ = re.sub(r"\n {8}", " ", Arguments.__doc__ or "")
 
 
 def _like_merge(name: str, *, left_out: tuple[str, ...], hidden: tuple[str, ...] = ()) -> Any:
-    """The options of a command that takes those of `merge` but for a few; what is hidden, help does not tell of."""
+    """The options of a command that takes those of `merge` but for a few; what is hidden, help does not tell of.
+
+    Where the settings are, there is the method; one of the user's own has to be named all the same.
+    """
     fields = []
     for field in dataclasses.fields(Arguments):
         hint: Any = field.type
         if field.name in hidden:
-            hint = Annotated[hint, Parameter(show=False)]
+            own = Parameter(show_default=False, help=_OWN_RULE)
+            hint = Annotated[hint, own if field.name == "method" else Parameter(show=False)]
         if field.name not in left_out:
             fields.append((field.name, hint, dataclasses.field(default=field.default)))
     namespace = {"__doc__": Arguments.__doc__, "__module__": __name__}
@@ -282,7 +286,7 @@ class PushArguments:
       dry_run: Say what would be uploaded, and upload nothing; the Hub is not asked.
       private: Make the repository a private one, if there is none yet.
       with_state: Upload state/ too: others can then add tasks. It takes about as much as the model in float32.
-      message: Of the commit.
+      message: Message of the commit.
       json: One JSON document on stdout and nothing else there.
       quiet: Nothing but warnings and errors.
     """

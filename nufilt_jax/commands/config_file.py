@@ -17,6 +17,7 @@ from cyclopts.config import Dict
 
 from nufilt_jax.commands.arguments import OF_ONE_PROCESS, Arguments, EvaluateArguments
 from nufilt_jax.commands.spelling import SPELLINGS, spelt
+from nufilt_jax.config import option
 from nufilt_jax.errors import ConfigError, Problem, raise_all
 from nufilt_jax.strict_json import JsonError, parse_object, shown
 
@@ -187,7 +188,10 @@ def _kind(hint: Any) -> Any:
 
 def _problems(document: Mapping[str, Any], known: Mapping[str, Any], path: Path) -> Iterator[Problem]:
     for key, value in document.items():
-        if key not in known and key != TASK_TABLE:
+        if key in NOT_IN_FILES:
+            fix = f"say {option(key)} there" if key != "config" else "give one file"
+            yield Problem(str(path), "belongs to one run: it is for the command line alone", fix, key)
+        elif key not in known and key != TASK_TABLE:
             near = difflib.get_close_matches(key, [TASK_TABLE, *known], 1, 0.6)
             fix = f"did you mean {near[0]}?" if near else "its keys are the names of options, with _ for -"
             yield Problem(str(path), "is no option", fix, key)

@@ -12,17 +12,17 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from nufilt_jax.anatomy import FLAT
+from nufilt_jax.commands.planned import grid_lines, show_coverage
+from nufilt_jax.commands.text import MOST_COLUMNS
 from nufilt_jax.commands.text import show_json as show_json
 from nufilt_jax.commands.text import show_line as show_line
-from nufilt_jax.engine.coverage import coverage, coverage_lines
+from nufilt_jax.commands.text import show_wrapped as show_wrapped
 from nufilt_jax.engine.plan import Plan
 from nufilt_jax.errors import printable
 from nufilt_jax.methods.state import LayerReport
 from nufilt_jax.output.facts import Covered
 from nufilt_jax.output.recipe import Recipe
 
-MOST_COLUMNS = 80  # of a table, however wide the terminal
 _LONG = 10  # characters of a column's head that stay on one line
 QUIET_SECONDS = 30.0  # for so long nothing is said on what is no terminal: scripts take a line there for a warning
 
@@ -31,7 +31,7 @@ class ProgressWatcher:
     """A bar on stderr with the cell, the stack just solved and its loss; in a log, a line per cell of a long run."""
 
     def __init__(self, console: Console, *, quiet: bool, verbose: bool = False) -> None:
-        """Takes stderr.
+        """Takes stderr; `has_told` says whether it has shown there what will be merged.
 
         Args:
           console: is written to.
@@ -49,18 +49,21 @@ class ProgressWatcher:
         self._console = console
         # In a log a line for each cell takes the place of the bar, if the run is long enough for somebody to look.
         self._tells_lines, self._begun = not console.is_terminal and not quiet, time.monotonic()
-        self._tells_all = verbose
+        self._tells_all, self.has_told = verbose, False
         self._bar = self.progress.add_task("reading", total=None)
-        self._task = "reading"
+        self._task, self._total = "reading", 0
 
     def head(self, plan: Plan, selected: Iterable[Covered], left: Iterable[Covered]) -> None:
         """What will be merged, and in which windows; on no terminal it is told with the results."""
         if not self.progress.disable:
-            for line in (*map(printable, coverage_lines(selected, left)), *grid_lines(plan)):
-                show_line(self._console, line)
+            show_coverage(self._console, selected, left)
+            for line in grid_lines(plan):
+                show_wrapped(self._console, line)
+            self.has_told = True
 
     def cell(self, task: str, window: str, done: int, total: int) -> None:
         """A cell begins, after `done` of `total`."""
+        self._total = total
         self._task = f"{task}, {window} ({done + 1} of {total})" if window else f"{task} ({done + 1} of {total})"
         # Drawn at once: a cell may be over before the bar would move by itself.
         self.progress.update(self._bar, description=self._task, completed=done, total=total, refresh=True)
@@ -82,10 +85,14 @@ class ProgressWatcher:
         self.progress.update(self._bar, description=f"{self._task}: compiling {program}")
         self._tell(f"{self._task}: compiling {program}")
 
+    def merged(self) -> None:
+        """All cells are done."""
+        self.progress.update(self._bar, completed=self._total, refresh=True)
+
     def phase(self, description: str) -> None:
         """Something else begins."""
         self._task = description
-        self.progress.update(self._bar, description=description)
+        self.progress.update(self._bar, description=description, refresh=True)
         self._tell(description)
 
     def _tell(self, text: str) -> None:
@@ -100,90 +107,17 @@ def show_warnings(console: Console, warnings: tuple[str, ...]) -> None:
         show_line(console, f"nufilt: warning: {printable(warning)}")
 
 
-def plan_document(plan: Plan, estimate: Mapping[str, Any]) -> dict[str, Any]:
-    """A plan as JSON, with what it will take."""
-    selected, left = coverage(plan, {})
-    return {
-        "out": None if plan.out is None else str(plan.out),
-        "base": {"source": plan.base.source, "revision": plan.base.revision, "format": plan.base.format},
-        "tasks": [
-            {"name": source.name, "source": source.source, "revision": source.revision, "done": index < plan.done}
-            for index, source in enumerate(plan.sources)
-        ],
-        **plan.settings.to_json(),
-        "layers_selected": [layer.removesuffix(FLAT) for layer in plan.selection.layers],
-        "selected": [row.to_json() for row in selected],
-        "left": [row.to_json() for row in left],
-        "other_touched": len(plan.selection.other),
-        "kept_from_base": len(plan.base.tensors) - len(plan.selection.touched),
-        "stacks": [{"layers": n_layers, "shape": list(shape)} for shape, n_layers in _stacks(plan).items()],
-        "windows": [row.told(row.done).to_json() for row in plan.rows],
-        "memory": plan.memory.told().to_json(),
-        **estimate,
-        "warnings": list(plan.warnings),
-    }
+def show_result(console: Console, recipe: Recipe, out: str, *, is_told: bool = False) -> None:
+    """What was merged and what was left, the steps as a table, the memory that took, and where the model is.
 
-
-def _stacks(plan: Plan) -> dict[tuple[int, ...], int]:
-    """How many layers of each shape the method works on."""
-    found: dict[tuple[int, ...], int] = {}
-    for stack in plan.stacks:
-        found[stack.shape] = found.get(stack.shape, 0) + len(stack.layers)
-    return found
-
-
-def grid_lines(plan: Plan) -> list[str]:
-    """In how many windows a merge is done, and the memory that takes."""
-    memory, n_rows = plan.memory, len(plan.rows)
-    told = "allowed by --max-memory" if memory.is_asked_for else "are half of what is free"
-    largest = max(row.n_bytes for row in plan.rows) / 1e9
-    rows = "one window" if n_rows == 1 else f"{n_rows} windows of at most {largest:.2f} GB"
-    return [
-        f"grid    {rows} x {len(plan.sources)} tasks, {plan.walk} first",
-        f"memory  about {memory.planned / 1e9:.2f} GB at most; {memory.allowed / 1e9:.2f} GB {told}",
-    ]
-
-
-def estimate_lines(estimate: Mapping[str, Any]) -> list[str]:
-    """What a merge will take of the disk and of time."""
-    n_bytes, disk, seconds = (estimate[key] for key in ("bytes", "disk", "seconds"))
-    fetched = f", {n_bytes['fetch'] / 1e9:.2f} GB of it fetched" if n_bytes["fetch"] else ""
-    merging = "time unknown for merging" if seconds["merging"] is None else f"{seconds['merging']:.0f} s merging"
-    compiling = "" if not seconds["compiling"] else f", and up to {seconds['compiling']:.0f} s of compiling"
-    return [
-        f"read    {n_bytes['read'] / 1e9:.2f} GB{fetched}",
-        f"disk    {disk['needed'] / 1e9:.2f} GB for model and state; {disk['free'] / 1e9:.2f} GB are free",
-        f"time    about {seconds['files']:.0f} s on files, {merging}{compiling}",
-    ]
-
-
-def show_plan(console: Console, plan: Plan, estimate: Mapping[str, Any]) -> None:
-    """A plan as tables."""
-    document = plan_document(plan, estimate)
-    settings = ", ".join(f"{k} {v}" for k, v in document["config"].items()) or "no settings"
-    lines = [
-        f"base    {plan.base.source}" + (f" at {plan.base.revision}" if plan.base.revision else ""),
-        f"method  {plan.settings.method} ({settings}), seed {plan.settings.seed}",
-        f"layers  {len(plan.selection.layers)} merged by the method, {len(plan.selection.other)} other tensors "
-        f"moved ({plan.settings.other_params}), {document['kept_from_base']} kept from the base",
-        *(f"        {row['layers']} of shape [{row['shape'][0]}, {row['shape'][1]}]" for row in document["stacks"]),
-        *map(printable, coverage_lines(*(map(Covered.from_json, document[part]) for part in ("selected", "left")))),
-        *grid_lines(plan),
-        *estimate_lines(estimate),
-        *([f"out     {plan.out}"] if plan.out else []),
-    ]
-    lines += [
-        f"step {number:<3} {task['name']}: {task['source']}" + (" (done)" if task["done"] else "")
-        for number, task in enumerate(document["tasks"], 1)
-    ]
-    for line in lines:
-        show_line(console, line)
-
-
-def show_result(console: Console, recipe: Recipe, out: str) -> None:
-    """What was merged and what was left, the steps as a table, the memory that took, and where the model is."""
-    for line in map(printable, coverage_lines(recipe.selected, recipe.left)):
-        show_line(console, line)
+    Args:
+      console: where to.
+      recipe: of the merge.
+      out: the output folder.
+      is_told: whether what was merged and what was left stands above on the same terminal.
+    """
+    if not is_told:
+        show_coverage(console, recipe.selected, recipe.left)
     is_done = bool(recipe.steps) and all(step.resumed for step in recipe.steps)
     columns: dict[str, list[str]] = {"step": [], "task": [], "seconds": [], "compiling": [], "solving": [], "loss": []}
     for number, step in enumerate(recipe.steps, 1):

@@ -13,9 +13,9 @@ class ExtractArguments:
     """The options of `extract`.
 
     Attributes:
-      base: The model that it was fine-tuned from: a folder or Hub id, as PATH_OR_HUB[@REV].
-      rank: Of the adapter.
-      out: The folder to write.
+      base: The model that it was fine-tuned from: a folder or Hub id, as PATH_OR_HUB[@REV]. [required]
+      rank: Rank of the adapter. [required]
+      out: The folder to write. [required]
       layers: Take the matrices in whose names this regular expression is found. Without it, the blocks' linear layers.
       dtype: Type of the factors: float32, bfloat16 or float16. Without it, float32.
       offline: Never ask the Hub; use its local cache.

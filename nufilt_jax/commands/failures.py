@@ -4,6 +4,7 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from nufilt_jax.errors import NufiltError, Problem
 
 _LIBRARIES = ("jax", "jaxlib", "numpy", "orbax-checkpoint", "safetensors")
 _PACKAGE = Path(__file__).parents[1]
+_JAX_SETTINGS = "jax/_src/config.py"  # where JAX reads its variables, when it is imported
 _NO_MEMORY = "RESOURCE_EXHAUSTED"  # so XLA begins to say that a device has no room
 
 
@@ -55,6 +57,9 @@ def unforeseen(error: BaseException, log: Path | None = None) -> Problem:
         return Problem("the working directory", "was deleted", _joined("change to one that is there", kept))
     if isinstance(error, OSError):
         return Problem(str(error.filename or "system"), error.strerror or str(error), kept)
+    if variable := _unread_by_jax(error):
+        what = f"JAX refuses the value {os.environ[variable]!r}"
+        return Problem(variable, what, "correct or unset it")
     reason = next((line for line in map(str.strip, str(error).splitlines()) if line), "")
     if isinstance(error, MemoryError):
         return Problem("memory", "is exhausted", _joined("close other programs, or use a larger machine", kept))
@@ -71,6 +76,19 @@ def _has_place() -> bool:
         return bool(os.getcwd())
     except FileNotFoundError:
         return False
+
+
+def _unread_by_jax(error: BaseException) -> str:
+    """The variable of the environment whose value keeps JAX from being imported; empty if it is none.
+
+    JAX names it, or its setting, or of a number the value alone.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    if not isinstance(error, ValueError) or not Path(frames[-1].filename).as_posix().endswith(_JAX_SETTINGS):
+        return ""
+    named = [name for name in os.environ if re.search(rf"\b{name}\b", str(error), re.IGNORECASE)]
+    meant = [name for name, value in os.environ.items() if name.startswith("JAX_") and repr(value) in str(error)]
+    return next(iter(named + meant), "")
 
 
 def _joined(*parts: str) -> str:

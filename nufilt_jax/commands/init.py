@@ -17,7 +17,8 @@ from nufilt_jax.errors import ConfigError, OutputError, Problem
 _HEAD = """\
 # A merge by nufilt_jax:  nufilt plan --config {name}, then  nufilt merge --config {name}
 # Keys are the names of the options, with _ for -. What stands here can be left out, and a # before a line leaves it
-# out; the command line wins over this file. Relative paths are relative to the folder of this file.
+# out: then its value is the default, but where the line says that it is an example. The command line wins over this
+# file. Relative paths are relative to the folder of this file.
 
 base = "openai/clip-vit-base-patch32"  # a folder or a Hub id, PATH_OR_HUB[@REV]
 out = "merged"
@@ -33,12 +34,25 @@ gtsrb = "tanganke/clip-vit-base-patch32_gtsrb"
 [method_args]
 """
 _WIDTH = 118
-_EXAMPLES = {"preset_table": "2", "limit": "100", "adapter_out_rank": "16"}  # of numbers whose default is none
+_EXAMPLES = {  # of what has no default, or one that is told in words
+    "model": '"tiny"',
+    "order": "2",
+    "preset_table": "2",
+    "data": '"examples"',
+    "layers": '"self_attn"',
+    "tasks_file": '"tasks.json"',
+    "heads_from": '"openai/clip-vit-base-patch32"',
+    "limit": "100",
+    "dtype": '"float32"',
+    "format": '"safetensors"',
+    "adapter_out_rank": "16",
+    "max_memory": '"8GB"',
+}
 _TOLD = ("base", "out", "task", "method_args")
 
 
 def template(name: str = "merge.toml") -> str:
-    """The text of the file: every option that a file can give, with what it means and its default."""
+    """The text of the file: every option that a file can give, with what it means and its default or an example."""
     meanings = {entry.arg_name: entry.description or "" for entry in parse(Arguments.__doc__ or "").params}
     lines = [_HEAD.format(name=name)]
     for field in dataclasses.fields(Arguments):
@@ -69,14 +83,18 @@ def write_template(path: Path, console: Console) -> int:
 
 
 def _example(field: dataclasses.Field[Any]) -> str:
-    """The option's default as TOML spells it, or an empty text where there is none."""
+    """The option's default as TOML spells it, or an example where there is none."""
     if field.type is bool or (get_origin(field.type) is Annotated and get_args(field.type)[0] is bool):
         return "false"
-    shown = _EXAMPLES.get(field.name) or shown_default(field.type)
+    shown = shown_default(field.type)
+    if field.name in _EXAMPLES:
+        return f"{_EXAMPLES[field.name]}  # an example: " + (
+            f"the default is {shown}" if shown else "there is no default"
+        )
     try:
         float(shown)
     except ValueError:
-        return '""' if " " in shown else f'"{shown}"'  # what is told in words is no value
+        return f'"{shown}"'
     return shown
 
 

@@ -14,7 +14,9 @@ from nufilt_jax.commands import watched
 from nufilt_jax.commands.arguments import Arguments
 from nufilt_jax.commands.backend import require_backend
 from nufilt_jax.commands.failures import traceback_beside, traceback_kept
+from nufilt_jax.commands.planned import plan_document, show_plan
 from nufilt_jax.commands.request import check_usage, cluster_of, continued_job, new_job
+from nufilt_jax.commands.settings import settings_as_given
 from nufilt_jax.engine.coverage import coverage, outside_warnings
 from nufilt_jax.engine.estimate import estimate
 from nufilt_jax.engine.hosts import Hosts, together
@@ -38,11 +40,12 @@ def execute(arguments: Arguments, stdout: Console, stderr: Console) -> int:
       NufiltError: with every problem found.
     """
     check_usage(arguments)
-    if arguments.plan:
-        with tempfile.TemporaryDirectory(prefix="nufilt-") as scratch:
-            _plan(arguments, Path(scratch), stdout, stderr)
-    else:
-        _run(arguments, stdout, stderr)
+    with settings_as_given():
+        if arguments.plan:
+            with tempfile.TemporaryDirectory(prefix="nufilt-") as scratch:
+                _plan(arguments, Path(scratch), stdout, stderr)
+        else:
+            _run(arguments, stdout, stderr)
     return 0
 
 
@@ -58,9 +61,9 @@ def _plan(arguments: Arguments, scratch: Path, stdout: Console, stderr: Console)
         plan = make_plan(job, offline=arguments.offline, headers_only=True)
     show.show_warnings(stderr, plan.warnings)
     if arguments.json:
-        show.show_json(stdout, show.plan_document(plan, estimate(plan)))
+        show.show_json(stdout, plan_document(plan, estimate(plan), zoo))
     elif not arguments.quiet:
-        show.show_plan(stdout, plan, estimate(plan))
+        show_plan(stdout, plan, estimate(plan), zoo)
 
 
 def _run(arguments: Arguments, stdout: Console, stderr: Console) -> None:
@@ -101,7 +104,7 @@ def _merge(arguments: Arguments, hosts: Hosts, stdout: Console, stderr: Console)
         told = {"out": str(place.out), **recipe.to_json()}
         show.show_json(stdout, told | ({"evaluation": scores} if scores else {}))
     elif not arguments.quiet:
-        show.show_result(stdout, recipe, str(place.out))
+        show.show_result(stdout, recipe, str(place.out), is_told=watcher.has_told and stdout.is_terminal)
         if scores:
             show.show_scores(stdout, scores)
 

@@ -66,7 +66,6 @@ def _refused(document: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     if method not in _METHODS:
         fix = "nufilt merge --method help lists the methods of this program"
         yield "merge_method", f"{shown(method)} is not read; {', '.join(_METHODS)} are", fix
-        return
     for key in document:
         if key not in _KNOWN:
             yield key, "means nothing here", "remove it if the merge may go without"
@@ -79,6 +78,8 @@ def _refused(document: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     models = document.get("models")
     if not isinstance(models, list) or not models or not all(_is_entry(entry) for entry in models):
         yield "models", "must be a list of models, each with the key model", ""
+        return
+    if method not in _METHODS:  # what else it needs, and what its parameters mean, is not known
         return
     base = document.get("base_model")
     if method != "linear" and not isinstance(base, str):
@@ -106,17 +107,21 @@ def _refused_parameters(
             yield f"models[{i}].{unknown[0]}", "means nothing here", "remove it if the merge may go without"
         if "+" in entry["model"]:
             yield f"models[{i}].model", "is a model and an adapter", "merge the adapter first, or give its folder alone"
+    are_read = True
     for place, parameters in places:
         if not isinstance(parameters, dict):
             yield place, "must be a table", ""
-            return
+            are_read = False
+            continue
         for key, value in parameters.items():
             kind = bool if key in ("normalize", "int8_mask") else int | float
             if key not in _PARAMETERS[method]:
                 yield f"{place}.{key}", f"means nothing for {method}", "remove it if the merge may go without"
             elif not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
                 yield f"{place}.{key}", f"must be one value for all layers, got {shown(value)}", ""
-                return
+                are_read = False
+    if not are_read:
+        return
     weights = [_of(entry, common, "weight", 1.0) for _, entry in tasks]
     if len({float(weight) for weight in weights}) > 1 or not weights[0]:
         told = ", ".join(map(str, weights))

@@ -8,6 +8,7 @@ import dataclasses
 import importlib.metadata
 import importlib.resources
 import re
+import textwrap
 from typing import Any
 
 from rich import box
@@ -18,6 +19,7 @@ from rich.table import Table
 from nufilt_jax.commands import text
 from nufilt_jax.commands.process import loading
 from nufilt_jax.commands.spelling import spelt
+from nufilt_jax.commands.text import MOST_COLUMNS
 from nufilt_jax.config import ENTRY_POINTS
 
 _WIDEST = 27  # cells of a formula in the table
@@ -28,26 +30,27 @@ def show_methods(asked: str, console: Console, *, as_json: bool) -> int:
     """Shows all methods in a table, or all about one.
 
     Args:
-      asked: `help` or `help=NAME`.
+      asked: `help` or `help=NAME`, of a rule of the user's own `help=MODULE:RULE`.
       console: where to.
       as_json: as one JSON document with all that is known, in either case.
 
     Raises:
-      ConfigError: there is no such method.
+      ConfigError: there is no such method, or it cannot be imported.
     """
     name = asked.partition("=")[2]
     if as_json or name:
         with loading():
-            from nufilt_jax.methods import RULES, find
+            from nufilt_jax.methods import RULES, find, load_own
 
-        documents = [_document(rule) for rule in ([find(name)] if name else RULES.values())]
+        known = load_own if ":" in name else find
+        documents = [_document(rule) for rule in ([known(name)] if name else RULES.values())]
         if as_json:
             text.show_json(console, {"methods": documents})
         else:
             for line in _lines(documents[0]):
                 text.show_line(console, line)
         return 0
-    console.print(_table(), width=80)
+    console.print(_table(), width=MOST_COLUMNS)
     text.show_line(console, "θ: merged so far; θ0: the base; D: their difference; τ: the new task's vector.")
     text.show_line(console, "*: learns from the examples of --data.")
     text.show_line(console, "--method help=NAME: all about one, with its settings for --method-args.")
@@ -103,6 +106,8 @@ def _document(rule: Any) -> dict[str, Any]:
 
 def _lines(document: dict[str, Any]) -> list[str]:
     """The same as text, with a line per setting."""
-    lines = [document["name"], *(f"  {key:<9}{document[key]}" for key in _TOLD)]
+    lines = [document["name"]]
+    for key in _TOLD:
+        lines += textwrap.wrap(f"  {key:<9}{document[key]}", MOST_COLUMNS, subsequent_indent=" " * 11)
     settings = [f"  {key}={spelt(value)}" for key, value in document["settings"].items()]
     return [*lines, "settings, for --method-args" if settings else "no settings", *settings]

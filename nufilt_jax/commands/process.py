@@ -10,13 +10,17 @@ from pathlib import Path
 from nufilt_jax.compile_cache import default_folder
 
 _CACHE = "JAX_COMPILATION_CACHE_DIR"
+# With which programs check their own use of JAX; under them optax and JAX's own functions fail.
+_CHECKS = ("JAX_NUMPY_DTYPE_PROMOTION", "JAX_NUMPY_RANK_PROMOTION", "JAX_TRANSFER_GUARD")
 
 
 def prepare_process() -> None:
-    """Sets memory preallocation, the compile cache, and how much the libraries talk."""
+    """Sets memory preallocation, the compile cache, how much the libraries talk, and JAX's checks of programs: none."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it says on stderr that it found no torch
+    for name in [name for name in os.environ if name.startswith(_CHECKS)]:
+        del os.environ[name]
     if _CACHE not in os.environ and (folder := default_folder()):
         os.environ[_CACHE] = folder
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

@@ -17,6 +17,7 @@ from nufilt_jax.output.documents import read_json
 from nufilt_jax.output.place import RECIPE, STATE, OutputPlace
 
 _NEVER = re.compile(r"/\.git/|/\.cache/huggingface/")  # the Hub's library leaves these out
+_SMALL = 10_000  # bytes, below which two decimals of a MB say little
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
@@ -45,10 +46,15 @@ def push(folder: Path, repo: str, arguments: PushArguments, stdout: Console, std
         text.show_json(stdout, {**document, "dry_run": arguments.dry_run, "url": url})
     elif not arguments.quiet:
         for name, size in sizes.items():
-            text.show_line(stdout, f"{size / 1e6:10.2f} MB  {name}")
+            text.show_line(stdout, f"{_sized(size)}  {name}")
         told = f"would be uploaded to {repo}" if url is None else f"uploaded: {url}"
-        text.show_line(stdout, f"{document['bytes'] / 1e6:10.2f} MB in {len(sizes)} files {told}")
+        text.show_line(stdout, f"{_sized(document['bytes'])} in {len(sizes)} files {told}")
     return 0
+
+
+def _sized(n_bytes: int) -> str:
+    """A size in MB, or of a small file in kB."""
+    return f"{n_bytes / 1e6:10.2f} MB" if n_bytes >= _SMALL else f"{n_bytes / 1e3:10.2f} kB"
 
 
 def _warnings(folder: Path) -> tuple[str, ...]:

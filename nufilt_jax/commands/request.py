@@ -65,6 +65,8 @@ def check_usage(arguments: Arguments) -> None:
         given = _given(arguments, ("tasks_file", "heads_from", "limit"))
         problems += [problem(name, "belongs to --evaluate", "add that, or leave it out") for name in given]
     problems += _cluster_problems(arguments)
+    fields = (field.name for field in dataclasses.fields(arguments) if field.name != "base")  # which is missing then
+    problems += [problem(name, "is empty", "leave it out") for name in fields if getattr(arguments, name) == ""]
     pairs = [(text, *text.partition("=")) for text in arguments.task]
     bad = [text for text, name, _, source in pairs if not (name.strip() and source)]
     problems += [problem("task", f"{text!r} is not of the form NAME=PATH_OR_HUB[@REV]") for text in bad]

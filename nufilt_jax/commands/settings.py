@@ -1,14 +1,15 @@
 """From options to settings, with every refused value listed."""
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar, get_args
 
 from nufilt_jax.commands.arguments import Arguments, EvaluateArguments
 from nufilt_jax.commands.spelling import SPELLINGS
-from nufilt_jax.config import ComputeType, MethodConfig, OtherParams, OutputKind, option, problem
+from nufilt_jax.config import ComputeType, MethodConfig, OtherParams, OutputKind, differing, option, problem
 from nufilt_jax.engine.job import EvaluationOptions
-from nufilt_jax.errors import ConfigError, Problem, gathering
+from nufilt_jax.errors import ConfigError, NufiltError, Problem, gathering
 from nufilt_jax.methods import canonical_name, find, load_own
 from nufilt_jax.output.recipe import OF_WRITING, Settings
 from nufilt_jax.strict_json import shown
@@ -130,7 +131,7 @@ def continued_settings(arguments: Arguments, settings: Settings, *, is_written: 
     given = arguments.config_flags() | _parsed(settings.method, arguments.method_args, problems)
     wanted |= {key: (value, getattr(settings.config, key, None)) for key, value in given.items()}
     problems += [
-        problem(key, f"is {there!r} in this merge, got {here!r}", "--add takes all settings from the recipe")
+        problem(key, differing(there, here, "in this merge"), "--add takes all settings from the recipe")
         for key, (here, there) in wanted.items()
         if here is not None and here != there
     ]
@@ -154,9 +155,21 @@ def _config(
     return config, [*warnings, *(str(_as_given(found)) for found in idle_here)]
 
 
+@contextlib.contextmanager
+def settings_as_given() -> Iterator[None]:
+    """Lets what the block refuses name the options that there are."""
+    try:
+        yield
+    except NufiltError as error:
+        told = tuple(map(_as_given, error.problems))
+        if told == error.problems:
+            raise
+        raise type(error)(*told) from error
+
+
 def _as_given(found: Problem) -> Problem:
     """A problem with a setting that has no option of its own can only come from --method-args."""
-    if found.where in _FLAGS:
+    if not found.where.startswith("--") or found.where in _FLAGS:
         return found
     return problem("method_args", f"{found.where.removeprefix('--').replace('-', '_')} {found.what}", found.fix)
 

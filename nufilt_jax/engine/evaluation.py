@@ -104,7 +104,7 @@ class Evaluation:
         suite: Suite,
         options: EvaluationOptions,
         tell: Tell,
-        compare: Callable[[str], list[ScoreRow]] | None = None,
+        compare: Callable[[str, Tell], list[ScoreRow]] | None = None,
     ) -> None:
         """Takes an opened suite.
 
@@ -113,7 +113,7 @@ class Evaluation:
           suite: the same tasks, opened.
           options: with which they were opened.
           tell: is told how far it is.
-          compare: from the method's name to the rows of other models, to stand above the merge.
+          compare: from the method's name, and who is told, to the rows of other models, to stand above the merge.
         """
         self._names, self._suite, self._options, self._tell, self._compare = names, suite, options, tell, compare
         self.warnings: list[str] = []
@@ -132,9 +132,10 @@ class Evaluation:
         """Writes scores and the picture of the accuracy matrix into an output folder."""
         scores = [_comparable(step, self._options) for step in recipe.steps]
         with _evaluating():
-            rows = self._compare(recipe.settings.method) if self._compare else []
+            rows = self._compare(recipe.settings.method, self._tell) if self._compare else []
         rows.append(merged_row(recipe.settings.method, scores, self._names, *_seconds(recipe.steps)))
         write_json(folder / EVALUATION, _head(self._names, self._options) | {"models": rows})
+        self._tell("drawing the accuracies")
         try:
             title = f"{recipe.settings.method}: accuracy after each step"
             draw_accuracy_matrix(accuracy_matrix(scores, self._names), self._names, folder / PICTURE, title=title)

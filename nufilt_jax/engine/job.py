@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nufilt_jax.config import ComputeType, problem
+from nufilt_jax.config import ComputeType, differing, problem
 from nufilt_jax.errors import ConfigError, OutputError, Problem
 from nufilt_jax.methods import find
 from nufilt_jax.output.place import OutputPlace
@@ -150,6 +150,6 @@ def other_merge_problems(
     """Refuses a command that differs from the merge that stands in its output folder, difference by difference."""
     fix = f"choose another --out, remove {folder}, or continue it with --add"
     return [
-        problem(key, f"is {old!r} in the merge in {folder}, got {new!r}", fix)
+        problem(key, differing(old, new, f"in the merge in {folder}"), fix)
         for key, old, new in recipe.differences(settings, names, is_written=is_written)
     ]

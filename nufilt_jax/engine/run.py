@@ -65,6 +65,7 @@ def run(
             walk = Walk(plan, recipe, place, stored, watcher, clock, evaluation, outside, hosts)
             walk.go()
             recipe = walk.recipe()
+            watcher.merged()
             watcher.phase("writing the model")
             with clock.spent_on("write_model"):
                 adapter = _write_model(plan, walk, place, hosts)

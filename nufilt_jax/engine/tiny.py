@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,22 +102,29 @@ class TinyStudy:
         self._zoo = materialise()
         self._base = load(str(self._zoo.base))
 
-    def rows(self, method: str) -> list[ScoreRow]:
-        """Scores of the base, of each task's own model, and of merges by other methods than `method`."""
+    def rows(self, method: str, tell: Callable[[str], None]) -> list[ScoreRow]:
+        """Scores of the base, of each task's own model, and of merges by other methods than `method`.
+
+        Args:
+          method: which the merge has used.
+          tell: is told how far it is.
+        """
+        tell("for comparison: measuring base and tasks")
         individual = {task.name: task.score(self._model(task.name)) for task in self._suite.tasks}
         return [
             plain_row("pre-trained", self._suite.score(self._base)),
             plain_row("individual", individual),
-            *(self._alternative(other) for other in COMPARED if other != method),
+            *(self._alternative(other, tell) for other in COMPARED if other != method),
         ]
 
     def _model(self, name: str) -> Mapping[str, np.ndarray]:
         return load(str(self._zoo.tasks[name]))
 
-    def _alternative(self, method: str) -> ScoreRow:
+    def _alternative(self, method: str, tell: Callable[[str], None]) -> ScoreRow:
         rule = methods.get(method)
         state, scores, seconds, compiled = rule.init(self._base), list[dict[str, float]](), 0.0, CompileLog()
-        for name in self._names:
+        for number, name in enumerate(self._names, 1):
+            tell(f"for comparison: {method}, {name} ({number} of {len(self._names)})")
             task = self._model(name)
             start = time.perf_counter()
             with compiled.listening():

@@ -40,6 +40,10 @@ class Watcher(Protocol):
         """A program is about to be compiled, or looked for among those that were."""
         ...
 
+    def merged(self) -> None:
+        """All cells are done; what is left is to write, and to measure for comparison."""
+        ...
+
     def phase(self, description: str) -> None:
         """Something else begins."""
         ...

@@ -49,6 +49,32 @@ from nufilt_jax.methods.state import MergeState as MergeState
 from nufilt_jax.methods.state import Numbers, OnStack, check_task, nonfinite
 from nufilt_jax.methods.state import Rule as Rule
 
+__all__ = [
+    "ALIASES",
+    "RULES",
+    "Advance",
+    "Context",
+    "MergeState",
+    "Merger",
+    "MethodConfig",
+    "Rule",
+    "Stacked",
+    "TaskData",
+    "every_tensor",
+    "find",
+    "get",
+    "is_linear_layer",
+    "load_own",
+    "number",
+    "published_layers",
+    "register",
+]
+
+
+def __dir__() -> list[str]:
+    return list(__all__)
+
+
 RULES: dict[str, Rule[Any]] = {
     module.RULE.name: module.RULE
     for module in (

@@ -23,3 +23,33 @@ from nufilt_jax.models.t5_config import T5Config as T5Config
 from nufilt_jax.models.t5_config import parse_t5_config as parse_t5_config
 from nufilt_jax.models.t5_names import t5_shapes as t5_shapes
 from nufilt_jax.models.t5_names import to_t5_tree as to_t5_tree
+
+__all__ = [
+    "ClipTextConfig",
+    "ClipTextModule",
+    "ClipVisionConfig",
+    "ClipVisionModule",
+    "T5Config",
+    "T5Module",
+    "canonical_shapes",
+    "clip_image_features",
+    "clip_text_features",
+    "parse_t5_config",
+    "parse_text_config",
+    "parse_vision_config",
+    "t5_generate",
+    "t5_logits",
+    "t5_shapes",
+    "t5_tree_generate",
+    "t5_tree_logits",
+    "text_features",
+    "text_shapes",
+    "to_flax_tree",
+    "to_t5_tree",
+    "to_text_tree",
+    "vision_features",
+]
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import sys
 
@@ -120,6 +121,7 @@ def test_output_as_json_and_as_a_table(analyzed, nufilt):
     assert (document(analyzed), (analyzed / "report.html").read_bytes()) == before  # again, and the same
     table = nufilt("analyze", analyzed, "--images", "20")
     assert all(word in table.out for word in ("letters", "stability", "own task", "report.html"))
+    assert re.search(r"\n +2 +shapes +25\.0 ", table.out)  # points of a percent, as accuracies are shown
 
 
 def test_a_method_that_learns_is_not_merged_again(merged, nufilt):
@@ -213,13 +215,23 @@ def test_an_adapter_whose_base_was_not_read(with_data, tmp_path, nufilt):
     assert np.nanmax(as_array(found["losses"]["methods"]["sum"]["plasticity"])[0]) < 1e-6
 
 
+def test_one_reason_is_told_once(with_data, tmp_path, nufilt):
+    """Three data sets that are not there for one reason, and two parts of the report that need them."""
+    tasks = [part for name in ("sun397", "gtsrb", "mnist") for part in ("--task", f"{name}={with_data / 'alpha'}")]
+    out = tmp_path / "out"
+    assert nufilt("merge", "--base", with_data / "base", *tasks, "--method", "sum", "--out", out).code == 0
+    told = [line for line in nufilt("analyze", out).out.splitlines() if "not known" in line]
+    assert len(told) == 1 and told[0].startswith("affinity, losses: not known: task sun397: data set ")
+    assert told[0].count("is not on this machine") == 1 and "task mnist: data set" in told[0]
+
+
 def test_without_images_the_report_has_the_rest(shared_models, tmp_path, nufilt, command):
     out = tmp_path / "out"
     assert nufilt(*command(shared_models, out, "--method", "sum")).code == 0
     before = build.snapshot(out)
     result = nufilt("analyze", out)
     assert (result.code, result.err) == (0, "")
-    assert "affinity: not known" in result.out and "report.html" in result.out
+    assert "affinity, losses: not known: config.json" in result.out and "report.html" in result.out
     assert changes(out, before) == {"analysis", "analysis.json", "report.html"}
     page, reason = (out / "report.html").read_text(), document(out)["missing"]["losses"]
     assert reason.startswith("config.json: hidden_size 16")

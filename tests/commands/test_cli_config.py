@@ -1,14 +1,17 @@
 """The configuration file: what it may say, what wins over it, and the merges that it repeats."""
 
 import json
+import re
 import shutil
+import tomllib
+from pathlib import Path
 
 import model_builders as build
 import pytest
 
 from nufilt_jax.commands.arguments import Arguments
 from nufilt_jax.commands.config_file import NOT_IN_FILES, read_options
-from nufilt_jax.commands.init import template
+from nufilt_jax.commands.init import shown_default, template
 from nufilt_jax.errors import ConfigError
 
 FILES = {
@@ -91,8 +94,12 @@ def test_the_command_line_wins(written, models, tmp_path, nufilt):
 
 BAD = {
     "unknown key": (
-        'filter_rnk = 3\nplan = true\n[tasks]\na = "b"',
-        ["filter_rnk: is no option (did you mean fil", "plan: is"],
+        'filter_rnk = 3\nplan = true\nprocesses = 2\n[tasks]\na = "b"',
+        [
+            "filter_rnk: is no option (did you mean fil",
+            "plan: belongs to one run: it is for the command line alone (say --plan there)",
+            "processes: belongs to one run",
+        ],
     ),
     "wrong types": (
         'filter_rank = 1.5\nconv = "yes"\nbase = 3\nlearning_rate = "fast"\nmethod_args = 3\ntasks = 4',
@@ -209,6 +216,12 @@ def test_evaluate_takes_what_is_its_own(tmp_path):
     assert read_options(tmp_path / "own.toml", "evaluate") == {"dtype": "bfloat16", "task": ["a"]}
 
 
+def test_what_is_for_the_command_line_alone_is_told():
+    page = (Path(__file__).parents[2] / "docs" / "how_to" / "config_file.md").read_text(encoding="utf-8")
+    [listed] = re.findall(r"What belongs to one run stays on the command line: ([^.]+)\.", page)
+    assert set(re.findall(r"`(\w+)`", listed)) == set(NOT_IN_FILES)
+
+
 def test_init_writes_a_file_of_all_options(tmp_path, nufilt, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert nufilt("init").code == 0
@@ -229,6 +242,29 @@ def test_init_writes_a_file_of_all_options(tmp_path, nufilt, monkeypatch):
         if line.startswith("# ") and line.split()[1] in told and " = " in line:
             (tmp_path / "one.toml").write_text(line[2:])
             read_options(tmp_path / "one.toml")
+
+
+def test_what_init_writes_is_the_default_or_says_that_it_is_an_example():
+    """Whoever takes away a # gets what stood without it, or reads that it is something else."""
+    lines = [line[2:] for line in template().splitlines() if re.match(r"# \w+ = ", line)]
+    for line in lines:
+        [(key, value)] = tomllib.loads(line).items()
+        told = shown_default(Arguments.__annotations__[key])
+        if " # an example: " in line:
+            assert line.endswith(f"the default is {told}" if told else "there is no default")
+        else:
+            assert value is False if told == "" else str(value) == told or float(value) == float(told)
+        assert value != ""
+    sentences = re.findall(r"^# (.+)$", template(), re.MULTILINE)
+    assert not [text for text in sentences if text.startswith("Of ")]
+
+
+@pytest.mark.parametrize("name", ["layers", "model", "order", "heads_from", "method", "output"])
+def test_an_empty_text_is_no_value(name, written, models, tmp_path, refused):
+    base, tasks = f'base = "{models}/base"\n', f'[tasks]\na = "{models}/alpha"\n'
+    path = written("merge.toml", ("" if name == "model" else base) + f'out = "{tmp_path}/out"\n{name} = ""\n' + tasks)
+    lines = refused("merge", "--config", path, code=2)
+    assert f"nufilt: --{name.replace('_', '-')}: is empty (leave it out)" in lines
 
 
 MERGEKIT = {
@@ -277,7 +313,7 @@ def test_a_mergekit_file_that_means_the_same(case, written, models, tmp_path, nu
 @pytest.mark.parametrize(
     ("text", "keys"),
     [
-        ("merge_method: slerp\nbase_model: base", ["merge_method"]),
+        ("merge_method: slerp\nbase_model: base", ["merge_method", "models"]),
         ("merge_method: task_arithmetic\nmodels:\n- model: alpha", ["base_model"]),
         ("merge_method: linear\nslices: []\nmodels: 3", ["slices", "models"]),
         ("merge_method: linear\nmodels:\n- {model: a, parameters: {weight: 1}}\n- {model: b}\n", []),
@@ -295,6 +331,23 @@ def test_a_mergekit_file_that_means_the_same(case, written, models, tmp_path, nu
             "merge_method: task_arithmetic\nbase_model: base\ntokenizer_source: union\nmodels:\n"
             "- {model: a, parameters: {weight: [0, 1]}}\n",
             ["tokenizer_source", "models[0].parameters.weight"],
+        ),
+        (
+            "merge_method: slerp\nbase_model: base\nzork: 1\ntokenizer_source: union\nparameters: {t: 0.5}\n"
+            "models: [{model: a}]\n",
+            ["merge_method", "zork", "tokenizer_source"],
+        ),
+        (
+            "merge_method: ties\nbase_model: base\ntokenizer_source: union\nparameters: {int8_mask: 1, weight: []}\n"
+            "models: [{model: a, parameters: 3}, {model: b, parameters: {t: 1}}]\n",
+            [
+                "tokenizer_source",
+                "parameters.int8_mask",
+                "parameters.weight",
+                "models[0].parameters",
+                "models[1].parameters.t",
+                "merge_method",
+            ],
         ),
     ],
 )

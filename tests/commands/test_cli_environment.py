@@ -107,6 +107,42 @@ def test_what_cannot_be_shown_costs_nothing(shared_models, tmp_path, command, re
         assert (done.returncode, said) == (0, [])
 
 
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("JAX_ENABLE_X64", "maybe"),
+        ("JAX_DEFAULT_MATMUL_PRECISION", "foo"),
+        ("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "soon"),
+    ],
+)
+@pytest.mark.parametrize("options", [(), ("--plan",)], ids=["merge", "plan"])
+def test_a_setting_that_jax_refuses_is_named(shared_models, tmp_path, finish, command, variable, value, options):
+    argv = command(shared_models, tmp_path / "out", "--method", "sum", *options)
+    result = finish("-m", "nufilt_jax.cli", *argv, env={variable: value})
+    said = f"nufilt: {variable}: JAX refuses the value '{value}' (correct or unset it)\n"
+    assert (result.code, result.out, result.err) == (1, "", said)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("JAX_NUMPY_DTYPE_PROMOTION", "strict"),
+        ("JAX_NUMPY_RANK_PROMOTION", "raise"),
+        ("JAX_TRANSFER_GUARD", "disallow"),
+        ("JAX_TRANSFER_GUARD_HOST_TO_DEVICE", "disallow"),
+    ],
+)
+def test_checks_of_other_programs_are_not_those_of_this_one(
+    shared_models, tmp_path, nufilt, finish, command, variable, value
+):
+    assert nufilt(*command(shared_models, tmp_path / "plain", n=2)).code == 0
+    argv = command(shared_models, tmp_path / "checked", n=2)
+    result = finish("-m", "nufilt_jax.cli", *argv, env={variable: value})
+    assert (result.code, result.err) == (0, "")
+    assert build.weight_bytes(tmp_path / "plain") == build.weight_bytes(tmp_path / "checked")
+
+
 def test_a_refusal_without_stderr(shared_models, tmp_path, monkeypatch, command):
     monkeypatch.setattr(sys, "stderr", None)
     assert main(command(shared_models, tmp_path / "out", "--seed", "-1")) == 1

@@ -119,7 +119,15 @@ def test_options_that_belong_to_evaluate(study, tmp_path, refused):
 
 def test_built_in_models_are_known_without_a_description(tmp_path, nufilt):
     out = tmp_path / "out"
-    merged = nufilt("merge", "--model", "tiny", "--method", "sum", "--limit", "40", "--out", out, "--json")
+    merged = nufilt("merge", "--model", "tiny", "--method", "sum", "--limit", "40", "--out", out, "--json", "-v")
+    phases = [line.split(" s  ", 1)[1].split(": compiling")[0] for line in merged.err.splitlines() if " s  " in line]
+    writing = phases.index("writing the model")
+    assert [phase for phase in dict.fromkeys(phases[writing:]) if "(" not in phase] == [
+        "writing the model",
+        "for comparison: measuring base and tasks",
+        "drawing the accuracies",
+    ]
+    assert "for comparison: weight_average, letters (2 of 6)" in phases[writing:]
     assert merged.code == 0, merged.err
     document = read(out)
     names = ["pre-trained", "individual", "weight_average", "task_arithmetic", "sum"]

@@ -1,6 +1,7 @@
 """Every method through the whole command: merge, resume, add, card and recipe; and what is refused."""
 
 import json
+import re
 
 import jax.numpy as jnp
 import model_builders as build
@@ -9,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from nufilt_jax.checkpoints import load
-from nufilt_jax.methods import RULES
+from nufilt_jax.methods import RULES, every_tensor
 from nufilt_jax.models import parse_t5_config, t5_logits, t5_shapes
 
 DATA_FREE = [name for name, rule in RULES.items() if not rule.needs_data]
@@ -37,6 +38,20 @@ def test_three_tasks_and_one_added_are_four(method, shared_models, tmp_path, nuf
     assert not build.same_bits(
         build.weights(tmp_path / "whole")[build.Q0], build.weights(shared_models / "base")[build.Q0]
     )
+
+
+@pytest.mark.parametrize("method", RULES)
+def test_a_plan_is_told_as_text(method, tmp_path, nufilt):
+    """Rules for all tensors have stacks of biases and norms, whose shape is one number."""
+    for seed, name in enumerate(("base", "alpha")):
+        build.write(tmp_path / name, build.tower(seed), num_attention_heads=4)
+    images = {"pixel_values": np.zeros((2, 3, 8, 8), np.float32), "prototypes": np.zeros((2, 8), np.float32)}
+    save_file(images, tmp_path / "alpha.safetensors")
+    data = ("--data", tmp_path) if method in LEARNING else ()
+    result = nufilt("plan", *arguments(tmp_path, method, "alpha"), *data)
+    assert result.code == 0, result.err
+    shapes = re.findall(r"^ +\d+ of shape (\[[\d, ]+\])$", result.out, re.MULTILINE)
+    assert shapes and (f"[{build.WIDTH}]" in shapes) == (RULES[method].scope is every_tensor)
 
 
 def test_help_lists_every_method_with_needs_cost_and_settings(nufilt):
@@ -80,7 +95,10 @@ def test_settings_reach_the_method(shared_models, tmp_path, nufilt):
     nufilt("merge", *arguments(shared_models, "opcm", "alpha", "beta"), "--out", tmp_path / "plain")
     assert build.weight_bytes(tmp_path / "masked") != build.weight_bytes(tmp_path / "plain")
     again = nufilt("merge", *arguments(shared_models, "opcm", "alpha", "beta"), "--out", tmp_path / "masked")
-    assert again.code == 1 and "--mask-diagonal: is True in the merge in" in again.err
+    assert again.code == 1 and "nufilt: --method-args: mask_diagonal is True in the merge in" in again.err
+    given = ("--method", "opcm", "--method-args", "mask_diagonal=false", "--task", f"c={shared_models / 'gamma'}")
+    added = nufilt("add", tmp_path / "masked", *given)
+    assert added.code == 1 and "nufilt: --method-args: mask_diagonal is True in this merge, got False" in added.err
 
 
 @pytest.mark.parametrize("method", LEARNING)

@@ -1,6 +1,7 @@
 """--plan writes nothing and refuses what a merge refuses; stdout and stderr hold what they should, bare."""
 
 import dataclasses
+import io
 import json
 import os
 import re
@@ -11,7 +12,9 @@ import sys
 import model_builders as build
 import numpy as np
 import pytest
+from rich.console import Console
 
+from nufilt_jax.commands.text import show_wrapped
 from nufilt_jax.engine import estimate, layout
 from nufilt_jax.methods import RULES
 
@@ -60,6 +63,27 @@ def test_time_is_told_of_methods_whose_cost_is_known(shared_models, tmp_path, nu
         argv = command(shared_models, tmp_path / "out", "--plan", "--json", "--method", method, n=2)
         seconds = nufilt(*argv).json["seconds"]
         assert (seconds["merging"] is not None) == (seconds["compiling"] is not None) == is_known
+
+
+def test_a_plan_of_built_in_models_names_no_passing_folder(nufilt, tmp_path, monkeypatch):
+    monkeypatch.setenv("NUFILT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    told = nufilt("plan", "--model", "tiny").out
+    assert told.startswith("base    tiny/base (built in)\n") and "letters: tiny/letters (built in)\n" in told
+    planned = nufilt("plan", "--model", "tiny", "--json").json
+    assert {planned["base"]["source"], planned["tasks"][0]["source"]} > {"tiny/base (built in)"}
+    assert "nufilt-" not in told.replace("nufilt-tiny", "")
+
+
+def test_lines_are_wrapped_on_a_terminal_and_nowhere_else():
+    line = "method  nufilt (" + ", ".join(f"setting_{n} {n}" for n in range(12)) + "), seed 0"
+    for terminal in (True, False):
+        stream = io.StringIO()
+        show_wrapped(Console(file=stream, force_terminal=terminal, width=200), line)
+        told = stream.getvalue().splitlines()
+        assert (max(map(len, told)) <= 80, told == [line]) == (terminal, not terminal)
+        assert " ".join(part.strip() for part in told) == line
+        assert all(part.startswith(" " * 8) for part in told[1:])
 
 
 def test_plan_of_a_merge_that_is_there(shared_models, tmp_path, nufilt, command):
@@ -194,6 +218,12 @@ def test_terminal(shared_models, tmp_path, command, no_color):
     assert process.wait(timeout=60) == 0
     text = shown.decode()
     assert "gamma" in text
+    bare = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
+    assert bare.count("merged  vision_model") == 2 and bare.count("left    ") > 0  # two patterns, once
+    lines = [line.rpartition("\r")[2] for line in bare.replace("\r\n", "\n").split("\n")]
+    told = [line for line in lines if re.match("(merged|left|grid|memory) ", line)]
+    assert len(told) > 4 and max(map(len, told)) <= 80
+    assert "100%" in bare and "loading" in bare
     colours = re.findall(r"\x1b\[[0-9;]*m", text)
     assert any(re.search(r"[\[;]3[0-8]", code) for code in colours) != no_color, colours
 

@@ -19,6 +19,26 @@ def replace(folder, tensors):
     build.write(folder, tensors)
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("merge --base b --task -x=t1", "--task: -x=t1 begins as an option does (say --task=-x=t1)"),
+        ("plan --base", 'Command "plan" parameter --base requires an argument. (see nufilt plan --help)'),
+        ("merge --base --out o", 'Command "merge" parameter --base requires an argument. (see nufilt merge --help)'),
+        ("evaluate m --zork", "Unknown option: --zork. (see nufilt evaluate --help)"),
+        (
+            "add m --config f.toml",
+            "--config: add takes no configuration file (base, earlier tasks and settings are those of the merge)",
+        ),
+        ("verify m --config=f", "--config: verify takes no configuration file (see nufilt verify --help)"),
+        ("plan --processes 2", "--processes: is an option of merge, and not of plan (see nufilt plan --help)"),
+        ("export m", 'Command "export" parameter --what requires an argument. (see nufilt export --help)'),
+    ],
+)
+def test_wrong_usage_names_the_help_that_is_meant(line, said, refused):
+    assert refused(*line.split(), code=2) == [f"nufilt: {said}"]
+
+
 def test_missing_folder(models, tmp_path, refused, command):
     shutil.rmtree(models / "beta")
     (line,) = refused(*command(models, tmp_path / "out"))
@@ -223,7 +243,7 @@ def test_a_first_solution_that_is_not_finite_leaves_nothing(models, tmp_path, re
     [
         (("merge", "--add", "x", "--base", "y"), "--base: does not go with --add (--add takes all but new tasks"),
         (("merge", "--model", "tiny", "--base", "x"), "--base: does not go with --model (a preset brings its own"),
-        (("add", "x", "--add", "y"), "Unknown option: --add"),
+        (("add", "x", "--add", "y"), "--add: is an option of merge, and not of add"),
     ],
 )
 def test_options_that_exclude_each_other(refused, argv, what):

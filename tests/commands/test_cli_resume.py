@@ -219,10 +219,11 @@ def test_what_is_out_of_the_range_of_a_type_is_added_in_a_wider_one(shared_model
     assert nufilt(*command(shared_models, out, "--method", "sum", "--dtype", "float16")).code == 0
     added = nufilt(*add(tmp_path, out, "delta"))
     assert added.code == 1 and "has numbers out of the range of float16 (write a wider --dtype; what is " in added.err
-    refused = nufilt(*add(tmp_path, out, "delta", options=("--dtype", "float64", "--seed", "7")))
+    refused = nufilt(*add(tmp_path, out, "delta", options=("--dtype", "float64", "--seed", "7", "--layers", "q")))
     assert refused.code == 1 and [line.split(", got")[0] for line in refused.lines] == [
         "nufilt: --dtype: must be one of float32, bfloat16, float16",
         "nufilt: --seed: is 0 in this merge",
+        "nufilt: --layers: is not given in this merge",
     ]
     planned = nufilt(*add(tmp_path, out, "delta", options=("--dtype", "float32", "--plan")))
     assert planned.code == 0, planned.err

@@ -37,8 +37,15 @@ def test_help_lists_what_a_command_takes(nufilt):
     of_a_run = {"--plan", "--distributed", "--coordinator", "--processes", "--process"}
     assert options["plan"] == options["merge"] - of_a_run
     assert {"--task", "--evaluate", "--max-memory"} <= options["add"]
-    kept = ("--base", "--method", "--filter-rank", "--dtype", "--out", "--config", "--output", "--adapter-out-rank")
+    assert "As MODULE:RULE, if a rule of your own made the merge" in nufilt("add", "--help").out
+    kept = ("--base", "--filter-rank", "--dtype", "--out", "--config", "--output", "--adapter-out-rank")
     assert options["add"].isdisjoint(kept)
+
+
+def test_help_marks_what_extract_cannot_do_without(nufilt):
+    told = " ".join(nufilt("extract", "--help").out.replace("│", " ").split())
+    parts = dict(part.split(" ", 1) for part in told.split(" --")[1:])
+    assert {name for name, text in parts.items() if "[required]" in text} == {"base", "rank", "out"}
 
 
 def test_defaults_shown_are_those_taken():
@@ -71,8 +78,24 @@ def test_the_table_of_methods_is_one_screen(nufilt):
 def test_one_method(nufilt):
     told = nufilt("merge", "--method", "help=ties")
     assert (told.code, told.err) == (0, "")
-    assert "density=0.2" in told.out and RULES["ties"].update in told.out and "magmax" not in told.out
+    words = " ".join(told.out.split())
+    assert "density=0.2" in words and " ".join(RULES["ties"].update.split()) in words and "magmax" not in words
     assert nufilt("merge", "--method", "help=tie").code == 1
+
+
+@pytest.mark.parametrize("method", RULES)
+def test_one_method_fits_a_terminal(method, nufilt):
+    assert max(map(len, nufilt("merge", "--method", f"help={method}").out.splitlines())) <= 80
+
+
+def test_a_method_of_ones_own_is_told_of(nufilt, tmp_path, monkeypatch):
+    code = "import dataclasses, nufilt_jax.methods as m\nRULE = dataclasses.replace(m.RULES['sum'], update='θ + 2 τ')"
+    (tmp_path / "doubled.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("nufilt_jax.methods.RULES", dict(RULES))
+    told = nufilt("merge", "--method", "help=doubled:RULE")
+    assert told.code == 0 and told.out.startswith("doubled:RULE\n  update   θ + 2 τ\n"), told.err
+    assert "doubled:NONE cannot be imported" in nufilt("merge", "--method", "help=doubled:NONE").err
 
 
 def test_a_table_has_no_empty_column_and_no_more_than_80():
@@ -122,7 +145,9 @@ def test_push_says_what_it_would_upload(shared_models, tmp_path, nufilt, command
     assert not any(name.startswith("state/") for name in told["files"])
     whole = nufilt("push", out, "me/merged", "--dry-run", "--json", "--with-state").json
     assert any(name.startswith("state/") for name in whole["files"]) and whole["bytes"] > told["bytes"]
-    assert "would be uploaded to me/merged" in nufilt("push", out, "me/merged", "--dry-run").out
+    shown = nufilt("push", out, "me/merged", "--dry-run").out
+    assert "would be uploaded to me/merged" in shown and " 0.00 MB" not in shown
+    assert f"{(out / 'README.md').stat().st_size / 1e3:.2f} kB  README.md\n" in shown
     (line,) = refused("push", out, "../x", "--dry-run", code=2)
     assert "is no name of a Hub repository" in line
     (line,) = refused("push", shared_models / "base", "me/x", "--dry-run")

@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 import subprocess
 import sys
+import warnings
 
 import adapter_builders as adapters
 import jax
@@ -74,7 +75,7 @@ def test_adapters_from_python(tmp_path, monkeypatch):
         nj.merge(tmp_path / "base", tasks, method="sum", output="adapter")
     with pytest.raises(ConfigError, match=r"devices: needs folders or Hub ids \(give no weights"):
         nj.merge(tmp_path / "base", [base], tmp_path / "else", method="sum", devices=2)
-    with pytest.raises(NufiltError, match="devices 99 are asked for"):
+    with pytest.raises(NufiltError, match="devices: 99 are asked for"):
         nj.merge(tmp_path / "base", tasks, tmp_path / "else", method="sum", devices=99)
 
 
@@ -84,10 +85,10 @@ def how_without(how, name):
 
 def test_errors_speak_python(tmp_path, shared_models):
     for settings, message in (
-        ({"filter_rank": -1}, r"^filter_rank must be at least 0, got -1$"),
+        ({"filter_rank": -1}, r"^filter_rank: must be at least 0, got -1$"),
         ({"scale": 1.0}, r"^scale: nufilt has no such setting \(its settings: adapter_rank, "),
-        ({"method": "tie"}, r"^method 'tie' is not known "),
-        ({"layers": "nothing"}, r"^layers no matrix matches 'nothing'"),
+        ({"method": "tie"}, r"^method: 'tie' is not known "),
+        ({"layers": "nothing"}, r"^layers: no matrix matches 'nothing'"),
         ({"out": tmp_path / "o"}, r"^out: needs a base that is a folder or Hub id"),
         ({"dtype": "float16"}, r"^dtype: belongs to out"),
         ({"config": nj.NufiltConfig(), "steps": 3}, r"^steps: does not go with config"),
@@ -98,10 +99,28 @@ def test_errors_speak_python(tmp_path, shared_models):
         nj.merge(BASE, [])
     with pytest.raises(CheckpointError, match=r"task 'b': vision_model.* and 9 more: is missing"):
         nj.merge(BASE, {"a": TASKS[0], "b": {}}, method="sum")
-    with pytest.raises(NufiltError, match="max_memory must be a size as 8GB"):
+    with pytest.raises(NufiltError, match="max_memory: must be a size as 8GB"):
         nj.merge(
             shared_models / "base", [shared_models / "alpha"], tmp_path / "out", max_memory="8 apples", method="sum"
         )
+
+
+def test_warnings_speak_python(shared_models, tmp_path):
+    """In memory and into a folder alike; nj.merge warns of no option of the command line."""
+    base, task = shared_models / "base", shared_models / "alpha"
+    how = {"layers": "fc2", "filter_rank": 24, "adapter_rank": 2, "task_rank": 2, "steps": 1}
+    for out in (None, tmp_path / "out"):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            nj.merge(base, [task], out, **how)
+        texts = [str(found.message) for found in told]
+        assert any(text.startswith("filter_rank: 24 directions are all that layers with 24") for text in texts)
+        assert not [text for text in texts if "--" in text] and {found.filename for found in told} == {__file__}
+        if out is not None:
+            assert any("(select more with layers, or see other_params)" in text for text in texts)
+    message = r"^seed: is 0 in the merge .*choose another out, .* continue it with nufilt add\)"
+    with pytest.raises(NufiltError, match=message):
+        nj.merge(base, [task], tmp_path / "out", seed=1, **how)
 
 
 def test_rule_and_state_say_what_they_are():
