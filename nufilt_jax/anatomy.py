@@ -67,6 +67,15 @@ def is_lookup(name: str) -> bool:
     return _LOOKUP.fullmatch(name) is not None
 
 
+def is_norm(name: str) -> bool:
+    """A weight or a bias of a norm.
+
+    >>> [is_norm(n) for n in ("layernorm.bias", "beit.pooler.layernorm.weight", "pooler.dense.bias")]
+    [True, True, False]
+    """
+    return _NORM.fullmatch(re.sub(r"\.bias$", ".weight", name)) is not None
+
+
 def is_vocabulary(name: str) -> bool:
     """A table with a row for each token."""
     return _VOCABULARY.fullmatch(name) is not None
