@@ -176,3 +176,17 @@ def test_a_prefix_of_a_part_with_blocks_is_taken_off_though_the_rest_fits(tmp_pa
     task = {prefix + name if name.startswith("blocks") else name: x for name, x in base.items()}
     [line] = lines(tmp_path, base, task, tuple(base), notices=True)
     assert line.startswith(f"task: 2 names begin with '{prefix}', which the base's do not: read without it")
+
+
+def test_what_pretraining_alone_needs_stays_the_bases(tmp_path):
+    base = BLOCK | {
+        "swin.embeddings.mask_token": np.ones((1, 1, 2), "f"),
+        "decoder.0.weight": np.ones((3, 2, 1, 1), "f"),
+    }
+    [line] = lines(tmp_path, base, BLOCK, tuple(base), notices=True)
+    assert line.startswith(
+        "task: 2 tensors are not merged and stay the base's: swin.embeddings.mask_token ([1, 1, 2] in"
+    )
+    assert lines(tmp_path, base, BLOCK, tuple(base)) == []
+    stack = BLOCK | {"decoder.layers.0.fc.weight": np.ones((2, 2), "f"), "decoder.norm.weight": np.ones(2, "f")}
+    assert len(lines(tmp_path, stack, BLOCK, tuple(stack))) == 2
