@@ -38,7 +38,10 @@ _CONVOLUTION = re.compile(r"conv|patch_embed", re.I)
 # Outside the blocks: what a task adds to a backbone, or has in a size of its own.
 _HEAD = re.compile(
     r"(?:[\w]+\.)?(?:\w*heads?|\w*classifiers?|score|summary|cls|qa_outputs|pooler|predictions|\w+_predictions|proj_out"
-    r"|projector|vocab_\w+|generator_\w+|span_\w+|logits_\w+|pre_logits|embed_out|fc|fc_norm)(?:\.\w+)*"
+    r"|projector|vocab_\w+|generator_\w+|span_\w+|logits_\w+|pre_logits|embed_out|fc|fc_norm|lm_loss|pred_layer"
+    # What training before the tasks alone needs. A whole `decoder` is a stack, and a `quantizer` of layers a codec's.
+    r"|(?:embeddings\.)?mask_token|decoder(?:\.\d+)?\.(?:weight|bias)|project_(?:hid|q)"
+    r"|quantizer\.(?:codevectors|weight_proj))(?:\.\w+)*"
 )
 # Computed from the config and never trained: some versions of a library store them, others do not.
 _BUFFER = re.compile(
@@ -65,6 +68,15 @@ def in_block(name: str) -> bool:
 def is_lookup(name: str) -> bool:
     """An embedding or another table whose rows are looked up."""
     return _LOOKUP.fullmatch(name) is not None
+
+
+def is_norm(name: str) -> bool:
+    """A weight or a bias of a norm.
+
+    >>> [is_norm(n) for n in ("layernorm.bias", "beit.pooler.layernorm.weight", "pooler.dense.bias")]
+    [True, True, False]
+    """
+    return _NORM.fullmatch(re.sub(r"\.bias$", ".weight", name)) is not None
 
 
 def is_vocabulary(name: str) -> bool:

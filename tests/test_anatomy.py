@@ -138,3 +138,31 @@ def test_an_expression_finds_what_it_is_derived_from():
     names = [f"net.{i}.{part}.weight" for i in range(2) for part in ("fc1", "fc2")]
     found = re.compile(expression(patterns(names)))
     assert all(found.search(name) for name in names) and not found.search("net.head.weight")
+
+
+PRETRAINING = [
+    "decoder.bias",
+    "decoder.0.weight",
+    "swin.embeddings.mask_token",
+    "embeddings.mask_token",
+    "project_hid.weight",
+    "project_q.bias",
+    "quantizer.codevectors",
+    "quantizer.weight_proj.weight",
+    "pred_layer.proj.bias",
+    "lm_loss.weight",
+]
+STACKS = [
+    "decoder.final_layer_norm.weight",
+    "decoder.embed_tokens.weight",
+    "model.decoder.layernorm_embedding.weight",
+    "decoder.block.0.layer.0.layer_norm.weight",
+    "model.decoder.layers.0.fc1.bias",
+    "quantizer.layers.0.codebook.embed",
+    "quantizer.layers.0.input_proj.weight",
+]
+
+
+@pytest.mark.parametrize(("names", "is_head"), [(PRETRAINING, True), (STACKS, False)])
+def test_heads_of_pretraining_are_no_stacks(names, is_head):
+    assert {name: anatomy.is_head(name) for name in names} == dict.fromkeys(names, is_head)

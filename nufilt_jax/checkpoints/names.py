@@ -5,6 +5,8 @@ Other spellings that this module reads:
 * `transformers` 5 drops `vision_model.` / `text_model.` from CLIPVisionModel / CLIPTextModel,
   and `vision_model.` from the vision tower of LLaVA;
 * LLaVA of 4.52 and later may write `model.language_model.X` for `language_model.model.X`;
+* the first BERTs call the weight and the bias of a LayerNorm `gamma` and `beta`, as TensorFlow does;
+* torch 2 calls the parts of a weight norm `parametrizations.weight.original0` and `1`, and before `weight_g` and `_v`;
 * Flax writes paths joined by `/`, with `kernel`, `scale` and `embedding` for `weight`.
 """
 
@@ -24,6 +26,13 @@ _LLAVA_RULES = (
 )
 _VISION_RULES = ((rf"^{_VISION_PARTS}", r"vision_model.\1."),)
 _TEXT_RULES = ((rf"^{_TEXT_PARTS}", r"text_model.\1."),)
+# Of any model. A `gamma` elsewhere is a parameter of its own: the scale of a layer in ConvNeXt, BEiT and DINO.
+_RULES = (
+    (r"(^|\.)LayerNorm\.gamma$", r"\1LayerNorm.weight"),
+    (r"(^|\.)LayerNorm\.beta$", r"\1LayerNorm.bias"),
+    (r"(^|\.)parametrizations\.weight\.original0$", r"\1weight_g"),
+    (r"(^|\.)parametrizations\.weight\.original1$", r"\1weight_v"),
+)
 
 _FLAX_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
@@ -66,7 +75,7 @@ def _rules_for(names: Collection[str]) -> tuple[tuple[str, str], ...]:
 
 
 def _apply(rules: tuple[tuple[str, str], ...], name: str) -> str:
-    for pattern, replacement in rules:
+    for pattern, replacement in (*rules, *_RULES):
         name = re.sub(pattern, replacement, name)
     return name
 

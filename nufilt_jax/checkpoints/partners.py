@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
-from nufilt_jax.anatomy import is_buffer, is_head, is_vocabulary, multi_token_prediction
+from nufilt_jax.anatomy import in_block, is_buffer, is_head, is_norm, is_vocabulary, multi_token_prediction
 from nufilt_jax.checkpoints.dtypes import FLOATS, INTEGERS
 from nufilt_jax.checkpoints.folders import ADDED
 from nufilt_jax.checkpoints.prefixes import Matched, match_names
@@ -98,7 +98,7 @@ def _dropped(one: Checkpoint, other: Checkpoint) -> frozenset[str]:
 def _own_head(base: Checkpoint, task: Checkpoint, name: str) -> str:
     """Why a touched tensor stays the base's; empty if it is to be merged, or refused."""
     ours, theirs = base.tensors.get(name), task.tensors.get(name)
-    if ours is None or (theirs is None and not is_head(name)):
+    if ours is None or (theirs is None and not (is_head(name) or _is_replaced(base, task, name))):
         return ""
     if theirs is None:
         return _none_in_task(base, name)
@@ -106,6 +106,20 @@ def _own_head(base: Checkpoint, task: Checkpoint, name: str) -> str:
     if ours.shape == theirs.shape or not (grown or is_head(name)) or theirs.dtype not in FLOATS:
         return ""
     return _two_shapes(ours, theirs)
+
+
+def _is_replaced(base: Checkpoint, task: Checkpoint, name: str) -> bool:
+    """Whether a norm behind the blocks gives place to one of a head of the task, as to that of a pooler."""
+    ours, leaf = base.tensors[name], name.rpartition(".")[2]
+    return (
+        is_norm(name)
+        and not in_block(name)
+        and any(
+            is_norm(other) and is_head(other) and other.endswith(f".{leaf}") and info.shape == ours.shape
+            for other, info in task.tensors.items()
+            if other not in base.tensors
+        )
+    )
 
 
 def _other_size(base: Checkpoint, task: Checkpoint, name: str) -> str:

@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 
+from nufilt_jax.anatomy import in_block
 from nufilt_jax.checkpoints.reader import Checkpoint
 
 _MOST = 3  # components of a prefix, and rounds: `module.` around `bert.`
@@ -63,9 +64,11 @@ def match_names(base: Checkpoint, task: Checkpoint, wanted: Collection[str]) -> 
     for _ in range(_MOST):
         if frozenset(ours.get(name, name) for name in wanted) <= frozenset(names.values()):
             break
+        fitting = _fits(plain, task, names)
         rounds = [(_fits(plain, task, new), kind, prefix, new) for kind, prefix, new in _attempts(plain, names)]
-        best = max(rounds, key=lambda row: row[0], default=None)
-        if best is None or best[0] <= _fits(plain, task, names):
+        rounds = [row for row in rounds if len(row[0]) > len(fitting) and _is_of_model(row[2], row[0], fitting, row[3])]
+        best = max(rounds, key=lambda row: len(row[0]), default=None)
+        if best is None:
             break
         _, kind, prefix, new = best
         removed, added = (removed + prefix, added) if kind == "remove" else (removed, prefix + added)
@@ -143,7 +146,17 @@ def _prefixes(names: Collection[str]) -> list[str]:
     return [prefix for prefix, _ in counts.most_common(_CANDIDATES)]
 
 
-def _fits(base: Checkpoint, task: Checkpoint, names: Mapping[str, str]) -> int:
-    """How many tensors are the base's by name and shape."""
-    pairs = ((task.tensors[old], base.tensors.get(new)) for old, new in names.items())
-    return sum(theirs is not None and ours.shape == theirs.shape for ours, theirs in pairs)
+def _fits(base: Checkpoint, task: Checkpoint, names: Mapping[str, str]) -> frozenset[str]:
+    """The tensors, by the task's own names, that are the base's by name and shape."""
+    pairs = ((old, task.tensors[old], base.tensors.get(new)) for old, new in names.items())
+    return frozenset(old for old, ours, theirs in pairs if theirs is not None and ours.shape == theirs.shape)
+
+
+def _is_of_model(prefix: str, fits: frozenset[str], before: frozenset[str], names: Mapping[str, str]) -> bool:
+    """Whether a prefix is a model's, and not that of a single module of a model whose other names fit as they are.
+
+    The norm of a pooler is no last norm of the base, though it would be called like that without its prefix.
+    """
+    gained = fits - before
+    is_wrapper = _WRAPPERS.fullmatch(prefix) is not None
+    return is_wrapper or len(gained) > len(before) or any(in_block(names[old]) for old in gained)

@@ -144,3 +144,49 @@ def test_further_tokens_of_the_task_alone_are_left_out(tmp_path):
     task = plain | {name: np.ones((2, 2), np.float32) for name in NUMBERED}
     [line] = lines(tmp_path, plain, task, (LAYER,), notices=True)
     assert line.startswith("task: 3 tensors are not merged")
+
+
+BLOCK = {f"beit.encoder.layer.0.{part}.weight": np.ones((2, 2), "f") for part in ("query", "key", "value")}
+LAST = {"layernorm.weight": np.ones(2, "f"), "layernorm.bias": np.ones(2, "f")}
+POOLER = {f"beit.pooler.{name}": x for name, x in LAST.items()}
+LM_HEAD, CLASSIFIER = {"lm_head.weight": np.ones((5, 2), "f")}, {"classifier.weight": np.ones((3, 2), "f")}
+
+
+def test_the_norm_of_a_pooler_is_not_the_last_one_of_the_base(tmp_path):
+    base, task = BLOCK | LAST | LM_HEAD, BLOCK | POOLER | CLASSIFIER
+    [line] = lines(tmp_path, base, task, tuple(base), notices=True)
+    assert line.startswith("task: 6 tensors are not merged and stay the base's: ")
+    assert "layernorm.weight ([2] in the base, none in the task)" in line and "read with" not in line
+    assert lines(tmp_path, base, task, tuple(base)) == []
+    found = lines(tmp_path / "back", task, base, tuple(task))
+    assert [line.split(": is not in the base")[0] for line in found] == [
+        "task: layernorm.bias",
+        "task: layernorm.weight",
+    ]
+
+
+def test_a_last_norm_that_nothing_takes_the_place_of_is_missing(tmp_path):
+    found = lines(tmp_path, BLOCK | LAST, BLOCK | CLASSIFIER, tuple(BLOCK | LAST))
+    assert [line.split(": is missing")[0] for line in found] == ["task: layernorm.weight", "task: layernorm.bias"]
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model."])
+def test_a_prefix_of_a_part_with_blocks_is_taken_off_though_the_rest_fits(tmp_path, prefix):
+    base = BLOCK | {f"blocks.{i}.fc.weight": np.ones((2, 2), "f") for i in range(2)}
+    task = {prefix + name if name.startswith("blocks") else name: x for name, x in base.items()}
+    [line] = lines(tmp_path, base, task, tuple(base), notices=True)
+    assert line.startswith(f"task: 2 names begin with '{prefix}', which the base's do not: read without it")
+
+
+def test_what_pretraining_alone_needs_stays_the_bases(tmp_path):
+    base = BLOCK | {
+        "swin.embeddings.mask_token": np.ones((1, 1, 2), "f"),
+        "decoder.0.weight": np.ones((3, 2, 1, 1), "f"),
+    }
+    [line] = lines(tmp_path, base, BLOCK, tuple(base), notices=True)
+    assert line.startswith(
+        "task: 2 tensors are not merged and stay the base's: swin.embeddings.mask_token ([1, 1, 2] in"
+    )
+    assert lines(tmp_path, base, BLOCK, tuple(base)) == []
+    stack = BLOCK | {"decoder.layers.0.fc.weight": np.ones((2, 2), "f"), "decoder.norm.weight": np.ones(2, "f")}
+    assert len(lines(tmp_path, stack, BLOCK, tuple(stack))) == 2

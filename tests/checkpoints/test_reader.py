@@ -179,6 +179,30 @@ def test_text_model_of_transformers_5(tmp_path):
     assert names == {f"text_model.{name}" for name in tensors}
 
 
+OLD_AND_NEW = [
+    ("bert.embeddings.LayerNorm.gamma", "bert.embeddings.LayerNorm.weight"),
+    ("LayerNorm.beta", "LayerNorm.bias"),
+    ("encoder.pos_conv_embed.conv.parametrizations.weight.original0", "encoder.pos_conv_embed.conv.weight_g"),
+    ("encoder.pos_conv_embed.conv.parametrizations.weight.original1", "encoder.pos_conv_embed.conv.weight_v"),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), OLD_AND_NEW)
+def test_norms_have_names_of_two_times_that_are_one(tmp_path, one, other):
+    for index, name in enumerate((one, other)):
+        model = open_checkpoint(str(write_safetensors(tmp_path / str(index), {name: np.ones(2, "f")})))
+        assert [(info.name, info.stored_name) for info in model.tensors.values()] == [(other, name)]
+    [line] = refusals(write_safetensors(tmp_path / "both", {one: np.ones(2, "f"), other: np.ones(2, "f")}))
+    assert "means the same tensor as " in line
+
+
+@pytest.mark.parametrize(
+    "name", ["stages.0.layers.0.layer_scale.gamma", "blocks.0.gamma", "myLayerNorm.gamma", "norm.beta"]
+)
+def test_a_gamma_of_no_layer_norm_has_a_name_of_its_own(tmp_path, name):
+    assert [*open_checkpoint(str(write_safetensors(tmp_path / "m", {name: np.ones(2, "f")}))).tensors] == [name]
+
+
 def test_two_spellings_of_one_tensor_are_refused(tmp_path):
     tensors = {
         "multi_modal_projector.x": np.ones(1, np.float32),
