@@ -1,6 +1,7 @@
 """The pages of the documentation against the program."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -92,6 +93,34 @@ def test_an_example_of_a_task_is_one(tmp_path):
     [example] = re.findall(r"```json\n(.*?)```", page("how_to/evaluate.md"), re.DOTALL)
     (tmp_path / "tasks.json").write_text(example)
     assert load_specs(tmp_path / "tasks.json")["birds"].class_names == ("robin", "wren")
+
+
+def test_usages_on_the_page_of_the_command_line_are_those_of_the_command(tmp_path):
+    """Made as Sphinx makes them, by a module of its name."""
+    (tmp_path / "sphinx").mkdir()
+    (tmp_path / "sphinx" / "__main__.py").write_text(
+        f"""
+conf = {{"__file__": {str(DOCS / "conf.py")!r}}}
+exec(open(conf["__file__"], encoding="utf-8").read(), conf)
+from cyclopts.docs.rst import generate_rst_docs
+from nufilt_jax.commands.app import app
+print(conf["smartquotes_action"])
+print(generate_rst_docs(app, no_root_title=True))
+"""
+    )
+    found = subprocess.run(
+        [sys.executable, "-m", "sphinx"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    action, pages = found.split("\n", 1)
+    assert "d" not in action.lower()
+    usages = re.findall(r"^::\n\n    (.*)$", pages, re.MULTILINE)
+    assert "nufilt merge [OPTIONS]" in usages and "nufilt add [OPTIONS] FOLDER" in usages
+    assert not [usage for usage in usages if "-m" in usage.split()]
 
 
 @pytest.fixture
