@@ -95,6 +95,28 @@ def test_an_example_of_a_task_is_one(tmp_path):
     assert load_specs(tmp_path / "tasks.json")["birds"].class_names == ("robin", "wren")
 
 
+def test_what_null_space_forgets_is_told_as_measured():
+    results = ROOT / "benchmarks" / "results"
+
+    def row(name, title):
+        [found] = [one for one in json.loads((results / name).read_text())["tables"] if one["title"].startswith(title)]
+        return next(row for row in found["rows"] if row[0] == "null_space")
+
+    mild, hard = row("study.json", "Table 4")[2].split()[0], row("fine_tuning_study.json", "The study")[-1].split()[-1]
+    assert f"BWT of {mild} in the study ({hard} after hard" in page("how_to/choose.md")
+
+
+def test_models_are_named_as_the_page_of_the_output_folder_tells(monkeypatch):
+    from nufilt_jax.output.model import seen_from
+
+    monkeypatch.setenv("HOME", "/home/user")
+    out = Path("/models/merged")
+    places = ("/models/cars", "/models/merged/cars", "/home/user/.cache/nufilt_jax/tiny/base")
+    for place, named in zip(places, ("../cars", "./cars", "~/.cache/nufilt_jax/tiny/base"), strict=True):
+        assert seen_from(place, out) == named and f"`{named}`" in page("output_folder.md")
+    assert seen_from(places[-1], Path("/home/user/merged")) == "../.cache/nufilt_jax/tiny/base"
+
+
 def test_usages_on_the_page_of_the_command_line_are_those_of_the_command(tmp_path):
     """Made as Sphinx makes them, by a module of its name."""
     (tmp_path / "sphinx").mkdir()
