@@ -1,6 +1,7 @@
 """How Sphinx makes these pages: make docs."""
 
 import shutil
+import sys
 from pathlib import Path
 
 import nufilt_jax
@@ -18,13 +19,16 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
     "sphinx_design",
-    "cyclopts.sphinx_ext",
+    "cyclopts.ext.sphinx",
 ]
+# Cyclopts begins a usage with the running program, of which it replaces the first word by the command.
+sys.argv[0] = "nufilt"
 html_theme = "sphinx_book_theme"
 html_title = "nufilt_jax"
 html_static_path = ["_static"]
 html_theme_options = {"home_page_in_toc": True, "show_toc_level": 2}
 exclude_patterns = ["_build"]
+smartquotes_action = "q"  # no dash for the two of an option
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # the notebooks are run by the tests, and hold what they showed

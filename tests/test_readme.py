@@ -30,6 +30,34 @@ def test_it_is_short():
     assert len(README.splitlines()) <= 150
 
 
+def test_its_merges_run_one_after_another(nufilt, shared_models, tmp_path, monkeypatch):
+    """All that it shows of one's own models, but for what needs images or the Hub; `merge.toml` is filled in."""
+    monkeypatch.chdir(tmp_path)
+    for name, model in {"BASE": "base", "MODEL_1": "alpha", "MODEL_2": "beta", "MODEL_3": "gamma"}.items():
+        (tmp_path / name).symlink_to(shared_models / model)
+    section = README.partition("## Merge your own models")[2].partition("\n## ")[0]
+    lines = re.findall(r"^nufilt .*$", "".join(re.findall(r"```\n(.*?)```", section, re.DOTALL)), re.MULTILINE)
+    commands = [command.split() for line in lines for command in line.partition("#")[0].split(";")]
+    assert [argv[1] for argv in commands].count("merge") == 4
+    for _, command, *argv in commands:
+        if command in ("evaluate", "analyze", "push") or "--model" in argv:
+            continue
+        result = nufilt(command, *argv)
+        assert result.code == 0, (command, *argv, result.err)
+        if command == "init":
+            text = Path("merge.toml").read_text(encoding="utf-8")
+            text = re.sub(r'"openai/[^"]+"', '"BASE"', text)
+            Path("merge.toml").write_text(re.sub(r'"tanganke/[^"]+"', '"MODEL_1"', text), encoding="utf-8")
+    assert {path.parent.name for path in tmp_path.glob("*/nufilt.json")} == {"merged", "mine", "again"}
+
+
+def test_what_it_installs_is_what_the_demo_needs():
+    extras = re.search(r"\.demo:.*\n.*'\.\[(.*)\]'", (ROOT / "Makefile").read_text(encoding="utf-8"))[1]
+    told = extras.replace("$(comma)", ",")
+    for page in ("README.md", "docs/get_started.md"):
+        assert f"pip install '.[{told}]'" in (ROOT / page).read_text(encoding="utf-8")
+
+
 QUOTING = ["README.md", "docs/get_started.md", "docs/benchmarks.md", "benchmarks/study/STUDY.md"]
 
 

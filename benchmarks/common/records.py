@@ -70,7 +70,7 @@ def _cell(value: Any) -> str:
         return ""
     if not isinstance(value, float):
         return str(value)
-    if 0.99 < value < 1 - 1e-7:  # a share: what is missing is of interest
+    if f"{value:.4g}" == "1" and value < 1 - 1e-7:  # a share, of which four figures would not tell what is missing
         return f"1 - {1 - value:.1e}"
     if value == 0 or 1e-3 <= abs(value) < 1e4:
         return f"{value:.4g}"

@@ -96,7 +96,15 @@ def test_markdown_marks_uncommitted_changes():
 
 @pytest.mark.parametrize(
     ("value", "cell"),
-    [(0.0, "0"), (138.9, "138.9"), (123456.0, "123456"), (2.5e7, "2.5e+07"), (0.999, "1 - 1.0e-03"), (1.0, "1")],
+    [
+        (0.0, "0"),
+        (138.9, "138.9"),
+        (123456.0, "123456"),
+        (2.5e7, "2.5e+07"),
+        (0.99025, "0.9902"),
+        (0.999999, "1 - 1.0e-06"),
+        (1.0, "1"),
+    ],
 )
 def test_numbers_in_cells(value, cell):
     assert records._cell(value) == cell
