@@ -26,7 +26,9 @@ sys.argv[0] = "nufilt"
 html_theme = "sphinx_book_theme"
 html_title = "nufilt_jax"
 html_static_path = ["_static"]
-html_theme_options = {"home_page_in_toc": True, "show_toc_level": 2}
+# The search stands in the sidebar already.
+html_theme_options = {"home_page_in_toc": True, "show_toc_level": 2, "navbar_persistent": []}
+html_math_renderer = "mathml"
 exclude_patterns = ["_build"]
 smartquotes_action = "q"  # no dash for the two of an option
 myst_enable_extensions = ["colon_fence", "dollarmath"]
@@ -44,3 +46,18 @@ suppress_warnings = ["myst.header"]
 (ROOT / "docs" / "notebooks").mkdir(exist_ok=True)
 for notebook in (ROOT / "notebooks").glob("*.ipynb"):
     shutil.copyfile(notebook, ROOT / "docs" / "notebooks" / notebook.name)
+
+
+def setup(app):
+    """Equations as MathML, which browsers show by themselves: no script, so no network."""
+    from docutils import nodes
+    from docutils.utils.math.latex2mathml import tex2mathml
+
+    def renderer(as_block):
+        def visit(writer, node):
+            writer.body.append(tex2mathml(node.astext(), as_block=as_block))
+            raise nodes.SkipNode
+
+        return visit, None
+
+    app.add_html_math_renderer("mathml", renderer(as_block=False), renderer(as_block=True))

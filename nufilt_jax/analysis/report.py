@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from nufilt_jax.analysis.forecast import QUANTITIES
 from nufilt_jax.analysis.layers import LAYER_GROUPS
 from nufilt_jax.analysis.pictures import RELATIVE, affinity_picture
-from nufilt_jax.analysis.verdict import verdict
+from nufilt_jax.analysis.verdict import MEASURES, verdict
 
 _STYLE = """
 :root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; --line: #ddd; --rule: #ccc; --dim: #555;
@@ -28,7 +28,7 @@ th:first-child, td:first-child, .text { text-align: left; }
 th:first-child, td:first-child { position: sticky; left: 0; background: var(--page); }
 td.text { white-space: normal; overflow-wrap: anywhere; min-width: 8rem; vertical-align: top; }
 td.text:last-child { min-width: 16rem; }
-img { display: block; max-width: 100%; min-width: 36rem; height: auto; margin: 0.5rem 0; background: #fff; }
+img { display: block; max-width: 100%; height: auto; margin: 0.5rem 0; background: #fff; }
 .missing { color: var(--dim); font-style: italic; }
 #verdict { font-size: 1.05rem; }
 @media screen and (max-width: 40rem) {
@@ -43,7 +43,7 @@ img { display: block; max-width: 100%; min-width: 36rem; height: auto; margin: 0
   :root { font-size: 10pt; }
   body { max-width: none; padding: 0; }
   .scroll { overflow: visible; }
-  img, th { min-width: 0; }
+  th { min-width: 0; }
   img { max-height: 22cm; }
   table { font-size: 7.5pt; }
   th, td { white-space: normal; padding: 0.15rem 0.3rem; }
@@ -56,6 +56,8 @@ _BREAKS = re.compile(r"(?<=[^\W\d])\.(?=\w)|(?<=\w)\.(?=[^\W\d])|/(?=\w)")
 # Whatever a name holds: nothing is loaded and nothing runs.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
+# Of settings without a value; others of them are not told.
+_LEFT_OUT = {"layers": "the method's own choice", "format": "the base's", "dtype": "the base's"}
 _LOSSES = {"stability": "stability", "plasticity": "plasticity", "harmonic": "harmonic mean"}
 _CHECKS = {
     "drift_and_stability": "drift with measured stability loss, over layers",
@@ -130,7 +132,8 @@ def _summary(document: Mapping[str, Any], recipe: Told) -> str:
 
 
 def _verdict(document: Mapping[str, Any], recipe: Told) -> str:
-    return _section("verdict", "Verdict", *map(_paragraph, verdict(document, recipe.compared)))
+    means = [MEASURES] if document["accuracy"] or recipe.compared else []
+    return _section("verdict", "Verdict", *map(_paragraph, verdict(document, recipe.compared) + means))
 
 
 def _comparison(document: Mapping[str, Any], recipe: Told) -> str:
@@ -243,7 +246,8 @@ def _recipe(recipe: Told) -> str:
         [name, source, revision or "", " ".join(f"{file}: {digest}" for file, digest in sha256.items())]
         for name, source, revision, sha256 in recipe.inputs
     ]
-    told = [[key, "" if value is None else str(value)] for key, value in recipe.settings.items()]
+    settings = {key: _LEFT_OUT.get(key) if value is None else value for key, value in recipe.settings.items()}
+    told = [[key, str(value)] for key, value in settings.items() if value is not None]
     inputs = _table(["model", "source", "revision", "SHA-256"], rows, is_text=True)
     return _section("recipe", "Recipe", inputs, _table(["setting", "value"], told, is_text=True))
 

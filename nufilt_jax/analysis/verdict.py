@@ -10,6 +10,10 @@ from nufilt_jax.analysis.losses import known_mean
 _NOTICED = 0.01  # share of right answers from which a loss is told of
 _LAYERS = 3  # so many are named
 _PLAIN = ("pre-trained", "individual")  # rows of models that are no merges
+MEASURES = (
+    "ACC is the mean accuracy on all tasks after the last step. BWT is how much the accuracy on earlier tasks changed "
+    "since each was merged, on average: what is below 0 was forgotten."
+)
 
 
 def verdict(document: Mapping[str, Any], compared: Sequence[Mapping[str, Any]] = ()) -> list[str]:
@@ -39,7 +43,7 @@ def _kept(document: Mapping[str, Any]) -> list[str]:
     lost = sorted((x, tasks[i]) for i, x in zip(known, change, strict=True) if x <= -_NOTICED)
     told = [f"{len(kept)} of {len(known)} earlier tasks kept what they had when they were merged, within a point."]
     if lost:
-        named = ", ".join(f"{name} {100 * x:+.1f}" for x, name in lost)
+        named = ", ".join(f"{name} {-100 * x:.1f}" for x, name in lost)
         told.append(f"Lost since, in points of accuracy: {named}.")
     return told
 

@@ -16,6 +16,8 @@ from nufilt_jax.errors import Problem
 
 _LISTED = 3  # tensors of one prefix that are named one by one; more are summed up
 _SAME_CLASS = "all models must be fine-tuned from this base"
+_UNMERGED = re.compile(r"\.(?:base_layer|lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)(?:\.|$)")
+_UNLOAD = "its LoRA is not merged into it: save the task after merge_and_unload() of peft"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +188,10 @@ def _missing(base: Checkpoint, task: Checkpoint, touched: Collection[str]) -> It
     yield from _named(base.source, lacking, "is not in the base", "exclude it with --layers")
     lost = [base.tensors[name].stored_name for name in touched if name in base.tensors.keys() - task.tensors.keys()]
     what = f"is missing, but the base {base.source} has it"
-    yield from _named(task.source, lost, what, f"{_SAME_CLASS}, or exclude it with --layers")
+    is_unmerged = any(map(_UNMERGED.search, task.tensors))
+    yield from _named(
+        task.source, lost, what, _UNLOAD if is_unmerged else f"{_SAME_CLASS}, or exclude it with --layers"
+    )
 
 
 def _unequal(base: Checkpoint, task: Checkpoint, touched: Iterable[str]) -> Iterator[Problem]:
@@ -216,8 +221,9 @@ def _homeless(base: Checkpoint, task: Checkpoint, names: Iterable[str]) -> Itera
         elif not _is_tied_in(task, info, ties[name]):
             what = f"differs from {ties[name]}, but the base {base.source} ties the two"
             yield Problem(str(info.file), what, _SAME_CLASS, info.stored_name)
-    what = f"is not in the base {base.source}"
-    yield from _named(task.source, extra, what, "save the task with the base's model class, or take a larger base")
+    is_unmerged = any(map(_UNMERGED.search, extra))
+    fix = _UNLOAD if is_unmerged else "save the task with the base's model class, or take a larger base"
+    yield from _named(task.source, extra, f"is not in the base {base.source}", fix)
 
 
 def _is_tied_in(task: Checkpoint, info: TensorInfo, main: str) -> bool:
@@ -226,12 +232,17 @@ def _is_tied_in(task: Checkpoint, info: TensorInfo, main: str) -> bool:
 
 
 def _named(where: str, names: Iterable[str], what: str, fix: str) -> Iterator[Problem]:
-    """One problem per tensor, or one per prefix where many share it, as in `text_model.* (196 tensors)`."""
+    """One problem per tensor, or one per prefix where many share it, as in `text_model.* (196 tensors)`.
+
+    Of many the first is named whole: prefixes alone do not tell what the names of two models differ in.
+    """
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(re.split("[./]", name, maxsplit=1)[0], []).append(name)
     for members in groups.values():
+        if len(members) <= _LISTED:
+            yield from (Problem(where, what, fix, name) for name in members)
+            continue
         alike = len(os.path.commonprefix([min(members), max(members)]))  # noqa: RUF071  characters are meant
         many = re.sub(r"[^./]*$", "*", members[0][:alike], count=1) + f" ({len(members)} tensors)"
-        for tensor in [many] if len(members) > _LISTED else members:
-            yield Problem(where, what, fix, tensor)
+        yield Problem(where, f"{what}; the first is {members[0]}", fix, many)

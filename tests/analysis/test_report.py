@@ -96,7 +96,25 @@ def test_numbers_are_those_of_the_document():
     assert ["attention", f"{attention['own_mean']:.3f}", f"{attention['cross_mean']:.3f}"] in rows
     assert ["cars", "1.50", "0.25", "1.00"] in rows and ["write_model", "0.50"] in rows
     assert ["base", "models/base", "f00d", f"model.safetensors: {'ab' * 32}"] in rows
-    assert ["filter_rank", "4"] in rows and ["layers", ""] in rows
+    assert ["filter_rank", "4"] in rows
+
+
+def test_no_setting_is_told_without_a_value():
+    recipe = build.recipe(TASKS)
+    recipe = recipe._replace(settings={**recipe.settings, "adapter_out_rank": None})
+    rows = page(build.empty_document(TASKS), recipe).rows
+    assert ["layers", "the method's own choice"] in rows
+    assert ["format", "the base's"] in rows and ["dtype", "the base's"] in rows
+    assert "adapter_out_rank" not in [row[0] for row in rows]
+    assert all(row[1] for row in rows if len(row) == 2)
+
+
+def test_the_measures_are_explained_where_they_are_told():
+    measured, unknown = (
+        page(document).sections["verdict"] for document in (build.random_document(TASKS), build.empty_document(TASKS))
+    )
+    for word in ("ACC is the mean accuracy on all tasks", "BWT is how much the accuracy on earlier tasks changed"):
+        assert word in measured and word not in unknown
 
 
 def test_a_merge_of_which_nothing_is_known_says_so():
@@ -154,7 +172,7 @@ def test_the_verdict_says_what_was_kept_lost_and_in_conflict():
     told = verdict(document, [*compared, scores("nufilt", matrix[:, -1], -0.05)])
     assert told == [
         "1 of 2 earlier tasks kept what they had when they were merged, within a point.",
-        "Lost since, in points of accuracy: cars -10.0.",
+        "Lost since, in points of accuracy: cars 10.0.",
         "ACC is 73.2 %, between 50.0 % of the pre-trained model and 90.0 % of each task's own model: 58 % of the way.",
         "The best other merge measured is sum, with 55.0 %.",
         "Most in conflict, by the share of a task's change that lies along directions of earlier tasks: "

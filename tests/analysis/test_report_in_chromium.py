@@ -39,6 +39,7 @@ window.onload = () => {
       dark: view.matchMedia("(prefers-color-scheme: dark)").matches, paper: paper,
       contrast: Math.min(...ink.map(x => (Math.max(x, paper) + 0.05) / (Math.min(x, paper) + 0.05))),
       pictures: [...page.images].map(image => image.naturalWidth),
+      cut: [...page.images].filter(image => image.getBoundingClientRect().right > box.clientWidth).length,
     };
   });
   document.title = JSON.stringify(told);
@@ -91,6 +92,7 @@ def test_the_report_fits_and_is_read(reports, scheme, tmp_path):
     ]
     for page in measured:
         assert page["needed"] <= page["seen"], page
+        assert page["cut"] == 0, page
         assert page["dark"] == (scheme == "dark") and (page["paper"] < 0.05) == page["dark"], page
         assert page["contrast"] >= 4.5, page  # WCAG 2, level AA
         assert len(page["pictures"]) == (7 if page["name"] == "everything" else 0) and all(page["pictures"])

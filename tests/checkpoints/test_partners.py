@@ -73,12 +73,13 @@ def test_what_the_base_has_no_place_for_is_named_or_summed_up(tmp_path):
         "classifier.bias": np.zeros(2, "f"),
     }
     found = lines(tmp_path, vision_tower(), task)
-    assert [line.split(": is not in the base base (")[0] for line in found] == [
+    assert [line.split(": is not in the base base")[0] for line in found] == [
         "task: logit_scale",
         "task: text_model.* (4 tensors)",
         "task: text_projection.weight",
         "task: visual_projection.weight",
     ]
+    assert "; the first is text_model.embeddings.token_embedding.weight (save the task" in found[1]
     alone = {name: x for name, x in task.items() if not name.startswith(("text_", "visual_", "logit"))}
     [line] = lines(tmp_path, vision_tower(), alone, notices=True)
     assert line.startswith("task: 2 tensors are not merged and stay the base's: classifier.bias (the base has none)")
@@ -190,3 +191,16 @@ def test_what_pretraining_alone_needs_stays_the_bases(tmp_path):
     assert lines(tmp_path, base, BLOCK, tuple(base)) == []
     stack = BLOCK | {"decoder.layers.0.fc.weight": np.ones((2, 2), "f"), "decoder.norm.weight": np.ones(2, "f")}
     assert len(lines(tmp_path, stack, BLOCK, tuple(stack))) == 2
+
+
+WITHOUT_LORA = {f"model.layers.{i}.{part}_proj.weight": np.ones((2, 2), "f") for i in range(2) for part in "qkv"}
+
+
+def test_a_full_model_with_lora_that_is_not_merged_is_told(tmp_path):
+    task = {name.replace(".weight", ".base_layer.weight"): x for name, x in WITHOUT_LORA.items()}
+    task |= {name.replace(".weight", ".lora_A.default.weight"): x for name, x in WITHOUT_LORA.items()}
+    missing, extra = lines(tmp_path, WITHOUT_LORA, task, tuple(WITHOUT_LORA))
+    assert missing.startswith("task: model.layers.* (6 tensors): is missing, but the base base has it; the first is ")
+    assert "; the first is model.layers.0.q_proj.weight (its LoRA is not merged into it: save the task after" in missing
+    assert extra.startswith("task: model.layers.* (12 tensors): is not in the base base; the first is ")
+    assert "model.layers.0.k_proj.base_layer.weight (its LoRA is not merged into it: save the task after merge" in extra
