@@ -169,6 +169,38 @@ def raise_all(error: type[NufiltError], problems: Iterable[Problem]) -> None:
         raise error(*found)
 
 
+class _Told(Problem):
+    """A problem, and the kind of error that told of it."""
+
+    kind: type[NufiltError] | None = None
+
+
+def of_kind(error: type[NufiltError], problems: Iterable[Problem]) -> list[Problem]:
+    """The problems, marked as what that error tells of, for `error_of`; what has a kind keeps it."""
+    public = next(kind for kind in error.__mro__ if kind.__module__ == __name__)
+    return [problem if _kind(problem) else _marked(problem, public) for problem in problems]
+
+
+def _marked(problem: Problem, kind: type[NufiltError]) -> Problem:
+    told = _Told(*problem)
+    told.kind = kind
+    return told
+
+
+def _kind(problem: Problem) -> type[NufiltError] | None:
+    return problem.kind if isinstance(problem, _Told) else None
+
+
+def error_of(problems: Iterable[Problem]) -> NufiltError:
+    """The error that tells of all problems, `NufiltError` itself if they are of several kinds; each is told once.
+
+    An option's is a `ConfigError` where nothing else is known.
+    """
+    found = tuple(dict.fromkeys(problems))
+    kinds = {_kind(problem) or (ConfigError if problem.where.startswith("--") else NufiltError) for problem in found}
+    return (kinds.pop() if len(kinds) == 1 else NufiltError)(*found)
+
+
 @contextlib.contextmanager
 def gathering(problems: list[Problem]) -> Iterator[None]:
     """Adds what the block refuses to `problems` instead of ending the search for more.
@@ -180,4 +212,4 @@ def gathering(problems: list[Problem]) -> Iterator[None]:
     except UsageError:
         raise
     except NufiltError as error:
-        problems += error.problems
+        problems += of_kind(type(error), error.problems)

@@ -2,7 +2,18 @@
 
 import pytest
 
-from nufilt_jax.errors import NufiltError, Problem, printable, summarised
+from nufilt_jax.errors import (
+    CheckpointError,
+    ConfigError,
+    NufiltError,
+    OutputError,
+    Problem,
+    error_of,
+    gathering,
+    of_kind,
+    printable,
+    summarised,
+)
 
 
 @pytest.mark.parametrize(
@@ -41,3 +52,23 @@ def test_one_cause_is_told_once_with_the_count():
     ]
     error = NufiltError(*cut)
     assert len(error.problems) == 13 and str(error) == told[1]
+
+
+class _OwnError(CheckpointError):
+    """A class that users do not know."""
+
+
+def test_gathered_problems_of_one_kind_are_told_by_its_error():
+    problems: list[Problem] = []
+    for name in "aab":
+        with gathering(problems):
+            raise _OwnError(Problem(name, "is odd"))
+    error = error_of(problems)
+    assert type(error) is CheckpointError and error.problems == (Problem("a", "is odd"), Problem("b", "is odd"))
+    inner = [*problems]
+    with gathering(inner):  # a second search, which the first is a part of
+        raise error_of([*problems, *of_kind(OutputError, [Problem("out", "is full")])])
+    assert type(error_of(inner)) is NufiltError
+    assert type(error_of(inner[-1:])) is OutputError
+    assert type(error_of([Problem("--layers", "is odd")])) is ConfigError
+    assert type(error_of([Problem("--layers", "is odd"), *problems])) is NufiltError

@@ -21,7 +21,7 @@ from nufilt_jax.engine.job import EvaluationOptions, Job, Recorded, other_merge_
 from nufilt_jax.engine.layout import lay_out
 from nufilt_jax.engine.memory import Memory
 from nufilt_jax.engine.readable import select_readable
-from nufilt_jax.errors import ConfigError, NufiltError, Problem, gathering
+from nufilt_jax.errors import CheckpointError, ConfigError, OutputError, Problem, error_of, gathering, of_kind
 from nufilt_jax.methods import find
 from nufilt_jax.methods.selection import Selection
 from nufilt_jax.output.place import OutputPlace
@@ -135,19 +135,19 @@ def make_plan(job: Job, *, offline: bool = False, headers_only: bool = False) ->
             asked_for = job.settings.layers is not None
             fitted = fit(base, task, selection.touched, asked_for=asked_for, strict=job.strict)
             tasks[name] = fitted.task
-            problems += fitted.problems
+            problems += of_kind(CheckpointError, fitted.problems)
             notices += (*task.notices, *fitted.notices)
         with gathering(problems):
-            problems += _evaluation_problems(job, base)
+            problems += of_kind(ConfigError, _evaluation_problems(job, base))
         with gathering(problems):
             problems += output_problems(tasks, job.settings)
             problems += _output_problems(base, job.settings, place)
-        problems += _state_problems(recorded, selection, len(job.sources))
+        problems += of_kind(OutputError, _state_problems(recorded, selection, len(job.sources)))
         problems += _process_problems(job)
         with gathering(problems):
             rows, memory = lay_out(job, base, tuple(tasks.values()), selection, stored)
     if problems or base is None or memory is None:
-        raise NufiltError(*dict.fromkeys(problems))
+        raise error_of(problems)
     return Plan(
         base=base,
         sources=job.sources,
@@ -183,7 +183,7 @@ def _recorded(job: Job, place: OutputPlace | None, problems: list[Problem]) -> R
         recorded.recipe, recorded.folder, job.settings, names, is_written=recorded.is_written
     )
     refused = {problem.where for problem in job.problems}  # which differ as well, and are told once
-    problems += (problem for problem in differing if problem.where not in refused)
+    problems += of_kind(OutputError, (problem for problem in differing if problem.where not in refused))
     return recorded
 
 
@@ -235,7 +235,7 @@ def _examples(job: Job, base: Checkpoint, names: tuple[str, ...], problems: list
     from nufilt_jax.engine.examples import example_files, example_problems  # with models, which no other merge needs
 
     files = example_files(job.data, names)
-    problems += example_problems(files, base)
+    problems += of_kind(ConfigError, example_problems(files, base))
     return files
 
 
@@ -254,7 +254,7 @@ def _output_problems(base: Checkpoint, settings: Settings, place: OutputPlace | 
         what = f"{base.source} is a {base.config.get('model_type')!r} model, which has no Flax form"
         return [problem("format", what, "use safetensors")]
     if base.is_local and settings.output != "adapter" and (kept_out := not_to_copy(base.path)):
-        return kept_out
+        raise CheckpointError(*kept_out)
     plan_shards(base, kind, OUTPUT_DTYPES[settings.dtype] if settings.dtype else None)
     root = os.path.realpath(base.path)
     if place is not None and base.is_local and os.path.realpath(place.out).startswith(root + os.sep):

@@ -8,7 +8,7 @@ import numpy as np
 from nufilt_jax.checkpoints import Checkpoint, quantised_problems
 from nufilt_jax.checkpoints.dtypes import numpy_dtype
 from nufilt_jax.config import OtherParams
-from nufilt_jax.errors import CheckpointError, Problem, gathering, raise_all
+from nufilt_jax.errors import CheckpointError, Problem, error_of, gathering, raise_all
 from nufilt_jax.methods.selection import Scope, Selection, published_layers, reach_of, select, wanted_by
 
 
@@ -40,5 +40,7 @@ def select_readable(
         return in_reach(name) and (other_params != "pretrained" or wanted(name, shape))
 
     quantised = [p for model in (base, *others) for p in quantised_problems(model, would_touch, selection.touched)]
-    raise_all(CheckpointError, quantised or failure)
+    raise_all(CheckpointError, quantised)
+    if failure:
+        raise error_of(failure)
     return selection

@@ -9,7 +9,7 @@ from typing import Any
 from jax.typing import ArrayLike
 
 from nufilt_jax.config import ComputeType
-from nufilt_jax.errors import CheckpointError, NufiltError, Problem, gathering, raise_all
+from nufilt_jax.errors import CheckpointError, Problem, error_of, gathering
 from nufilt_jax.evaluation.clip.heads import HeadMaker
 from nufilt_jax.evaluation.clip.tasks import open_image_task
 from nufilt_jax.evaluation.data_sets import open_data_set
@@ -121,7 +121,8 @@ def open_tasks(
             else:  # what they have in common is missing, and their data may be too
                 at = {"split": spec.split, "config": spec.config, "revision": spec.revision}
                 open_data_set(spec.dataset, **at, where=f"task {name}", offline=offline)
-    raise_all(NufiltError, dict.fromkeys(problems))
+    if problems:
+        raise error_of(problems)
     return ready
 
 

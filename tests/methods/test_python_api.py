@@ -123,6 +123,31 @@ def test_warnings_speak_python(shared_models, tmp_path):
         nj.merge(base, [task], tmp_path / "out", seed=1, **how)
 
 
+@pytest.mark.parametrize(
+    ("tasks", "settings", "kind"),
+    [
+        (["nowhere"], {}, CheckpointError),
+        (["nowhere", "nowhere/else/again"], {}, CheckpointError),
+        (["alpha"], {"layers": "nothing"}, ConfigError),
+        (["alpha"], {"layers": "("}, ConfigError),
+        (["nowhere"], {"layers": "nothing"}, NufiltError),
+    ],
+)
+@pytest.mark.parametrize("out", [None, "out"])
+def test_problems_of_one_kind_are_of_its_class(shared_models, tmp_path, monkeypatch, tasks, settings, kind, out):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(NufiltError) as caught:
+        nj.merge(
+            shared_models / "base",
+            [shared_models / name for name in tasks],
+            out and tmp_path / out,
+            method="sum",
+            **settings,
+        )
+    assert type(caught.value) is kind
+
+
 def test_rule_and_state_say_what_they_are():
     rule = nj.methods.get("ties", nj.TiesConfig(density=0.5))
     assert repr(rule).startswith("Merger(ties, TiesConfig(scale=0.3, density=0.5")

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from nufilt_jax.errors import ConfigError, NufiltError, Problem, gathering, raise_all
+from nufilt_jax.errors import ConfigError, Problem, error_of, gathering
 from nufilt_jax.evaluation.clip.tasks import open_image_task
 from nufilt_jax.evaluation.specs import ImageSpec, Spec
 
@@ -53,7 +53,8 @@ def read_task_images(
                 raise ConfigError(Problem(f"task {name}", "no data set of images is known", "see --tasks-file"))
             how: dict[str, Any] = {"model_config": model_config, "preprocessor_config": preprocessor_config}
             ready.append(open_image_task(spec, name, head=_NoHead(), limit=limit, **how))
-    raise_all(NufiltError, problems)
+    if problems:
+        raise error_of(problems)
     return [TaskImages(task.pixels(), task.preprocessor.mean, task.preprocessor.std) for task in ready]
 
 

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Int
 
 from nufilt_jax.config import ComputeType
-from nufilt_jax.errors import CheckpointError, ConfigError, NufiltError, Problem, gathering, raise_all
+from nufilt_jax.errors import CheckpointError, ConfigError, Problem, error_of, gathering, raise_all
 from nufilt_jax.evaluation.data_sets import DataSet, open_data_set
 from nufilt_jax.evaluation.ready import OnBatch, ReadyTask, evenly_spread
 from nufilt_jax.evaluation.t5.batches import MAX_TOKENS, bucketed_batches, mixed_batches
@@ -61,7 +61,7 @@ def open_text_task(
     with gathering(problems):
         data = _open_data(spec, f"task {name}", offline)
     if problems or data is None:
-        raise NufiltError(*problems)
+        raise error_of(problems)
     return _TextTask(spec, name, data, config, tokenizer(), evenly_spread(data.n_rows, limit), dtype)
 
 
