@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from nufilt_jax.checkpoints import open_checkpoint, open_task
+from nufilt_jax.checkpoints import fit, open_checkpoint, open_task
 from nufilt_jax.errors import CheckpointError
 
 Q0, FC1 = adapters.MODULES[2], adapters.MODULES[-1]
@@ -299,3 +299,25 @@ def test_a_head_that_the_base_does_not_store(tmp_path, config, expected):
     pairs = {"lm_head": (np.ones((2, 4), np.float32), np.ones((5, 2), np.float32))}
     with pytest.raises(CheckpointError, match=expected):
         open_task(str(adapters.write(tmp_path / "a", pairs, target_modules=["lm_head"])), base)
+
+
+TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@pytest.mark.parametrize("copies", [(), (HEAD,)], ids=["table", "both"])
+@pytest.mark.parametrize("form", ["moved", "tied", "apart"])
+def test_a_table_that_is_the_head_too(tmp_path, copies, form):
+    rows, q = np.ones((5, 4), np.float32), "model.layers.0.self_attn.q_proj"
+    tensors = {TABLE: rows, f"{q}.weight": np.zeros((4, 4), np.float32)} | {name: rows.copy() for name in copies}
+    folder = build.write(tmp_path / "base", tensors, model_type="llama", tie_word_embeddings=True)
+    base = open_checkpoint(str(folder), role="base")
+    heads = {"moved": {}, "tied": {HEAD: 3 * rows}, "apart": {HEAD: 2 * rows}}[form]
+    extra = {f"base_model.model.{name}": x for name, x in ({TABLE: 3 * rows} | heads).items()}
+    how = {"modules_to_save": ["embed_tokens"], "target_modules": ["q_proj"], "extra": extra}
+    task = open_task(str(adapters.write(tmp_path / "a", adapters.factors(tensors, 1, modules=(q,)), **how)), base)
+    assert [*task.tensors] == [*base.tensors, *([HEAD] if form == "apart" else [])]
+    np.testing.assert_array_equal(task.read()[TABLE], 3 * rows)
+    said = f"replaces {TABLE}, which is the head too in the base {base.source}: both move, and merge_and_unload() of"
+    assert [said in line for line in task.notices] == ([True] if form == "moved" else [])
+    fitted = fit(base, task, [*base.tensors], strict=form != "apart")
+    assert bool(fitted.problems) == (form == "apart" and bool(copies))
