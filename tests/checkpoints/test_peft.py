@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from nufilt_jax.checkpoints import fit, open_checkpoint, open_task
+from nufilt_jax.checkpoints import fit, open_checkpoint, open_task, quantised_problems
 from nufilt_jax.errors import CheckpointError
 
 Q0, FC1 = adapters.MODULES[2], adapters.MODULES[-1]
@@ -321,3 +321,28 @@ def test_a_table_that_is_the_head_too(tmp_path, copies, form):
     assert [said in line for line in task.notices] == ([True] if form == "moved" else [])
     fitted = fit(base, task, [*base.tensors], strict=form != "apart")
     assert bool(fitted.problems) == (form == "apart" and bool(copies))
+
+
+PACKED = [
+    ({"weight": np.zeros((128, 1), np.uint8), "weight.absmax": np.zeros(4, np.uint8)}, "weight holds U8"),
+    ({"qweight": np.zeros((2, 16), np.int32), "scales": np.zeros((1, 16), np.float16)}, "qweight holds I32"),
+]
+
+
+@pytest.mark.parametrize(("stored", "said"), PACKED, ids=["nf4", "gptq"])
+def test_a_base_that_is_packed_is_the_one_it_was_trained_on(tmp_path, base_tensors, pairs, stored, said):
+    tensors = {name: x for name, x in base_tensors.items() if name != f"{Q0}.weight"}
+    tensors |= {f"{Q0}.{name}": x for name, x in stored.items()}
+    base = open_checkpoint(str(build.write(tmp_path / "base", tensors)), role="base")
+    with pytest.raises(CheckpointError) as caught:
+        open_task(str(adapters.write(tmp_path / "a", pairs)), base)
+    [line] = map(str, caught.value.problems)
+    assert f"adapts {Q0}, which is quantised in the base {base.source}: {Q0}.{said} (dequantize the base first)" in line
+
+
+def test_a_factor_holds_no_integers_of_a_quantised_base(tmp_path, base_tensors, pairs):
+    tensors = base_tensors | {f"{Q0}.weight": np.zeros((16, 16), np.int8), f"{Q0}.SCB": np.ones(16, np.float32)}
+    base = open_checkpoint(str(build.write(tmp_path / "base", tensors)), role="base")
+    task = open_task(str(adapters.write(tmp_path / "a", pairs)), base)
+    found = [quantised_problems(model, lambda name, shape: len(shape) == 2, []) for model in (base, task)]
+    assert [[problem.tensor for problem in problems] for problems in found] == [[f"{Q0}.weight"], []]

@@ -15,6 +15,7 @@ from nufilt_jax.checkpoints.peft.adapted import AdaptedCheckpoint, LoraFactors, 
 from nufilt_jax.checkpoints.peft.config import CONFIG, LoraConfig
 from nufilt_jax.checkpoints.peft.keys import Key, parse_key
 from nufilt_jax.checkpoints.prefixes import match_names, without_wrappers, wrappers_in
+from nufilt_jax.checkpoints.quantised import is_quantised
 from nufilt_jax.checkpoints.reader import Checkpoint, open_checkpoint
 from nufilt_jax.checkpoints.tensors import TensorInfo
 from nufilt_jax.checkpoints.ties import is_copy, ties, unties
@@ -98,7 +99,9 @@ def adapted(base: Checkpoint, adapter: Checkpoint) -> AdaptedCheckpoint:
 
 def _entry(ours: TensorInfo, pair: LoraFactors) -> TensorInfo:
     """An adapted weight: of the base's shape, named as its factor, with no bytes of its own."""
-    return dataclasses.replace(ours, stored_name=pair.b.stored_name, file=pair.b.file, spans=(), aliases=())
+    dtype = ours.dtype if ours.dtype in FLOATS else pair.b.dtype  # a quantised weight is the base's, and told of that
+    found = {"stored_name": pair.b.stored_name, "file": pair.b.file, "dtype": dtype}
+    return dataclasses.replace(ours, **found, spans=(), aliases=())
 
 
 def _sorted(base: Checkpoint, adapter: Checkpoint) -> tuple[Pairs, dict[str, TensorInfo], list[Problem]]:
@@ -193,6 +196,9 @@ def _unmatched(base: Checkpoint, adapter: Checkpoint, pairs: Pairs, names: Mappi
         elif ours is None and (main := _tied_to(base, name, shape)):
             what = f"adapts {module}, which the base {base.source} ties to {main}"
             yield Problem(file, what, _UNTIE, stored)
+        elif (ours is None or ours.shape != shape) and (packed := _quantised_in(base, name)):
+            what = f"adapts {module}, which is quantised in the base {base.source}: {packed.stored_name} holds"
+            yield Problem(file, f"{what} {packed.dtype}", "dequantize the base first", stored)
         elif ours is None:
             what = f"adapts {module}, which is no module of the base {base.source}"
             yield Problem(file, what, "give the base that the adapter was trained on", stored)
@@ -208,6 +214,12 @@ def _tied_to(base: Checkpoint, head: str, shape: tuple[int, ...]) -> str:
     """The table that stands for a head that a base does not store; empty if the head is not tied, or is none."""
     tables = [name for name, info in base.tensors.items() if is_vocabulary(name) and info.shape == shape]
     return tables[0] if tables and is_head(head) and not unties(base.config) else ""
+
+
+def _quantised_in(base: Checkpoint, name: str) -> TensorInfo | None:
+    """What stands for a weight in a quantised base."""
+    layer = name.removesuffix("weight")
+    return next((info for other, info in base.tensors.items() if other.startswith(layer) and is_quantised(info)), None)
 
 
 def _tied(base: Checkpoint, adapter: Checkpoint, whole: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
