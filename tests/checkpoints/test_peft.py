@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from nufilt_jax.checkpoints import open_checkpoint, open_task
+from nufilt_jax.checkpoints import fit, open_checkpoint, open_task, quantised_problems
 from nufilt_jax.errors import CheckpointError
 
 Q0, FC1 = adapters.MODULES[2], adapters.MODULES[-1]
@@ -299,3 +299,50 @@ def test_a_head_that_the_base_does_not_store(tmp_path, config, expected):
     pairs = {"lm_head": (np.ones((2, 4), np.float32), np.ones((5, 2), np.float32))}
     with pytest.raises(CheckpointError, match=expected):
         open_task(str(adapters.write(tmp_path / "a", pairs, target_modules=["lm_head"])), base)
+
+
+TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@pytest.mark.parametrize("copies", [(), (HEAD,)], ids=["table", "both"])
+@pytest.mark.parametrize("form", ["moved", "tied", "apart"])
+def test_a_table_that_is_the_head_too(tmp_path, copies, form):
+    rows, q = np.ones((5, 4), np.float32), "model.layers.0.self_attn.q_proj"
+    tensors = {TABLE: rows, f"{q}.weight": np.zeros((4, 4), np.float32)} | {name: rows.copy() for name in copies}
+    folder = build.write(tmp_path / "base", tensors, model_type="llama", tie_word_embeddings=True)
+    base = open_checkpoint(str(folder), role="base")
+    heads = {"moved": {}, "tied": {HEAD: 3 * rows}, "apart": {HEAD: 2 * rows}}[form]
+    extra = {f"base_model.model.{name}": x for name, x in ({TABLE: 3 * rows} | heads).items()}
+    how = {"modules_to_save": ["embed_tokens"], "target_modules": ["q_proj"], "extra": extra}
+    task = open_task(str(adapters.write(tmp_path / "a", adapters.factors(tensors, 1, modules=(q,)), **how)), base)
+    assert [*task.tensors] == [*base.tensors, *([HEAD] if form == "apart" else [])]
+    np.testing.assert_array_equal(task.read()[TABLE], 3 * rows)
+    said = f"replaces {TABLE}, which is the head too in the base {base.source}: both move, and merge_and_unload() of"
+    assert [said in line for line in task.notices] == ([True] if form == "moved" else [])
+    fitted = fit(base, task, [*base.tensors], strict=form != "apart")
+    assert bool(fitted.problems) == (form == "apart" and bool(copies))
+
+
+PACKED = [
+    ({"weight": np.zeros((128, 1), np.uint8), "weight.absmax": np.zeros(4, np.uint8)}, "weight holds U8"),
+    ({"qweight": np.zeros((2, 16), np.int32), "scales": np.zeros((1, 16), np.float16)}, "qweight holds I32"),
+]
+
+
+@pytest.mark.parametrize(("stored", "said"), PACKED, ids=["nf4", "gptq"])
+def test_a_base_that_is_packed_is_the_one_it_was_trained_on(tmp_path, base_tensors, pairs, stored, said):
+    tensors = {name: x for name, x in base_tensors.items() if name != f"{Q0}.weight"}
+    tensors |= {f"{Q0}.{name}": x for name, x in stored.items()}
+    base = open_checkpoint(str(build.write(tmp_path / "base", tensors)), role="base")
+    with pytest.raises(CheckpointError) as caught:
+        open_task(str(adapters.write(tmp_path / "a", pairs)), base)
+    [line] = map(str, caught.value.problems)
+    assert f"adapts {Q0}, which is quantised in the base {base.source}: {Q0}.{said} (dequantize the base first)" in line
+
+
+def test_a_factor_holds_no_integers_of_a_quantised_base(tmp_path, base_tensors, pairs):
+    tensors = base_tensors | {f"{Q0}.weight": np.zeros((16, 16), np.int8), f"{Q0}.SCB": np.ones(16, np.float32)}
+    base = open_checkpoint(str(build.write(tmp_path / "base", tensors)), role="base")
+    task = open_task(str(adapters.write(tmp_path / "a", pairs)), base)
+    found = [quantised_problems(model, lambda name, shape: len(shape) == 2, []) for model in (base, task)]
+    assert [[problem.tensor for problem in problems] for problems in found] == [[f"{Q0}.weight"], []]

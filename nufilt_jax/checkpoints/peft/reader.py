@@ -15,9 +15,10 @@ from nufilt_jax.checkpoints.peft.adapted import AdaptedCheckpoint, LoraFactors, 
 from nufilt_jax.checkpoints.peft.config import CONFIG, LoraConfig
 from nufilt_jax.checkpoints.peft.keys import Key, parse_key
 from nufilt_jax.checkpoints.prefixes import match_names, without_wrappers, wrappers_in
+from nufilt_jax.checkpoints.quantised import is_quantised
 from nufilt_jax.checkpoints.reader import Checkpoint, open_checkpoint
 from nufilt_jax.checkpoints.tensors import TensorInfo
-from nufilt_jax.checkpoints.ties import unties
+from nufilt_jax.checkpoints.ties import is_copy, is_tied, unties
 from nufilt_jax.errors import CheckpointError, Problem, raise_all
 from nufilt_jax.patterns import patterns
 
@@ -77,10 +78,17 @@ def adapted(base: Checkpoint, adapter: Checkpoint) -> AdaptedCheckpoint:
         )
         for module, pair in pairs.items()
     }
-    whole = {names[name]: dataclasses.replace(info, name=names[name]) for name, info in full.items()}
+    whole = _tied(
+        base, adapter, {names[name]: dataclasses.replace(info, name=names[name]) for name, info in full.items()}
+    )
     changed = {name: _entry(base.tensors[name], pair) for name, pair in factors.items()}
     unwrapped = _unwrapped(adapter, {pair.module for pair in factors.values()} | full.keys())
-    notices = (*_other_base(base, adapter, config), *unwrapped, *_left(base, adapter, config, factors))
+    notices = (
+        *_other_base(base, adapter, config),
+        *unwrapped,
+        *_left(base, adapter, config, factors),
+        *_moved_heads(base, adapter, whole),
+    )
     return AdaptedCheckpoint(
         **{field.name: getattr(adapter, field.name) for field in dataclasses.fields(Checkpoint)}
         | {"tensors": {**base.tensors, **whole, **changed}, "notices": notices},
@@ -91,7 +99,9 @@ def adapted(base: Checkpoint, adapter: Checkpoint) -> AdaptedCheckpoint:
 
 def _entry(ours: TensorInfo, pair: LoraFactors) -> TensorInfo:
     """An adapted weight: of the base's shape, named as its factor, with no bytes of its own."""
-    return dataclasses.replace(ours, stored_name=pair.b.stored_name, file=pair.b.file, spans=(), aliases=())
+    dtype = ours.dtype if ours.dtype in FLOATS else pair.b.dtype  # a quantised weight is the base's, and told of that
+    found = {"stored_name": pair.b.stored_name, "file": pair.b.file, "dtype": dtype}
+    return dataclasses.replace(ours, **found, spans=(), aliases=())
 
 
 def _sorted(base: Checkpoint, adapter: Checkpoint) -> tuple[Pairs, dict[str, TensorInfo], list[Problem]]:
@@ -186,6 +196,9 @@ def _unmatched(base: Checkpoint, adapter: Checkpoint, pairs: Pairs, names: Mappi
         elif ours is None and (main := _tied_to(base, name, shape)):
             what = f"adapts {module}, which the base {base.source} ties to {main}"
             yield Problem(file, what, _UNTIE, stored)
+        elif (ours is None or ours.shape != shape) and (packed := _quantised_in(base, name)):
+            what = f"adapts {module}, which is quantised in the base {base.source}: {packed.stored_name} holds"
+            yield Problem(file, f"{what} {packed.dtype}", "dequantize the base first", stored)
         elif ours is None:
             what = f"adapts {module}, which is no module of the base {base.source}"
             yield Problem(file, what, "give the base that the adapter was trained on", stored)
@@ -197,10 +210,38 @@ def _unmatched(base: Checkpoint, adapter: Checkpoint, pairs: Pairs, names: Mappi
         seen.setdefault(name, stored)
 
 
-def _tied_to(base: Checkpoint, head: str, shape: tuple[int, int]) -> str:
+def _tied_to(base: Checkpoint, head: str, shape: tuple[int, ...]) -> str:
     """The table that stands for a head that a base does not store; empty if the head is not tied, or is none."""
     tables = [name for name, info in base.tensors.items() if is_vocabulary(name) and info.shape == shape]
     return tables[0] if tables and is_head(head) and not unties(base.config) else ""
+
+
+def _quantised_in(base: Checkpoint, name: str) -> TensorInfo | None:
+    """What stands for a weight in a quantised base."""
+    layer = name.removesuffix("weight")
+    return next((info for other, info in base.tensors.items() if other.startswith(layer) and is_quantised(info)), None)
+
+
+def _tied(base: Checkpoint, adapter: Checkpoint, whole: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Full tensors, of which a head that equals its table as in the base is a copy of that."""
+    listed = dict(whole)
+    for name, info in whole.items():
+        main = _tied_to(base, name, info.shape) if name not in base.tensors else ""
+        if main in whole and adapter.is_local and is_copy(whole[main], info, compare_bytes=True):
+            listed[main] = dataclasses.replace(listed[main], aliases=(*listed[main].aliases, listed.pop(name)))
+    return listed
+
+
+def _moved_heads(base: Checkpoint, adapter: Checkpoint, whole: Mapping[str, TensorInfo]) -> Iterator[str]:
+    """Tables that the adapter replaces without the head that is one with them in the base."""
+    heads = {info.shape for model in (whole, base.tensors) for name, info in model.items() if is_head(name)}
+    for name, info in whole.items():
+        ours = base.tensors.get(name)
+        if ours is None or info.aliases or not is_vocabulary(name) or info.shape in heads:
+            continue
+        if is_tied(base.config) or any(is_head(alias.name) for alias in ours.aliases):
+            what = f"replaces {name}, which is the head too in the base {base.source}"
+            yield f"{adapter.source}: {what}: both move, and merge_and_unload() of peft would leave the head as it was"
 
 
 def _other_base(base: Checkpoint, adapter: Checkpoint, config: LoraConfig) -> Iterator[str]:
