@@ -69,7 +69,7 @@ def unties(config: Mapping[str, Any]) -> bool:
     return False in said and True not in said
 
 
-def ties(config: Mapping[str, Any]) -> bool:
+def is_tied(config: Mapping[str, Any]) -> bool:
     """Whether a config says, or its model does if nothing is said, that the head is the table of the vocabulary."""
     parts = _with_text_config(config)
     by_default = any(_TIED.fullmatch(str(part.get("model_type", ""))) for part in parts) and not unties(config)
@@ -93,7 +93,7 @@ def _groups(names: Collection[str], config: Mapping[str, Any]) -> Iterator[_Grou
             yield _Group(main, (*copies, *(heads if _ties_shared_head(config) else ())), is_known)
         if is_known:
             return
-    tied = ties(config)
+    tied = is_tied(config)
     tables = [name for name in outside if is_vocabulary(name) and name not in heads]
     if len(tables) > 1:  # then the head is of the decoder
         tables = [name for name in tables if re.search(r"(?:^|\.)decoder\.", name)]

@@ -18,7 +18,7 @@ from nufilt_jax.checkpoints.prefixes import match_names, without_wrappers, wrapp
 from nufilt_jax.checkpoints.quantised import is_quantised
 from nufilt_jax.checkpoints.reader import Checkpoint, open_checkpoint
 from nufilt_jax.checkpoints.tensors import TensorInfo
-from nufilt_jax.checkpoints.ties import is_copy, ties, unties
+from nufilt_jax.checkpoints.ties import is_copy, is_tied, unties
 from nufilt_jax.errors import CheckpointError, Problem, raise_all
 from nufilt_jax.patterns import patterns
 
@@ -239,7 +239,7 @@ def _moved_heads(base: Checkpoint, adapter: Checkpoint, whole: Mapping[str, Tens
         ours = base.tensors.get(name)
         if ours is None or info.aliases or not is_vocabulary(name) or info.shape in heads:
             continue
-        if ties(base.config) or any(is_head(alias.name) for alias in ours.aliases):
+        if is_tied(base.config) or any(is_head(alias.name) for alias in ours.aliases):
             what = f"replaces {name}, which is the head too in the base {base.source}"
             yield f"{adapter.source}: {what}: both move, and merge_and_unload() of peft would leave the head as it was"
 
