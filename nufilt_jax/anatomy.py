@@ -11,8 +11,11 @@ from typing import Literal, Protocol
 Shape = tuple[int, ...]
 ModelFamily = Literal["clip", "llava", "other"]
 
-# A numbered block: `layers.3.`, `h.3.`, `resblocks.3.`, `albert_layers.3.`, `stages.3.`, and `experts.3.` inside one.
-_BLOCK = re.compile(r"(?:^|\.)(?:h|\w*layers?|\w*blocks?|\w*stages?|\w*layer_groups)\.\d+\.")
+# A numbered block: `layers.3.`, `h.3.`, `resblocks.3.`, `albert_layers.3.`, `stages.3.`, and `experts.3.` inside one;
+# `layer2.3.` of the ResNets of torchvision and timm, and the blocks of conformers and of Perceiver.
+_BLOCK = re.compile(
+    r"(?:^|\.)(?:h|\w*layers?|layer\d+|\w*blocks?|\w*stages?|\w*layer_groups|encoders|conformer|self_attends)\.\d+\."
+)
 # What is looked up and not multiplied with: embeddings, tables of relative positions.
 _LOOKUP = re.compile(
     r"(?:.*\.)?(?:shared|wte|wpe|\w*embed(?:ding|dings)?|embed_\w+|rel_embeddings|rel_attn_embed"
@@ -38,7 +41,7 @@ _CONVOLUTION = re.compile(r"conv|patch_embed", re.I)
 # Outside the blocks: what a task adds to a backbone, or has in a size of its own.
 _HEAD = re.compile(
     r"(?:[\w]+\.)?(?:\w*heads?|\w*classifiers?|score|summary|cls|qa_outputs|pooler|predictions|\w+_predictions|proj_out"
-    r"|projector|vocab_\w+|generator_\w+|span_\w+|logits_\w+|pre_logits|embed_out|fc|fc_norm|lm_loss|pred_layer"
+    r"|projector(?!\.qformer\.)|vocab_\w+|generator_\w+|span_\w+|logits_\w+|pre_logits|embed_out|fc|fc_norm|lm_loss|pred_layer"
     # What training before the tasks alone needs. A whole `decoder` is a stack, and a `quantizer` of layers a codec's.
     r"|(?:embeddings\.)?mask_token|decoder(?:\.\d+)?\.(?:weight|bias)|project_(?:hid|q)"
     r"|quantizer\.(?:codevectors|weight_proj))(?:\.\w+)*"

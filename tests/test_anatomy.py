@@ -24,6 +24,11 @@ LINEAR = [
     "model.layers.3.feed_forward.w2.weight",
     "backbone.layers.0.mixer.in_proj.weight",
     "mtp.layers.0.self_attn.q_proj.weight",
+    "layer1.0.fc.weight",
+    "model.embed_tokens_extend.audio_embed.encoder.encoders.3.self_attn.q_proj.weight",
+    "model.audio_tower.conformer.0.ffw_layer_start.ffw_layer_1.weight",
+    "perceiver.encoder.self_attends.0.mlp.dense1.weight",
+    "model.projector.qformer.encoder.layer.0.attention.attention.key.weight",
 ]
 NOT_LINEAR = [
     "model.embed_tokens.weight",
@@ -48,6 +53,7 @@ NOT_LINEAR = [
     "model.layers.0.self_attn.q_proj.weight_scale_inv",
     "vision_model.head.mlp.fc1.weight",
     "head.layers.0.weight",
+    "model.projector.layers.0.weight",
 ]
 
 

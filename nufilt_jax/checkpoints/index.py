@@ -1,9 +1,10 @@
 """The index of a sharded model: which tensor is in which file."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
+from nufilt_jax.anatomy import Shape, is_buffer
 from nufilt_jax.errors import Problem
 from nufilt_jax.strict_json import JsonError, is_text, parse_object, shown
 
@@ -56,12 +57,21 @@ def missing_shards(index: Index, present: Collection[str], where: str) -> list[P
     ]
 
 
-def disagreements(index: Index, stored: Mapping[str, Iterable[str]], index_where: str, where: str) -> list[Problem]:
-    """Tensors that the index and the shards place differently.
+def disagreements(
+    index: Index,
+    stored: Mapping[str, Mapping[str, Shape]],
+    is_same: Callable[[str, str, str], bool],
+    index_where: str,
+    where: str,
+) -> list[Problem]:
+    """Tensors that the index and the shards place differently; computed buffers may be in no index.
+
+    Of copies in two shards the first is read, if they are equal.
 
     Args:
       index: a sound index.
-      stored: file name -> names of the tensors that are really there.
+      stored: file name -> names and shapes of the tensors that are really there.
+      is_same: whether a tensor is the same in two of the files.
       index_where: what to call the index in messages.
       where: what to call the folder.
     """
@@ -72,10 +82,11 @@ def disagreements(index: Index, stored: Mapping[str, Iterable[str]], index_where
         for name in sorted(promised - found):
             problems.append(Problem(f"{where}/{shard}", "is missing; the index puts it there", _RELOAD, name))
         for name in sorted(found - promised):
-            if name not in seen and not any(name in names for names in index.shards.values()):
+            is_named = is_buffer(name, names[name]) or any(name in known for known in index.shards.values())
+            if name not in seen and not is_named:
                 problems.append(Problem(f"{where}/{shard}", f"is not in {index_where}", _RELOAD, name))
         for name in sorted(found):
-            if name in seen:
+            if name in seen and not is_same(name, seen[name], shard):
                 what = f"is stored a second time; it is in {seen[name]} too"
                 problems.append(Problem(f"{where}/{shard}", what, _RELOAD, name))
             seen.setdefault(name, shard)

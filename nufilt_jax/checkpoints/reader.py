@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import threading
 from collections.abc import Collection, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -180,7 +181,7 @@ def _open_at(
     config, config_problems = _read_config(place.folder, file, present, source, needed=is_adapter or role == "base")
     if layout is None:
         raise CheckpointError(no_weights_problem(source, present), *config_problems)
-    index, headers, problems = _read_headers(place.folder, layout, source)
+    index, headers, problems = _read_headers(place, layout, source)
     infos, name_problems = _infos(headers, layout.format, place.path, source, model_config or config)
     raise_all(CheckpointError, [*config_problems, *problems, *name_problems])
     return Checkpoint(
@@ -221,8 +222,9 @@ def _read_config(
     return {}, [fault] if needed else []
 
 
-def _read_headers(folder: Folder, layout: Layout, where: str) -> tuple[Index, dict[str, Header], list[Problem]]:
+def _read_headers(place: Place, layout: Layout, where: str) -> tuple[Index, dict[str, Header], list[Problem]]:
     """The index (empty if there is one file), the header of every weight file, and all faults."""
+    folder = place.folder
     index = Index({layout.file: frozenset()}, {}, ())
     if layout.is_index:
         with folder.open(layout.file) as file:
@@ -232,11 +234,20 @@ def _read_headers(folder: Folder, layout: Layout, where: str) -> tuple[Index, di
     broken = [problem for header in headers.values() for problem in header.problems]
     problems = [*index.problems, *lost, *broken, *_flax_in_safetensors(headers, where)]
     if layout.is_index and not index.problems:
-        stored = {name: [e.name for e in h.entries] for name, h in headers.items() if not h.problems}
-        problems += disagreements(index, stored, layout.file, where)
+        stored = {name: {e.name: e.shape for e in h.entries} for name, h in headers.items() if not h.problems}
+        problems += disagreements(index, stored, partial(_is_same, place, headers), layout.file, where)
     if not problems and not any(header.entries for header in headers.values()):
         problems.append(Problem(f"{where}/{layout.file}", "holds no tensors", "save the model again"))
     return index, headers, problems
+
+
+def _is_same(place: Place, headers: Mapping[str, Header], name: str, *files: str) -> bool:
+    """Whether a tensor is the same in some files, as far as it can be read here."""
+    found = [next(entry for entry in headers[file].entries if entry.name == name) for file in files]
+    if not place.is_local or len({(entry.dtype, entry.shape) for entry in found}) > 1:
+        return False
+    pieces = (stream_spans(place.path / file, entry.spans) for file, entry in zip(files, found, strict=True))
+    return all(len({*piece}) == 1 for piece in zip(*pieces, strict=True))
 
 
 def _flax_in_safetensors(headers: Mapping[str, Header], where: str) -> list[Problem]:

@@ -106,7 +106,9 @@ def select(
     wanted = wanted_by(base, layers=layers, scope=scope, conv=conv)
     chosen = [name for name in reach if wanted(name, base[name].shape)]
     if not chosen:
-        raise ConfigError(_nothing_selected(base, reach, layers))
+        raise ConfigError(
+            _nothing_selected(base, reach, layers, wanted_by(base, layers=layers, scope=scope, conv=True))
+        )
     rest = () if other_params == "pretrained" else tuple(sorted(set(reach) - set(chosen)))
     split = (anatomy.layers_in(name, base[name].shape, flat=conv) for name in chosen)
     return Selection(tuple(layer for parts in split for layer in parts), rest)
@@ -182,10 +184,19 @@ def _compiled(layers: str) -> re.Pattern[str]:
         raise ConfigError(Problem("--layers", f"{layers!r} is no regular expression: {error}")) from error
 
 
-def _nothing_selected(base: Mapping[str, TensorLike], reach: list[str], layers: str | None) -> Problem:
+def _nothing_selected(
+    base: Mapping[str, TensorLike],
+    reach: list[str],
+    layers: str | None,
+    wanted_flat: Callable[[str, tuple[int, ...]], bool],
+) -> Problem:
     """Says what there is instead, and gives an expression to paste where one can be derived."""
     matrices = [name for name in reach if len(base[name].shape) == 2 and not anatomy.is_lookup(name)]
     what = f"no matrix matches {layers!r}" if layers is not None else "no matrix of this model is in a numbered block"
+    if kernels := patterns(name for name in reach if wanted_flat(name, base[name].shape)):
+        shown = ", ".join(f"{group.pattern} ({len(group.names)})" for group in kernels[:6])
+        more = f" and {len(kernels) - 6} more" if len(kernels) > 6 else ""
+        return Problem("--layers", what, f"its kernels of convolutions are {shown}{more}; to merge these: --conv")
     if not matrices:
         return Problem("--layers", what, "the model has no matrices but lookup tables")
     groups = patterns(matrices)

@@ -19,7 +19,7 @@ from checkpoint_builders import (
     write_safetensors,
 )
 from flax.serialization import msgpack_serialize
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from nufilt_jax.checkpoints import open_checkpoint
 from nufilt_jax.errors import CheckpointError
@@ -384,12 +384,24 @@ def test_shards_and_index_must_agree(tmp_path):
     write_safetensors(folder, duplicate | load_file(folder / "model-00002-of-00002.safetensors"), shards=2)
     both = vision_tower()
     index = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(sorted(both))}
-    from safetensors.numpy import save_file
-
-    save_file(both, folder / "model-00002-of-00002.safetensors")
+    save_file(vision_tower(seed=1), folder / "model-00002-of-00002.safetensors")
     write_index(folder, index)
     lines = refusals(folder)
     assert len(lines) == 5 and all("is stored a second time; it is in model-00001" in line for line in lines)
+
+
+def test_equal_copies_in_two_shards_and_buffers_in_no_index_are_accepted(tmp_path):
+    tensors, buffer = vision_tower(), "model.layers.0.self_attn.rotary_emb.inv_freq"
+    folder = write_safetensors(tmp_path / "m", tensors, shards=2)
+    second = folder / "model-00002-of-00002.safetensors"
+    copy = {name: tensors[name] for name in [sorted(tensors)[0]]}
+    save_file(load_file(second) | copy | {buffer: np.ones(2, "f")}, second)
+    model = open_checkpoint(str(folder))
+    assert model.tensors.keys() == tensors.keys() | {buffer}
+    assert all(bits_equal(value, tensors[name]) for name, value in model.read(tensors).items())
+    save_file(load_file(second) | {"further.weight": np.ones(2, "f")}, second)
+    [line] = refusals(folder)
+    assert "further.weight: is not in model.safetensors.index.json" in line
 
 
 def test_links_as_the_hub_cache_makes_them_are_followed(tmp_path):
@@ -447,7 +459,6 @@ def test_unknown_names_are_refused_on_reading(tmp_path):
 
 def test_a_flax_model_in_a_safetensors_file_is_refused(tmp_path):
     import numpy as np
-    from safetensors.numpy import save_file
 
     (tmp_path / "config.json").write_text("{}")
     save_file({"a.kernel": np.zeros((2, 3), np.float32)}, tmp_path / "model.safetensors", metadata={"format": "flax"})

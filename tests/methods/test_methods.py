@@ -197,3 +197,13 @@ def test_all_bad_settings_are_listed_at_once():
     with pytest.raises(ConfigError) as error:
         NufiltConfig(filter_rank=-1, task_rank=-2, steps=True)
     assert len(error.value.problems) == 3
+
+
+@pytest.mark.parametrize("layers", [None, "layer1"])
+def test_a_model_of_convolutions_is_told_of_conv(layers):
+    kernels = {f"layer1.{i}.conv{j}.weight": np.zeros((4, 4, 3, 3), np.float32) for i in (0, 1) for j in (1, 2)}
+    model = kernels | {"fc.weight": np.zeros((3, 4), np.float32)}
+    with pytest.raises(ConfigError, match=r"its kernels of convolutions are .*; to merge these: conv") as caught:
+        select(model, layers=layers)
+    assert "layer1.*.{conv1,conv2} (4)" in str(caught.value)
+    assert select(model, layers=layers, conv=True).layers == tuple(f"{name}[:]" for name in sorted(kernels))
