@@ -31,7 +31,7 @@ def base(shared_models):
 
 
 def test_a_task_without_a_name():
-    with pytest.raises(UsageError, match=r"task 'a' is not of the form NAME=PATH_OR_HUB\[@REV\]"):
+    with pytest.raises(UsageError, match=r"task: 'a' is not of the form NAME=PATH_OR_HUB\[@REV\]"):
         check_usage(Arguments(base="b", task=("a",)))
 
 
