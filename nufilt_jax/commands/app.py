@@ -137,9 +137,10 @@ def evaluate(folder: FolderPath, /, arguments: EvaluateArguments = EVALUATE_DEFA
       folder: The output folder of the merge, or a model folder.
       arguments: The options.
     """
-    from nufilt_jax.commands.evaluate import evaluate
+    with _shown_loading(is_quiet=arguments.quiet or arguments.json):
+        from nufilt_jax.commands.evaluate import evaluate
 
-    _require_backend()
+        _require_backend()
     return evaluate(folder, arguments, _console(), _console(stderr=True))
 
 
@@ -153,9 +154,10 @@ def analyze(folder: FolderPath, /, arguments: AnalyzeArguments = ANALYZE_DEFAULT
       folder: The output folder of the merge.
       arguments: The options.
     """
-    from nufilt_jax.commands.analyze import analyze
+    with _shown_loading(is_quiet=arguments.quiet or arguments.json):
+        from nufilt_jax.commands.analyze import analyze
 
-    _require_backend()
+        _require_backend()
     return analyze(folder, arguments, _console(), _console(stderr=True))
 
 
@@ -180,9 +182,10 @@ def verify(
       quiet: Nothing but what does not hold.
       offline: Never ask the Hub; use its local cache.
     """
-    from nufilt_jax.commands.verify import verify
+    with _shown_loading(is_quiet=quiet or json):
+        from nufilt_jax.commands.verify import verify
 
-    _require_backend()
+        _require_backend()
     return verify(folder, _console(), _console(stderr=True), quick=quick, json=json, quiet=quiet, offline=offline)
 
 
@@ -211,9 +214,10 @@ def export(
       quiet: Nothing but warnings and errors.
       offline: Never ask the Hub; use its local cache.
     """
-    from nufilt_jax.commands.export import export
+    with _shown_loading(is_quiet=quiet or json):
+        from nufilt_jax.commands.export import export
 
-    _require_backend()
+        _require_backend()
     return export(folder, what, out, step, _console(), json=json, quiet=quiet, offline=offline)
 
 
@@ -225,9 +229,10 @@ def extract(model: str, /, arguments: ExtractArguments = EXTRACT_DEFAULTS) -> in
       model: The model: a folder or Hub id, as PATH_OR_HUB[@REV].
       arguments: The options.
     """
-    from nufilt_jax.commands.extract import extract
+    with _shown_loading(is_quiet=arguments.quiet or arguments.json):
+        from nufilt_jax.commands.extract import extract
 
-    _require_backend()
+        _require_backend()
     return extract(model, arguments, _console(), _console(stderr=True))
 
 

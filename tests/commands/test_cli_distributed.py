@@ -168,7 +168,7 @@ def test_one_that_never_comes_is_not_waited_for_for_ever(shared_models, tmp_path
 @pytest.mark.parametrize(
     ("does", "code", "said"),
     [
-        ("", 1, "distributed not all processes have come within 1 s (start all of them"),
+        ("", 1, "distributed: not all processes have come within 1 s (start all of them"),
         ("os.write(2, watched._FATAL.encode())", 1, "process 0: died, or cannot be reached any more"),
         ("os.write(2, b'a line'); watched.have_come(); time.sleep(4); os._exit(7)", 7, "a line"),
     ],
@@ -251,5 +251,5 @@ def test_a_coordinator_that_cannot_be_reached_is_one_line(monkeypatch):
 
     monkeypatch.setattr(jax.distributed, "initialize", unreachable)
     cluster = hosts.Cluster("127.0.0.1:9", 2, 1)
-    with pytest.raises(ConfigError, match="coordinator cannot be reached: DEADLINE_EXCEEDED"), hosts.together(cluster):
+    with pytest.raises(ConfigError, match="coordinator: cannot be reached: DEADLINE_EXCEEDED"), hosts.together(cluster):
         pass

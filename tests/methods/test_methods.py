@@ -106,7 +106,7 @@ def test_published_layers(chosen, left):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layers": "no_such_layer"}, "layers no matrix matches 'no_such_layer'"),
+        ({"layers": "no_such_layer"}, "layers: no matrix matches 'no_such_layer'"),
         ({"layers": "(q_proj"}, "is no regular expression"),
     ],
 )
