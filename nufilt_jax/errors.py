@@ -26,6 +26,8 @@ def __dir__() -> list[str]:
 
 
 _OPTION = re.compile(r"(?<![\w/-])--[a-z][a-z0-9-]*")  # behind a slash, of a path
+# How a sentence goes on whose subject is the argument.
+_OF_SUBJECT = re.compile(r"(?:must|is|are|has|does|needs?|belongs?|means|cannot|may|was|goes|takes|stands|holds)\b")
 _COMMANDS = {"--add": "nufilt add"}  # what no function has as an argument
 # What moves a terminal's cursor, ends a line, or turns the direction of the text behind it.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
@@ -53,8 +55,12 @@ class Problem(NamedTuple):
 
     def in_python(self) -> str:
         """The same in Python's words: options by the names of arguments."""
-        where = in_python(self.where) if self.where.startswith("--") else self.where
-        return str(Problem(where, in_python(self.what), in_python(self.fix), self.tensor))
+        where, what = self.where, in_python(self.what)
+        if where.startswith("--"):
+            where = in_python(where)
+            if _OF_SUBJECT.match(what) and not self.tensor:
+                where, what = "", f"{where} {what}"
+        return str(Problem(where, what, in_python(self.fix), self.tensor))
 
     def __str__(self) -> str:
         # One line, whatever a foreign message brought along; and no command to the terminal, whatever a name did.

@@ -34,8 +34,9 @@ R = TypeVar("R")
 Options = dict[str, Any]
 
 # One module for all code of a program, in place of one for each of its hundreds of fusions: XLA's CPU compiler is
-# through in two thirds of the time. Its loops over elements are several times slower: products hardly notice.
-_SOONER_ON_CPU: Options = {"xla_cpu_use_fusion_emitters": False}
+# through in two thirds of the time. Its loops over elements are several times slower: products hardly notice. LLVM's
+# level 1 of 3 takes a quarter less time again, and runs as fast; at level 0 one layer has other bits than two.
+_SOONER_ON_CPU: Options = {"xla_cpu_use_fusion_emitters": False, "xla_backend_optimization_level": 1}
 _LAST_WITH_IT = (0, 11, 0)  # the jax whose XLA still has the option
 # Level 1 of 3 (the default is 2): a refinement of 12 x 768 x 768 takes the TPU's compiler 11 s of processor time in
 # place of 48, its code 7 MB in place of 19 (v5e). A merge waits for a program once and runs it a few times.

@@ -190,7 +190,7 @@ def test_the_papers_checkpoints(monkeypatch, tmp_path):
     assert list(stream.scores(stream.model("base"), ["letters"])) == ["letters"]
     with pytest.raises(ConfigError, match="has no 'val' draw"):
         stream.scores(stream.model("base"), ["letters"], "val")
-    with pytest.raises(ConfigError, match="data: is missing"):
+    with pytest.raises(ConfigError, match="data is missing"):
         stream.examples("letters", None, 1)
 
 

@@ -242,9 +242,9 @@ def test_torn_ties_and_lossy_integers_are_refused(tmp_path):
 def test_unknown_format_and_dtype_are_refused(tmp_path):
     folder = write_safetensors(tmp_path / "m", vision_tower(), model_type="llava")
     for options, message in [
-        ({"format": "gguf"}, "format: must be safetensors or flax, not 'gguf'"),
+        ({"format": "gguf"}, "format must be safetensors or flax, not 'gguf'"),
         ({"format": "flax"}, "is a 'llava' model, which has no Flax form"),
-        ({"dtype": "int8"}, "dtype: must be one of float32, bfloat16, float16, not 'int8'"),
+        ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16, not 'int8'"),
     ]:
         with pytest.raises(ConfigError, match=message):
             save({}, tmp_path / "out", like=str(folder), **options)

@@ -251,5 +251,5 @@ def test_a_coordinator_that_cannot_be_reached_is_one_line(monkeypatch):
 
     monkeypatch.setattr(jax.distributed, "initialize", unreachable)
     cluster = hosts.Cluster("127.0.0.1:9", 2, 1)
-    with pytest.raises(ConfigError, match="coordinator: cannot be reached: DEADLINE_EXCEEDED"), hosts.together(cluster):
+    with pytest.raises(ConfigError, match="coordinator cannot be reached: DEADLINE_EXCEEDED"), hosts.together(cluster):
         pass

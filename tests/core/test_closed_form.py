@@ -208,12 +208,12 @@ def test_a_start_of_the_adapter_is_refused():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"solver": "lbfgs"}, "solver: must be one of adam, closed_form, got 'lbfgs'"),
-        ({"ridge": 0}, "ridge: must be at least 0.0001, got 0"),
-        ({"ridge": -1.0}, "ridge: must be at least 0.0001, got -1.0"),
-        ({"ridge": float("inf")}, "ridge: must be a finite number, got inf"),
-        ({"ridge": float("nan")}, "ridge: must be a finite number, got nan"),
-        ({"ridge": "1"}, "ridge: must be a finite number, got '1'"),
+        ({"solver": "lbfgs"}, "solver must be one of adam, closed_form, got 'lbfgs'"),
+        ({"ridge": 0}, "ridge must be at least 0.0001, got 0"),
+        ({"ridge": -1.0}, "ridge must be at least 0.0001, got -1.0"),
+        ({"ridge": float("inf")}, "ridge must be a finite number, got inf"),
+        ({"ridge": float("nan")}, "ridge must be a finite number, got nan"),
+        ({"ridge": "1"}, "ridge must be a finite number, got '1'"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(setting, message):

@@ -25,7 +25,7 @@ def test_a_size_is_read(text, n_bytes):
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "8 apples", "0GB", "1e9", "8GB8", "9" * 40, "∞GB"])
 def test_no_size_is_refused(text):
-    with pytest.raises(ConfigError, match=r"max_memory: must be a size as 8GB or 8GiB"):
+    with pytest.raises(ConfigError, match=r"max_memory must be a size as 8GB or 8GiB"):
         parse_size(text)
 
 

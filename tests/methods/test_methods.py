@@ -180,12 +180,12 @@ def test_misfitting_tasks_are_refused_with_every_tensor():
     [
         (lambda: methods.get("nufilter"), "method: 'nufilter' is not known"),
         (lambda: methods.get("nufilt", SumConfig()), "nufilt takes a NufiltConfig, got a SumConfig"),
-        (lambda: methods.get("sum", other_params="none"), "other_params: must be one of pretrained, first, average"),
-        (lambda: NufiltConfig(filter_rank=-1), "filter_rank: must be at least 0, got -1"),
-        (lambda: NufiltConfig(steps=2.5), "steps: must be a whole number, got 2.5"),
-        (lambda: NufiltConfig(learning_rate=0), "learning_rate: must be above 0, got 0"),
-        (lambda: NufiltConfig(decomposition="qr"), "decomposition: must be one of auto, eigh, svd, subspace"),
-        (lambda: TaskArithmeticConfig(scale=float("nan")), "scale: must be a finite number, got nan"),
+        (lambda: methods.get("sum", other_params="none"), "other_params must be one of pretrained, first, average"),
+        (lambda: NufiltConfig(filter_rank=-1), "filter_rank must be at least 0, got -1"),
+        (lambda: NufiltConfig(steps=2.5), "steps must be a whole number, got 2.5"),
+        (lambda: NufiltConfig(learning_rate=0), "learning_rate must be above 0, got 0"),
+        (lambda: NufiltConfig(decomposition="qr"), "decomposition must be one of auto, eigh, svd, subspace"),
+        (lambda: TaskArithmeticConfig(scale=float("nan")), "scale must be a finite number, got nan"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(call, message):

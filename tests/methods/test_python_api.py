@@ -85,7 +85,7 @@ def how_without(how, name):
 
 def test_errors_speak_python(tmp_path, shared_models):
     for settings, message in (
-        ({"filter_rank": -1}, r"^filter_rank: must be at least 0, got -1$"),
+        ({"filter_rank": -1}, r"^filter_rank must be at least 0, got -1$"),
         ({"scale": 1.0}, r"^scale: nufilt has no such setting \(its settings: adapter_rank, "),
         ({"method": "tie"}, r"^method: 'tie' is not known "),
         ({"layers": "nothing"}, r"^layers: no matrix matches 'nothing'"),
@@ -99,7 +99,7 @@ def test_errors_speak_python(tmp_path, shared_models):
         nj.merge(BASE, [])
     with pytest.raises(CheckpointError, match=r"task 'b': vision_model.* and 9 more: is missing"):
         nj.merge(BASE, {"a": TASKS[0], "b": {}}, method="sum")
-    with pytest.raises(NufiltError, match="max_memory: must be a size as 8GB"):
+    with pytest.raises(NufiltError, match="max_memory must be a size as 8GB"):
         nj.merge(
             shared_models / "base", [shared_models / "alpha"], tmp_path / "out", max_memory="8 apples", method="sum"
         )
@@ -118,7 +118,7 @@ def test_warnings_speak_python(shared_models, tmp_path):
         assert not [text for text in texts if "--" in text] and {found.filename for found in told} == {__file__}
         if out is not None:
             assert any("(select more with layers, or see other_params)" in text for text in texts)
-    message = r"^seed: is 0 in the merge .*choose another out, .* continue it with nufilt add\)"
+    message = r"^seed is 0 in the merge .*choose another out, .* continue it with nufilt add\)"
     with pytest.raises(NufiltError, match=message):
         nj.merge(base, [task], tmp_path / "out", seed=1, **how)
 
