@@ -162,8 +162,10 @@ def _renamed(matched: Matched) -> Iterator[str]:
 def _staying(kept: Mapping[str, str]) -> Iterator[str]:
     """One line that counts what stays the base's."""
     if kept:
-        tensors = "1 tensor is" if len(kept) == 1 else f"{len(kept)} tensors are"
-        yield f"{tensors} not merged and stay the base's: {listed(kept)}; --strict refuses that"
+        tensors = (
+            "1 tensor is not merged and stays" if len(kept) == 1 else f"{len(kept)} tensors are not merged and stay"
+        )
+        yield f"{tensors} the base's: {listed(kept)}; --strict refuses that"
 
 
 def listed(kept: Mapping[str, str]) -> str:

@@ -125,7 +125,9 @@ def test_blocks_for_further_tokens_that_saving_drops_stay_the_bases(tmp_path, na
     plain = {LAYER: np.ones((3, 2), np.float32)}
     whole = plain | {name: np.ones((2, 2), np.float32) for name in names}
     [line] = lines(tmp_path, whole, plain, (LAYER, names[0]), notices=True)
-    assert line.startswith(f"task: 1 tensor is not merged and stay the base's: {names[0]} ([2, 2] in the base, none in")
+    assert line.startswith(
+        f"task: 1 tensor is not merged and stays the base's: {names[0]} ([2, 2] in the base, none in"
+    )
     [line] = lines(tmp_path, whole, plain, names[:1])
     assert line.startswith(f"task: {names[0]}: is missing, but the base")
     del whole[names[0]]  # which is no whole block
@@ -137,7 +139,7 @@ def test_blocks_for_further_tokens_that_saving_drops_stay_the_bases(tmp_path, na
 def test_a_grown_vocabulary_stays_the_bases_whatever_it_is_called(tmp_path, name):
     base, task = ({LAYER: np.ones((3, 2), "f"), name: np.ones((rows, 2), "f")} for rows in (5, 6))
     [line] = lines(tmp_path, base, task, (LAYER, name), notices=True)
-    assert line.startswith(f"task: 1 tensor is not merged and stay the base's: {name} ([6, 2], [5, 2] in the base)")
+    assert line.startswith(f"task: 1 tensor is not merged and stays the base's: {name} ([6, 2], [5, 2] in the base)")
 
 
 def test_further_tokens_of_the_task_alone_are_left_out(tmp_path):
