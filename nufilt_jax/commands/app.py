@@ -82,14 +82,15 @@ def merge(arguments: Arguments = NO_ARGUMENTS) -> int:
 
         return show_methods(arguments.method, _console(), as_json=arguments.json)
     begins(goes_on=not arguments.plan)
-    # A plan needs no device, and processes must find each other before any is used.
+    # A plan needs no device, unless it is to count them, and processes must find each other before any is used.
     if arguments.distributed and not arguments.plan:
         from nufilt_jax.commands.watched import worked_elsewhere
 
         if (status := worked_elsewhere()) is not None:
             return status
     with _shown_loading(is_quiet=arguments.quiet or arguments.json or arguments.verbose):
-        if not arguments.plan and not arguments.distributed:
+        counts = arguments.devices not in (None, "1")
+        if (counts or not arguments.plan) and not arguments.distributed:
             _require_backend()
         from nufilt_jax.commands.merge import execute
 

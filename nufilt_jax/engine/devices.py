@@ -23,7 +23,11 @@ def count_devices(asked: str | None) -> int:
     """
     if asked is None:
         return 1
-    if asked != ALL and int(asked) < 1:
+    try:
+        least = 1 if asked == ALL else int(asked)
+    except ValueError:
+        raise ConfigError(problem("devices", f'must be a whole number or "{ALL}", got {asked!r}')) from None
+    if least < 1:
         raise ConfigError(problem("devices", f"must be at least 1, got {asked}"))
     if asked == "1":  # which no backend needs to be started for
         return 1

@@ -182,6 +182,8 @@ def test_a_backend_that_there_is_not(shared_models, tmp_path, finish, command, p
     assert result.err.startswith(f"nufilt: JAX_PLATFORMS: {platforms!r} is not available here") and extra in result.err
     assert not out.parent.exists()
     assert finish("-m", "nufilt_jax.cli", *command(shared_models, out, "--plan"), **environment).code == 0
+    counted = finish("-m", "nufilt_jax.cli", *command(shared_models, out, "--plan", "--devices=all"), **environment)
+    assert (counted.code, counted.err) == (1, result.err)
 
 
 @pytest.mark.parametrize(

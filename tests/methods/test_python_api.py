@@ -75,6 +75,8 @@ def test_adapters_from_python(tmp_path, monkeypatch):
         nj.merge(tmp_path / "base", tasks, method="sum", output="adapter")
     with pytest.raises(ConfigError, match=r"devices: needs folders or Hub ids \(give no weights"):
         nj.merge(tmp_path / "base", [base], tmp_path / "else", method="sum", devices=2)
+    with pytest.raises(ConfigError, match=r'^devices must be a whole number or "all", got \'many\'$'):
+        nj.merge(tmp_path / "base", tasks, tmp_path / "else", method="sum", devices="many")
     with pytest.raises(NufiltError, match="devices: 99 are asked for"):
         nj.merge(tmp_path / "base", tasks, tmp_path / "else", method="sum", devices=99)
 
