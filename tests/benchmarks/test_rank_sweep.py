@@ -52,7 +52,7 @@ def test_every_setting_is_the_method_with_those_ranks():
 
 def test_the_closed_form_is_not_swept():
     base, tasks = models(1)
-    with pytest.raises(ConfigError, match="solver ranks are swept for adam alone, got closed_form"):
+    with pytest.raises(ConfigError, match="solver: ranks are swept for adam alone, got closed_form"):
         next(merge_settings(base, tasks, SETTINGS, config=NufiltConfig(solver="closed_form")))
 
 

@@ -168,7 +168,7 @@ def test_data_sets_are_read_where_they_are_described(with_data, tmp_path, nufilt
     tasks = [part for name in ("alpha", "beta") for part in ("--task", f"{name}={with_data / name}")]
     assert nufilt("merge", "--base", with_data / "base", *tasks, "--out", out, "--method", "sum").code == 0
     unknown = nufilt("analyze", out, "--json")
-    assert unknown.json["missing"]["losses"].startswith("task alpha: no data set of images is known; task beta: ")
+    assert unknown.json["missing"]["losses"].startswith("task alpha, task beta: no data set of images is known")
     result = nufilt("analyze", out, "--tasks-file", with_data / "tasks.json", "--images", "4", "--json")
     assert result.code == 0, result.err
     found = result.json

@@ -44,8 +44,8 @@ def test_the_same_command_with_another_solver_or_ridge_is_refused(shared_models,
     again = nufilt(*merge(shared_models, out, *CLOSED, "--method-args", "ridge=0.5", "--json"))
     assert again.code == 0 and all(step["resumed"] for step in again.json["steps"])
     for options, messages in (
-        (CLOSED, ["--ridge: is 0.5 in the merge in"]),
-        ((*RANKS, "--solver", "adam"), ["--solver: is 'closed_form' in the merge in", "--ridge: is 0.5"]),
+        (CLOSED, ["--method-args: ridge is 0.5 in the merge in"]),
+        ((*RANKS, "--solver", "adam"), ["--solver: is 'closed_form' in the merge in", "--method-args: ridge is 0.5"]),
     ):
         result = nufilt(*merge(shared_models, out, *options))
         assert (result.code, len(result.lines)) == (1, len(messages)), result.err
