@@ -245,7 +245,7 @@ def _merged_one_by_one(
 def _inspect(base: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]], touched: Sequence[str]) -> None:
     """Refuses weights in memory that cannot be merged, all at once, and warns of numbers that are merely kept."""
     from nufilt_jax.errors import CheckpointError
-    from nufilt_jax.methods.state import NONFINITE, check_task, nonfinite
+    from nufilt_jax.methods.state import check_task, nonfinite
 
     problems = nonfinite(base, touched, "base")
     for name, task in tasks.items():
@@ -254,8 +254,7 @@ def _inspect(base: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]], to
             raise_all(CheckpointError, nonfinite(task, touched, "task"))
     raise_all(CheckpointError, problems)
     for where, params in (("base", base), *((f"task {name!r}", task) for name, task in tasks.items())):
-        for found in nonfinite(params, params.keys() - set(touched), where):
-            kept = found._replace(what=f"{NONFINITE}; the merge does not touch it", fix="")
+        for kept in nonfinite(params, params.keys() - set(touched), where, are_touched=False):
             warnings.warn(str(kept), UserWarning, stacklevel=5)
 
 

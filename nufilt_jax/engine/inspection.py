@@ -15,7 +15,7 @@ from nufilt_jax.checkpoints.peft.adapted import weight_of
 from nufilt_jax.engine.memory import READERS
 from nufilt_jax.engine.plan import Plan
 from nufilt_jax.errors import CheckpointError, Problem, raise_all
-from nufilt_jax.methods.state import NONFINITE
+from nufilt_jax.methods.state import nonfinite_problem
 from nufilt_jax.output.model import Model
 
 
@@ -148,10 +148,7 @@ def _nonfinite_problems(tensors: Iterable[TensorInfo], touched: set[str]) -> tup
     """Tensors with non-finite numbers: those that the merge would use, and those that it leaves alone."""
     refused, accepted = [], []
     for info in tensors:
-        if weight_of(info.name) in touched:
-            fix = "fine-tune again, or exclude it with --layers"
-            refused.append(Problem(str(info.file), NONFINITE, fix, info.stored_name))
-        else:
-            what = f"{NONFINITE}; the merge does not touch it"
-            accepted.append(Problem(str(info.file), what, tensor=info.stored_name))
+        is_touched = weight_of(info.name) in touched
+        found = nonfinite_problem(str(info.file), info.stored_name, is_touched=is_touched)
+        (refused if is_touched else accepted).append(found)
     return refused, accepted

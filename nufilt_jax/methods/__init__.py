@@ -259,8 +259,9 @@ def get(
         if rule.needs_data and data is None:
             raise ConfigError(Problem("data", f"{name} needs examples of each task", "give update its `data`"))
         mine, others = choose(state.base)
-        params = None if isinstance(task, TaskVector) else task
+        params = None
         if not isinstance(task, TaskVector):
+            params = task
             check_task(state.base, task, state.touched)
             task = task_vector(state.base, task, mine + others)
         # Rules overwrite D.

@@ -248,13 +248,18 @@ class Rule(Generic[C]):
         return self.survey if step else self.first_survey
 
 
-NONFINITE = "has NaN or infinite numbers"
+def nonfinite_problem(where: str, name: str, *, is_touched: bool) -> Problem:
+    """Says that a tensor has numbers that nothing can be merged from; what is not touched is merely kept."""
+    what = "has NaN or infinite numbers"
+    if is_touched:
+        return Problem(where, what, "fine-tune again, or exclude it with --layers", name)
+    return Problem(where, f"{what}; the merge does not touch it", tensor=name)
 
 
-def nonfinite(params: Params, names: Iterable[str], where: str) -> list[Problem]:
-    """A problem for each tensor with numbers that nothing can be merged from."""
+def nonfinite(params: Params, names: Iterable[str], where: str, *, are_touched: bool = True) -> list[Problem]:
+    """A problem for each tensor of which that is true."""
     broken = (name for name in names if not np.isfinite(np.asarray(params[name])).all())
-    return [Problem(where, NONFINITE, "fine-tune again, or exclude it with --layers", name) for name in broken]
+    return [nonfinite_problem(where, name, is_touched=are_touched) for name in broken]
 
 
 def check_task(base: Params, task: Params, touched: Iterable[str]) -> None:
