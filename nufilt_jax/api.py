@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -183,7 +184,15 @@ def _warn(plan: "Plan", inspection: "Inspection") -> None:
 
     outside = outside_warnings(plan.base, plan.selection, plan.settings, inspection.changes)
     for text in (*plan.warnings, *inspection.warnings, *outside):
-        warnings.warn(in_python(text), UserWarning, stacklevel=4)
+        _warn_caller(in_python(text))
+
+
+def _warn_caller(text: str) -> None:
+    """A warning at the line of the user's own code, by however many of the package's frames it was called."""
+    package, frame, level = Path(__file__).parent, sys._getframe(), 1
+    while frame is not None and package in Path(frame.f_code.co_filename).parents:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, UserWarning, stacklevel=level)
 
 
 def _read_and_merged(job: "Job", how: dict[str, Any], *, offline: bool) -> "dict[str, np.ndarray]":
@@ -255,7 +264,7 @@ def _inspect(base: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]], to
     raise_all(CheckpointError, problems)
     for where, params in (("base", base), *((f"task {name!r}", task) for name, task in tasks.items())):
         for kept in nonfinite(params, params.keys() - set(touched), where, are_touched=False):
-            warnings.warn(str(kept), UserWarning, stacklevel=5)
+            _warn_caller(str(kept))
 
 
 @contextlib.contextmanager

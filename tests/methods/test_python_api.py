@@ -1,6 +1,7 @@
 """The public Python names that are more than one method: a merge as one call, starts, canonical names, own rules."""
 
 import dataclasses
+import importlib
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from merging import BASE, SELECTED, TASKS, rule_for
 from safetensors.numpy import load_file, save_file
 
 import nufilt_jax as nj
+from nufilt_jax.api import merge as in_api
 from nufilt_jax.errors import CheckpointError, ConfigError, NufiltError, SolveError
 from nufilt_jax.methods.merger import Merger
 
@@ -111,10 +113,11 @@ def test_warnings_speak_python(shared_models, tmp_path):
     """In memory and into a folder alike; nj.merge warns of no option of the command line."""
     base, task = shared_models / "base", shared_models / "alpha"
     how = {"layers": "fc2", "filter_rank": 24, "adapter_rank": 2, "task_rank": 2, "steps": 1}
-    for out in (None, tmp_path / "out"):
+    command = importlib.import_module("nufilt_jax.merge")  # once imported, it stands for the function
+    for out, merge in ((None, nj.merge), (None, command), (tmp_path / "out", in_api)):
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            nj.merge(base, [task], out, **how)
+            merge(base, [task], out, **how)
         texts = [str(found.message) for found in told]
         assert any(text.startswith("filter_rank: 24 directions are all that layers with 24") for text in texts)
         assert not [text for text in texts if "--" in text] and {found.filename for found in told} == {__file__}
@@ -240,6 +243,7 @@ def test_own_rules(registry):
 
 OWN = """
 import dataclasses
+import importlib
 import nufilt_jax as nj
 from nufilt_jax.methods import Advance, MethodConfig, Rule
 from nufilt_jax.methods.elementwise import blend
