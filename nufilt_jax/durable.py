@@ -3,8 +3,11 @@
 import contextlib
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import IO
+
+_SENT_AT_ONCE = 1 << 26  # bytes of a large file that the disk is told to begin with
 
 
 def atomic_write(path: Path, content: bytes) -> None:
@@ -26,6 +29,18 @@ def replacing(path: Path) -> Iterator[Path]:
         move(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def write_pieces(file: IO[bytes], pieces: Iterable[bytes | memoryview]) -> None:
+    """Writes pieces to a file. They go to the disk while more of them are made, not only once it is forced there."""
+    sent = file.tell()
+    for piece in pieces:
+        file.write(piece)
+        here = file.tell()
+        if here - sent >= _SENT_AT_ONCE and hasattr(os, "posix_fadvise"):
+            # To say that pages are not needed makes Linux begin to write them; none waits for that.
+            os.posix_fadvise(file.fileno(), sent, here - sent, os.POSIX_FADV_DONTNEED)
+            sent = here
 
 
 def move(source: Path, target: Path) -> None:

@@ -1,6 +1,7 @@
 """What a loss of power leaves: the old state or the new one, whole, and the new one once it was promised."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -66,6 +67,25 @@ def test_a_failed_write_leaves_nothing(root):
         draft.write_bytes(b"half")
         raise OSError("stop")
     assert list(root.iterdir()) == []
+
+
+@pytest.mark.parametrize("knows", [True, False], ids=["linux", "elsewhere"])
+def test_pieces_go_to_the_disk_while_more_are_made(root, monkeypatch, knows):
+    sent = []
+    monkeypatch.setattr(durable, "_SENT_AT_ONCE", 8)
+    if knows:
+        monkeypatch.setattr(
+            os, "posix_fadvise", lambda _, start, size, advice: sent.append((start, size)), raising=False
+        )
+        monkeypatch.setattr(os, "POSIX_FADV_DONTNEED", 4, raising=False)
+    else:
+        monkeypatch.delattr(os, "posix_fadvise", raising=False)
+    pieces = [b"begun", memoryview(b"a" * 8), b"", b"b" * 3, b"c" * 6, b"d"]
+    with (root / "file").open("wb") as file:
+        file.write(b"head")
+        durable.write_pieces(file, pieces)
+    assert (root / "file").read_bytes() == b"head" + b"".join(map(bytes, pieces))
+    assert sent == ([(4, 13), (17, 9)] if knows else [])
 
 
 def test_new_folders_stay(root, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ Format: 8 bytes (little-endian length n), n bytes of JSON, then the tensors' byt
 """
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 from nufilt_jax.checkpoints.dtypes import bits, is_known
+from nufilt_jax.durable import write_pieces
 from nufilt_jax.errors import Problem
 from nufilt_jax.strict_json import (
     LFS_POINTER,
@@ -201,8 +203,7 @@ def write_file(path: Path, pieces: Iterable[Piece], metadata: Mapping[str, str],
     pieces = ordered(pieces)
     with path.open(mode) as file:
         file.write(_header_bytes(pieces, metadata))
-        for piece in pieces:
-            file.writelines(piece.data)
+        write_pieces(file, itertools.chain.from_iterable(piece.data for piece in pieces))
 
 
 def _header_bytes(pieces: list[Piece], metadata: Mapping[str, str]) -> bytes:

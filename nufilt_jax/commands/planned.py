@@ -91,7 +91,7 @@ def estimate_lines(estimate: Mapping[str, Any]) -> list[str]:
     n_bytes, disk, seconds = (estimate[key] for key in ("bytes", "disk", "seconds"))
     fetched = f", {n_bytes['fetch'] / 1e9:.2f} GB of it fetched" if n_bytes["fetch"] else ""
     merging = "time unknown for merging" if seconds["merging"] is None else f"{seconds['merging']:.0f} s merging"
-    compiling = "" if not seconds["compiling"] else f", and up to {seconds['compiling']:.0f} s of compiling"
+    compiling = "" if not seconds["compiling"] else f", and {seconds['compiling']:.0f} s compiling what is new"
     return [
         f"read    {n_bytes['read'] / 1e9:.2f} GB{fetched}",
         f"disk    {disk['needed'] / 1e9:.2f} GB for model and state; {disk['free'] / 1e9:.2f} GB are free",

@@ -86,7 +86,7 @@ def update(
     task: TaskAtHand,
     watcher: Watcher,
     data: methods.TaskData | None,
-    numbers: Numbers | None,
+    numbers: Numbers,
 ) -> MergeState:
     """The window after one more task; gives up the memory of the state.
 

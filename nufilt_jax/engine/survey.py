@@ -44,7 +44,7 @@ class Survey:
           NufiltError: the rule refuses the task; the file is named.
           StoppedError: another process will not tell what it has found.
         """
-        number, found = cell.look or 0, self._numbers.get(cell.task)
+        number, found = cell.look or 0, self._numbers.get(cell.task, {})
         with naming_files(task.checkpoint):
             seen = rule.look(state, task.vector, number, found)
         self._parts[self._plan.rows.index(cell.window)] = jax.device_get(seen)
@@ -61,8 +61,8 @@ class Survey:
         seen = dict(entry for entries in told for entry in entries)
         return [_read(seen[place]) for place in sorted(seen)]  # as from one process: window by window
 
-    def numbers(self, task: int, past: Sequence[str] = ()) -> Numbers | None:
-        """What was found before a column, in this run or in an earlier one; None if nothing had to be.
+    def numbers(self, task: int, past: Sequence[str] = ()) -> Numbers:
+        """What was found before a column, in this run or in an earlier one; empty if nothing had to be.
 
         Args:
           task: of the column.
@@ -70,7 +70,7 @@ class Survey:
         """
         if past and self._plan.n_looks(task) and task not in self._numbers:
             self._numbers[task] = self._stored.others(past[:1])["numbers"]  # any layer will do: each window has them
-        return self._numbers.get(task)
+        return self._numbers.get(task, {})
 
 
 def _point(cell: Cell) -> str:

@@ -210,7 +210,7 @@ class Walk:
         deltas, ranks = kept(state.delta.on_host(), row.window.stacks, len(told))
         window = StoredWindow(self._place.state, row.window.number, row.window.layers, tuple(told), ranks)
         arrays: dict[str, Any] = {**deltas, "extra": dict(state.extra), "added": dict(state.added)}
-        arrays["numbers"] = dict(self._survey.numbers(window.done - 1) or {})
+        arrays["numbers"] = dict(self._survey.numbers(window.done - 1))
         # Before the recipe: what that tells of stands on disk.
         row.kept = self._place.keep(window, arrays)
         self._stored.add(row.kept)

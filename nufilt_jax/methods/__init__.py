@@ -7,6 +7,7 @@ import itertools
 import os
 import sys
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, get_args
 
 from jax.sharding import Mesh
@@ -251,7 +252,7 @@ def get(
         *,
         donate: bool = False,
         data: TaskData | None = None,
-        numbers: Numbers | None = None,
+        numbers: Numbers = MappingProxyType({}),
         adapter_start: Params | None = None,
     ) -> MergeState:
         if adapter_start is not None and not rule.trains_adapter:
@@ -282,7 +283,7 @@ def get(
         extra, added, report = dict(done.extra), dict(done.added), dict(done.report)
         return MergeState(state.base, done.delta + moved, state.step + 1, extra, added, report)
 
-    def look(state: MergeState, task: TaskVector, number: int, numbers: Numbers | None) -> Numbers:
+    def look(state: MergeState, task: TaskVector, number: int, numbers: Numbers) -> Numbers:
         mine, _ = choose(state.base)
         own = dataclasses.replace(state, delta=state.delta.only(mine))
         part = rule.looks(state.step)[number].part

@@ -1,6 +1,7 @@
 """A merging rule as it is used: a pair of pure functions, as an optimiser is in optax."""
 
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from nufilt_jax.config import MethodConfig
@@ -21,7 +22,7 @@ class Update(Protocol):
         *,
         donate: bool = False,
         data: TaskData | None = None,
-        numbers: Numbers | None = None,
+        numbers: Numbers = MappingProxyType({}),
         adapter_start: Params | None = None,
     ) -> MergeState:
         """The state after the task.
@@ -33,7 +34,7 @@ class Update(Protocol):
           on_stack: called after each group of layers with its description and its layers' reports, stacked.
           donate: gives up `state.delta`, so that the new D can take its memory; else `state` is left as it is.
           data: unlabelled examples of the task, for the rules that need them.
-          numbers: what the rule's survey has found of the whole model, where `state` is a part of one; else None.
+          numbers: what the rule's survey has found of the whole model, where `state` is a part of one.
           adapter_start: A0 `[adapter_rank, n]` of every layer, by canonical name, in place of the drawn ones; see
             `nufilt_jax.draw_start`. The first task has no use for it.
 
@@ -60,7 +61,7 @@ class Merger(NamedTuple):
 
     init: Callable[[Params], MergeState]
     update: Update
-    look: Callable[[MergeState, TaskVector, int, Numbers | None], Numbers]
+    look: Callable[[MergeState, TaskVector, int, Numbers], Numbers]
     name: str = ""
     config: MethodConfig | None = None
     remembers: bool = False

@@ -44,7 +44,7 @@ class OpcmConfig(MethodConfig):
 
 def first(state: MergeState, task: TaskVector, context: Context[OpcmConfig]) -> Advance:
     """θ^m_1 = θ_1, with λ_1 = 1."""
-    numbers = context.numbers or _norms([_look(state, task, context)], context.config)
+    numbers = context.numbers or _norms([_look(state, task, context)], context.config, {})
     # The sum of the norms, of which every step takes the mean.
     extra = {"scale": jnp.float32(1), "norms": numbers["task"]}
     return as_it_is(state, task, context)._replace(extra=extra)
@@ -54,7 +54,7 @@ def advance(state: MergeState, task: TaskVector, context: Context[OpcmConfig]) -
     """θ^m_t = θ0 + (λ_{t−1} D + P(τ)) / λ_t."""
     config = context.config
     sums = _sums(state, task, context)
-    numbers = context.numbers or _norms([_sizes(task, config, "task") | _sizes(sums, config, "sum")], config)
+    numbers = context.numbers or _norms([_sizes(task, config, "task") | _sizes(sums, config, "sum")], config, {})
     norms = jnp.asarray(state.extra["norms"]) + numbers["task"]
     stacks, scale = _rescale(sums.stacks, numbers["sum"], norms / jnp.float32(state.step + 1))
     return Advance(Stacked(stacks, task.names), extra={"scale": scale, "norms": norms})
@@ -140,7 +140,7 @@ def _size(x: Float[Array, "*shape"], copies: Float[Array, ""]) -> Float[Array, "
     return jnp.stack([unit, copies * jnp.sum(jnp.square(unit * x))])
 
 
-def _norms(parts: Sequence[Numbers], config: OpcmConfig, found: Numbers | None = None) -> Numbers:
+def _norms(parts: Sequence[Numbers], config: OpcmConfig, found: Numbers) -> Numbers:
     """The model's norms, from the sizes of all its tensors."""
     sizes = {what: {name: size for part in parts for name, size in part[what].items()} for what in parts[0]}
     return {what: _norm(jnp.stack([jnp.asarray(rows[name]) for name in sorted(rows)])) for what, rows in sizes.items()}

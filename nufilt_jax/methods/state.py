@@ -127,7 +127,7 @@ class Context(Generic[C_co]):
       seed: of everything random.
       on_stack: progress callback.
       data: of the task, for rules that need it.
-      numbers: of the whole model, as the looks so far have found them; None if there were none.
+      numbers: of the whole model, as the looks so far have found them; empty if there were none.
       mesh: divides the layers of a stack among its devices, in rules that spread; None for one device.
       adapter_start: A0 by layer, in place of the drawn ones; None to draw them.
     """
@@ -136,7 +136,7 @@ class Context(Generic[C_co]):
     seed: int
     on_stack: OnStack | None
     data: TaskData | None
-    numbers: Numbers | None = None
+    numbers: Numbers = dataclasses.field(default_factory=dict)
     mesh: Mesh | None = None
     adapter_start: Params | None = None
 
@@ -177,7 +177,7 @@ class Look(NamedTuple, Generic[C]):
     """
 
     part: Callable[[MergeState, TaskVector, Context[C]], Numbers]
-    joined: Callable[[Sequence[Numbers], C, Numbers | None], Numbers]
+    joined: Callable[[Sequence[Numbers], C, Numbers], Numbers]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +71,7 @@ def advance(state: MergeState, task: TaskVector, context: Context[TiesConfig]) -
     """
     config, weights, numbers = context.config, _weights(task, context.config), context.numbers
     previous = _previous(state, task, config)
-    if numbers is None:
+    if not numbers:
         sizes = (math.prod(stack.shape[1:]) for stack in task.stacks)
         n_entries = sum(size * sum(copies) for size, copies in zip(sizes, weights, strict=True))
         k = cut_order(n_entries, config.density)
@@ -134,15 +133,15 @@ def _add(delta: TensorStacks, outputs: TensorStacks, scale: Float[Tensor, ""], *
 def _count_halves(state: MergeState, task: TaskVector, context: Context[TiesConfig]) -> Numbers:
     """Of each operand, how many magnitudes have which upper half of bits; or which lower, once the upper is found."""
     weights, operands = _weights(task, context.config), _operands(state, task, context.config)
-    upper = (None, None) if context.numbers is None else context.numbers["bits"].tolist()
+    upper = context.numbers["bits"].tolist() if context.numbers else (None, None)
     return {"counts": np.stack([half_counts(x, weights, half) for x, half in zip(operands, upper, strict=True)])}
 
 
-def _narrowed(parts: Sequence[Numbers], config: TiesConfig, found: Numbers | None) -> Numbers:
+def _narrowed(parts: Sequence[Numbers], config: TiesConfig, found: Numbers) -> Numbers:
     """The thresholds' bits as far as they are found, and their places among the magnitudes that share these."""
     counts = functools.reduce(np.add, (part["counts"] for part in parts))
     k = cut_order(int(counts[0].sum()), config.density)
-    bits, places = (np.zeros(2, np.uint32), (k, k)) if found is None else (found["bits"], found["places"])
+    bits, places = (found["bits"], found["places"]) if found else (np.zeros(2, np.uint32), (k, k))
     values, places = zip(*map(place_in, counts, places), strict=True)
     bits = bits << HALF | np.array(values, np.uint32)
     return {"bits": bits, "places": places, "cuts": bits.view(np.float32)}
@@ -150,15 +149,15 @@ def _narrowed(parts: Sequence[Numbers], config: TiesConfig, found: Numbers | Non
 
 def _vote(state: MergeState, task: TaskVector, context: Context[TiesConfig]) -> Numbers:
     """How many entries are negative, and how many positive."""
-    cuts, weights = cast(Numbers, context.numbers)["cuts"], _weights(task, context.config)
+    cuts, weights = context.numbers["cuts"], _weights(task, context.config)
     votes = _votes(*_operands(state, task, context.config), cuts, weights=weights)
     return {"votes": np.asarray(votes.high, np.int64) << HALF | np.asarray(votes.low, np.int64)}
 
 
-def _elected(parts: Sequence[Numbers], config: TiesConfig, found: Numbers | None) -> Numbers:
+def _elected(parts: Sequence[Numbers], config: TiesConfig, found: Numbers) -> Numbers:
     """What `advance` takes: the thresholds, and whether more entries are positive."""
     negative, positive = functools.reduce(np.add, (part["votes"] for part in parts))
-    return {"cuts": cast(Numbers, found)["cuts"], "majority": np.asarray(negative < positive)}
+    return {"cuts": found["cuts"], "majority": np.asarray(negative < positive)}
 
 
 # The kernel.

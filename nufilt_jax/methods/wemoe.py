@@ -7,7 +7,6 @@ weighs the experts.
 
 import dataclasses
 import re
-from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -130,8 +129,8 @@ def _factors(
 def grow_gates(state: MergeState, task: TaskVector, config: WemoeConfig, seed: int) -> dict[str, Tensor]:
     """All gates with one row more: N(0, 0.01²), and a bias of `scale`."""
     widths: dict[str, int] = {}
-    for name, (n_outputs, n_inputs) in ((name, task.shapes[name]) for name in task if is_feed_forward(name)):
-        found = cast(re.Match, _FEED_FORWARD.fullmatch(name))
+    for found in filter(None, map(_FEED_FORWARD.fullmatch, task)):
+        n_outputs, n_inputs = task.shapes[found[0]]
         widths[found["block"]] = n_inputs if found["first"] else n_outputs
     gates: dict[str, Tensor] = {}
     for (block, width), key in zip(widths.items(), adapter_keys(seed, state.step + 1, tuple(widths)), strict=True):

@@ -17,7 +17,7 @@ BASE = {name: np.zeros(shape, np.float32) for name, shape in T5.items()}
 
 def surveyed(config, state, vector):
     """What the survey finds of a model of which every stack is a part of its own."""
-    found = None
+    found = {}
     for number, look in enumerate(methods.RULES["ties"].looks(state.step)):
         parts = []
         for members in vector.names:
@@ -50,5 +50,5 @@ def test_a_survey_of_parts_finds_what_the_whole_model_has(kind, density):
             order = np.sort(abs(np.concatenate([np.ravel(operand[name]) for name in (*T5, SHARED, SHARED)])))
             k = cut_order(len(order), density)
             assert row.view(np.uint32) == (order[k - 1] if k else np.float32(0)).view(np.uint32)
-        given, alone = (rule.update(state, vector, numbers=each) for each in (numbers, None))
+        given, alone = (rule.update(state, vector, numbers=each) for each in (numbers, {}))
         chex.assert_trees_all_equal((given.delta, given.extra), (alone.delta, alone.extra))
