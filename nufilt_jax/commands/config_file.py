@@ -244,10 +244,14 @@ def _values(document: Values, folder: Path) -> Values:
     found = [name + sign + (located(source, folder) if source else "") for name, sign, source in pairs]
     values |= {"task": found} if found else {}
     settings: Any = document.get("method_args", {})
-    if isinstance(settings, dict):  # an option's own name takes the option: what the command line says then wins
-        options = _kinds(Arguments)
+    options = _kinds(Arguments)
+    # An option's own name takes the option: what the command line says then wins.
+    if isinstance(settings, dict):
         values |= {key: value for key, value in settings.items() if key in options and value is not None}
         settings = [f"{key}={spelt(value)}" for key, value in settings.items() if key not in options]
+    else:
+        values |= {_key(pair): pair.partition("=")[2] for pair in settings if "=" in pair and _key(pair) in options}
+        settings = [pair for pair in settings if "=" not in pair or _key(pair) not in options]
     return values | ({"method_args": settings} if settings else {})
 
 

@@ -192,6 +192,16 @@ def test_settings_of_the_command_line_leave_the_files_others(models, tmp_path, n
         assert other.code == 0 and other.json["config"]["alpha"] == 0.5, other.err
 
 
+@pytest.mark.parametrize("settings", ["{filter_rank = 8, ridge = 2.0}", '["filter-rank=8", "ridge=2.0"]'])
+def test_an_option_wins_over_the_files_settings_however_they_are_spelt(settings, written, nufilt):
+    text = f'base = "base"\nout = "x"\nmethod_args = {settings}\n[tasks]\nalpha = "alpha"\nbeta = "beta"\n'
+    file = written("merge.toml", text)
+    for options, rank in (((), 8), (("--filter-rank", "6"), 6)):
+        plan = nufilt("plan", "--config", file, "--json", *options)
+        assert plan.code == 0, plan.err
+        assert (plan.json["config"]["filter_rank"], plan.json["config"]["ridge"]) == (rank, 2.0)
+
+
 def test_card_and_recipe_tell_of_no_home(models, tmp_path, nufilt, command, monkeypatch):
     monkeypatch.setenv("HOME", str(models))
     assert nufilt(*command(models, tmp_path / "out", "--method", "sum", n=2)).code == 0
