@@ -46,6 +46,8 @@ def options_from_file(app: App, commands: tuple[str, ...], arguments: ArgumentCo
     _know_own_rule(arguments)
     values = read_options(path, "evaluate" if commands[-1:] == ("evaluate",) else "merge")
     _keep_settings(arguments, values.get("method_args", ()), values.get("method"))
+    if _asked(arguments, "--output") not in (None, "adapter"):  # of which alone the file says how large
+        values.pop("adapter_out_rank", None)
     Dict(values, source=str(path), use_commands_as_keys=False)(app, commands, arguments)
 
 
@@ -55,7 +57,7 @@ def _keep_settings(arguments: ArgumentCollection, pairs: Sequence[str], method: 
     Not if the command line names another method, whose settings they are not.
     """
     given = next((argument.tokens for argument in arguments if "--method-args" in argument.names), [])
-    if not given or not pairs or _is_other_method(_asked(arguments), method):
+    if not given or not pairs or _is_other_method(_asked(arguments, "--method"), method):
         return
     said = {_key(token.value) for token in given}
     given += [given[-1].evolve(value=pair) for pair in pairs if _key(pair) not in said]
@@ -72,14 +74,14 @@ def _is_other_method(asked: str | None, method: str | None) -> bool:
     return asked is not None and canonical_name(asked) != canonical_name(method or DEFAULT_METHOD)
 
 
-def _asked(arguments: ArgumentCollection) -> str | None:
-    """The method that the command line names."""
-    return next((a.tokens[-1].value for a in arguments if "--method" in a.names and a.tokens), None)
+def _asked(arguments: ArgumentCollection, option: str) -> str | None:
+    """What the command line says of an option."""
+    return next((a.tokens[-1].value for a in arguments if option in a.names and a.tokens), None)
 
 
 def _know_own_rule(arguments: ArgumentCollection) -> None:
     """Imports the rule that `--method MODULE:RULE` names on the command line; a recipe imports nothing."""
-    asked = _asked(arguments)
+    asked = _asked(arguments, "--method")
     if asked and ":" in asked and not asked.startswith("help="):
         from nufilt_jax.methods import load_own
 

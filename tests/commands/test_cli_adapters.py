@@ -256,6 +256,10 @@ def test_a_recipe_of_an_adapter_is_merged_again(nufilt, stream, tmp_path):
     again = nufilt("merge", "--config", tmp_path / "out" / "nufilt.json", "--out", tmp_path / "again")
     assert again.code == 0, again.err
     assert build.weight_bytes(tmp_path / "again") == build.weight_bytes(tmp_path / "out")
+    whole = ("--config", tmp_path / "out" / "nufilt.json", "--output", "model", "--out", tmp_path / "whole")
+    assert nufilt("merge", *whole).code == 0  # a model has no rank of an adapter
+    merge(nufilt, stream, tmp_path / "model", ["one", "two"], "--method", "sum")
+    assert build.weight_bytes(tmp_path / "whole") == build.weight_bytes(tmp_path / "model")
 
 
 def test_a_finished_adapter_again(nufilt, stream, tmp_path):
