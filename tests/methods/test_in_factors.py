@@ -60,9 +60,9 @@ def merged(base, tasks, rule, config, ranks=None):
     return {name: np.asarray(state.merged[name], np.float64) for name in NAMES}, state
 
 
-def assert_close(ours, theirs, tolerance=1e-5):
+def assert_close(ours, theirs):
     for name in NAMES:
-        assert np.linalg.norm(ours[name] - theirs[name]) <= tolerance * np.linalg.norm(theirs[name]), name
+        assert np.linalg.norm(ours[name] - theirs[name]) <= 1e-5 * np.linalg.norm(theirs[name]), name
 
 
 @pytest.mark.parametrize("case", CONFIGS)
@@ -72,7 +72,7 @@ def test_the_same_as_of_dense_matrices(base, case):
     ours, state = merged(base, tasks, rule, config, dict.fromkeys(NAMES, (2, 3, 2)))
     theirs, whole = merged(base, tasks, rule, config)
     assert all(isinstance(stack, Factored) and stack.rank == 7 for stack in state.delta.stacks)
-    assert_close(ours, theirs, 2e-5)
+    assert_close(ours, theirs)
     for name, report in whole.report.items():
         np.testing.assert_allclose(state.report[name].losses, report.losses, rtol=1e-3, atol=1e-9)
         for field in ("removed_share", "restored_share", "drift", "captured") if report.forecast else ():
@@ -98,7 +98,7 @@ def test_adapters_that_have_nothing_new(base, case):
     tasks = [untrained, adapter(1), untrained, adapter(1), adapter(2)]
     ours, state = merged(base, tasks, *CONFIGS[case], dict.fromkeys(NAMES, (2,) * 5))
     theirs, _ = merged(base, tasks, *CONFIGS[case])
-    assert_close(ours, theirs, 2e-5)
+    assert_close(ours, theirs)
     assert np.isfinite(np.concatenate([np.ravel(x) for x in jax.tree.leaves(state.delta.stacks)])).all()
 
 
