@@ -39,10 +39,10 @@ def options_from_file(app: App, commands: tuple[str, ...], arguments: ArgumentCo
     Raises:
       ConfigError: the file cannot be read, or says something that is no option; all of it at once.
     """
-    tokens = next((argument.tokens for argument in arguments if "--config" in argument.names), [])
-    if not tokens:
+    file = _asked(arguments, "--config")
+    if file is None:
         return
-    path = Path(os.path.expanduser(tokens[-1].value))
+    path = Path(os.path.expanduser(file))
     _know_own_rule(arguments)
     values = read_options(path, "evaluate" if commands[-1:] == ("evaluate",) else "merge")
     _keep_settings(arguments, values.get("method_args", ()), values.get("method"))
@@ -247,14 +247,14 @@ def _values(document: Values, folder: Path) -> Values:
     values |= {"task": found} if found else {}
     settings: Any = document.get("method_args", {})
     options = _kinds(Arguments)
-    # An option's own name takes the option: what the command line says then wins.
     if isinstance(settings, dict):
-        values |= {key: value for key, value in settings.items() if key in options and value is not None}
-        settings = [f"{key}={spelt(value)}" for key, value in settings.items() if key not in options]
-    else:
-        values |= {_key(pair): pair.partition("=")[2] for pair in settings if "=" in pair and _key(pair) in options}
-        settings = [pair for pair in settings if "=" not in pair or _key(pair) not in options]
-    return values | ({"method_args": settings} if settings else {})
+        said = ((key, value) for key, value in settings.items() if value is not None or key not in options)
+        settings = [f"{key}={spelt(value)}" for key, value in said]
+    # An option's own name takes the option: what the command line says then wins.
+    own = [pair for pair in settings if "=" in pair and _key(pair) in options]
+    values |= {_key(pair): pair.partition("=")[2] for pair in own}
+    others = [pair for pair in settings if pair not in own]
+    return values | ({"method_args": others} if others else {})
 
 
 def located(source: str, folder: Path) -> str:

@@ -243,7 +243,6 @@ def test_own_rules(registry):
 
 OWN = """
 import dataclasses
-import importlib
 import nufilt_jax as nj
 from nufilt_jax.methods import Advance, MethodConfig, Rule
 from nufilt_jax.methods.elementwise import blend
