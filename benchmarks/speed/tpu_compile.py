@@ -2,9 +2,13 @@
 
 Needs libtpu (`pip install nufilt_jax[tpu]`), and no TPU; only one such process runs at a time: libtpu holds a lock.
 What is compiled is the program that always runs, for all layers of one input width at once, as on an accelerator; and
-with --repair the one that seldom does, for a layer without a certificate. Seconds are of this machine's processors.
+with --repair-up-to also the one that seldom does, for a layer without a certificate. Seconds are of these processors.
+
+"about ms" is an estimate, no measurement: operations as a plan counts them, at the chip's published rate of products of
+bfloat16, of which one product in float32 takes six.
 """
 
+import argparse
 import functools
 import os
 import re
@@ -19,12 +23,15 @@ from jax.sharding import SingleDeviceSharding
 from benchmarks.common import measure, records, script, shapes
 from nufilt_jax import NufiltConfig
 from nufilt_jax.core.solve import solve_group
+from nufilt_jax.engine.estimate import solve_flops
 from nufilt_jax.linalg.dispatch import options
 from nufilt_jax.methods.stacked import Group
 
 # 2 x 2 chips of each generation, the smallest that libtpu describes; one is compiled for.
 CHIPS = {"v5e": "v5e:2x2", "v6e": "v6e:2x2"}
 MEMORY = {"v5e": 16e9, "v6e": 32e9}  # bytes, as published
+RATE = {"v5e": 197e12, "v6e": 918e12}  # operations per second on bfloat16, as published
+PASSES = 6  # products of bfloat16 in one at `highest` precision
 TITLE = "the solve of one task, compiled for a TPU"
 COLUMNS = (
     "model",
@@ -38,15 +45,16 @@ COLUMNS = (
     "temporaries GB",
     "memory GB",
 )
-COLUMNS += ("fits", "loops", "products", "float64")
+COLUMNS += ("fits", "loops", "products", "float64", "about ms")
 
 
 class Compiled(NamedTuple):
-    """A program, and the processor seconds that it took."""
+    """A program, the processor seconds that it took, and the operations of one run."""
 
     program: Any
     traced: float
     compiled: float
+    flops: float
 
 
 def describe(chip: str) -> Any:
@@ -76,7 +84,8 @@ def compile_group(group: Group, sizes: dict[str, shapes.Shape], device: Any, *, 
     lowered = jax.jit(solve, donate_argnums=0).lower(deltas, deltas, start)
     traced = time.process_time()
     program = lowered.compile(options("tpu"))
-    return Compiled(program, traced - begun, time.process_time() - traced)
+    flops = solve_flops((((m, n), n_layers) for n_layers, m, n in stacks), config)
+    return Compiled(program, traced - begun, time.process_time() - traced, flops)
 
 
 def n_products(program: Any) -> int:
@@ -98,16 +107,39 @@ def row(model: str, chip: str, kind: str, n_layers: int, found: Compiled) -> lis
     fits = "yes" if sum(taken) + code < MEMORY[chip] else "no"
     sizes = [code / 1e6, *(x / 1e9 for x in taken), MEMORY[chip] / 1e9]
     counts = [n_loops(program), n_products(program), program.as_text().count("f64[")]
-    return [model, chip, kind, n_layers, found.traced, found.compiled, *sizes, fits, *counts]
+    about = 1e3 * PASSES * found.flops / RATE[chip] if kind == "main" else None
+    return [model, chip, kind, n_layers, found.traced, found.compiled, *sizes, fits, *counts, about]
+
+
+def model_and_blocks(text: str) -> tuple[str, int | None]:
+    """Type of an argument: a model, with :N only its first N blocks."""
+    name, colon, blocks = text.partition(":")
+    if name not in shapes.MODELS or (colon and not blocks.isdecimal()) or blocks == "0":
+        raise argparse.ArgumentTypeError(f"must be MODEL or MODEL:BLOCKS of {', '.join(shapes.MODELS)}, got {text}")
+    return name, int(blocks) if colon else None
 
 
 def main() -> None:
     """Parses the command line and compiles."""
     parser = script.Parser(__doc__, "tpu_compile.json")
-    parser.add_argument("--models", nargs="+", choices=shapes.MODELS, default=["vit-b32"], help="default: vit-b32")
-    parser.add_argument("--chips", nargs="+", choices=CHIPS, default=["v5e"], help="default: v5e")
-    parser.add_argument("--blocks", type=script.at_least(1), help="the first blocks of each model alone")
-    parser.add_argument("--repair", action="store_true", help="also what seldom runs")
+    every = [("vit-b32", None), ("vit-l14", None), ("llava-1.5-7b", 1)]
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        type=model_and_blocks,
+        metavar="MODEL[:BLOCKS]",
+        default=every,
+        help=f"of {', '.join(shapes.MODELS)}, with :N the first N blocks of each tower alone; "
+        "default: vit-b32 vit-l14 llava-1.5-7b:1",
+    )
+    parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS), help="default: all")
+    parser.add_argument(
+        "--repair-up-to",
+        type=script.at_least(0),
+        default=0,
+        metavar="WIDTH",
+        help="also what seldom runs, of layers at most so wide (default: 0): of 4096 inputs it takes over half an hour",
+    )
     arguments = parser.parse_args()
     jax.config.update("jax_enable_compilation_cache", False)
     found = []
@@ -116,17 +148,18 @@ def main() -> None:
             device = describe(chip)
         except RuntimeError:
             parser.error("libtpu is missing (pip install nufilt_jax[tpu])")
-        for model in arguments.models:
-            sizes = shapes.layer_shapes(model, arguments.blocks)
+        for model, blocks in arguments.models:
+            sizes = shapes.layer_shapes(model, blocks)
+            part = "" if blocks is None else f", {blocks} block" + "s" * (blocks > 1)
             for group in shapes.grouped(sizes):
-                name = f"{model}, width {group.width}"
+                name = f"{model}{part}, width {group.width}"
                 script.say(f"{name}, for {chip}")
                 found.append(row(name, chip, "main", len(group.names), compile_group(group, sizes, device)))
-                if arguments.repair:
+                if group.width <= arguments.repair_up_to:
                     found.append(row(name, chip, "repair", 1, compile_group(group, sizes, device, repair=True)))
     document = {
         "environment": measure.environment(),
-        "about": {"blocks": arguments.blocks},
+        "about": script.settings(arguments),
         "tables": [records.table(TITLE, COLUMNS, found)],
     }
     records.finish(document, arguments.json or records.RESULTS / "tpu_compile.json")

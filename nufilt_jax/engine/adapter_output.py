@@ -11,9 +11,11 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from nufilt_jax.anatomy import shape_in, tensor_of
-from nufilt_jax.checkpoints import AdaptedCheckpoint
+from nufilt_jax.checkpoints import AdaptedCheckpoint, Checkpoint
+from nufilt_jax.checkpoints.folders import FLAX
+from nufilt_jax.checkpoints.orientation import stored_axes
 from nufilt_jax.checkpoints.peft.keys import parse_key
-from nufilt_jax.checkpoints.peft.writer import NewPair, write_adapter
+from nufilt_jax.checkpoints.peft.writer import NewPair, saved_by_type, write_adapter
 from nufilt_jax.checkpoints.prefixes import without_wrappers
 from nufilt_jax.engine.merged import merged_tensors
 from nufilt_jax.engine.plan import Plan
@@ -89,8 +91,13 @@ def write_merged_adapter(plan: Plan, delta: Mapping[str, Any], told: MergedAdapt
         else:
             made = functools.partial(_cut, delta, layer, cut, module, energies)
         pairs[module] = NewPair(cut, shape, made)
-    values = merged_tensors(plan.base.read(dict.fromkeys(map(tensor_of, whole))), delta)
-    named = {_stored_name(told.modules[name], pairs): value for name, value in values.items()}
+    modules = {name: told.modules[name] for name in map(tensor_of, whole)}
+    beside = _beside(plan, told, modules, pairs)
+    values = merged_tensors(plan.base.read(modules), delta) | plan.base.read(beside)
+    named = {
+        _stored_name((modules | beside)[name], pairs): _as_its_class(value, name, plan.base)
+        for name, value in values.items()
+    }
     write_adapter(out, pairs, plan.base, whole=named, settings=told.config, dtype=plan.settings.dtype)
     rows = {
         module: {"rank": pair.rank, "energy_lost": round(_lost(*energies.get(module, (0.0, 0.0))), 9)}
@@ -100,6 +107,32 @@ def write_merged_adapter(plan: Plan, delta: Mapping[str, Any], told: MergedAdapt
     share = _lost(total + held, total + of_cut)
     rank = max((pair.rank for pair in pairs.values()), default=0)
     return dataclasses.replace(told, rank=rank, energy_lost=share, layers=rows)
+
+
+def _beside(plan: Plan, told: MergedAdapter, whole: Mapping[str, str], pairs: Mapping[str, NewPair]) -> dict[str, str]:
+    """What peft looks for beside `whole`, and the merge leaves as the base has it; by name, as its class calls it.
+
+    Of a module that is saved it is every tensor, and of some types of task the head, whoever asked for it.
+    """
+    task_type = told.config.get("task_type")
+    others = {name: called for name, called in told.modules.items() if _module(called) not in pairs}
+    heads = {name: called for name, called in others.items() if saved_by_type(_module(called), task_type)}
+    saved = {name: called for name, called in whole.items() if not name.endswith(".bias")} | heads
+    called = {_module(name): _module(theirs) for name, theirs in saved.items()}
+    every = (name for name in plan.base.tensors if _module(name) in called and name not in whole)
+    return {name: f"{called[_module(name)]}.{name.rpartition('.')[2]}" for name in every}
+
+
+def _module(name: str) -> str:
+    """Of a tensor."""
+    return name.rpartition(".")[0]
+
+
+def _as_its_class(value: Any, name: str, base: Checkpoint) -> Any:
+    """A whole tensor, `[d_out, d_in]`, as the model's torch class has it."""
+    info = base.tensors[name]
+    axes = stored_axes(name, info.shape, base.config) if base.format == FLAX else info.axes
+    return value if axes == tuple(range(len(axes))) else np.asarray(value).transpose(np.argsort(axes))
 
 
 def _lost(held: float, of_all: float) -> float:

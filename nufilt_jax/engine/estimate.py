@@ -77,7 +77,7 @@ def plan_seconds(plan: Plan, n_bytes: Mapping[str, int], rate: float) -> dict[st
     solved = n_left - (plan.done == 0)
     if isinstance(config, SolveConfig):
         shapes = ((_solved_shape(stack), len(stack.layers)) for stack in plan.stacks)
-        merging = solved * _flops(shapes, config) / (_SHARE_OF_PRODUCTS * rate) + n_left * state / _CHECKED
+        merging = solved * solve_flops(shapes, config) / (_SHARE_OF_PRODUCTS * rate) + n_left * state / _CHECKED
         widths = {stack.shape[-1] for stack in plan.stacks}
         compiling = _COMPILED * len(widths) if solved > 0 else 0.0
     elif find(plan.settings.method).elementwise:
@@ -92,8 +92,8 @@ def _solved_shape(stack: Stack) -> tuple[int, ...]:
     return stack.shape if stack.ranks is None else (total_rank(stack.ranks), stack.shape[-1])
 
 
-def _flops(shapes: Iterable[tuple[tuple[int, ...], int]], config: SolveConfig) -> float:
-    """Operations of one task, for layers of some shapes and their numbers."""
+def solve_flops(shapes: Iterable[tuple[tuple[int, ...], int]], config: SolveConfig) -> float:
+    """Operations of one task, in floating point, for layers of some shapes [m, n] and their numbers."""
     return sum(n_layers * _layer_flops(shape[0], shape[1], config) for shape, n_layers in shapes if len(shape) == 2)
 
 

@@ -87,12 +87,17 @@ class Program(Generic[P, R]):
 
 
 def options(platform: str, *, by_elements: bool = False) -> Options:
-    """What the compiler of `cpu`, `gpu` or `tpu` is told, as far as this version of it understands that."""
-    if platform == "cpu":
-        if by_elements:
-            return {}
-        return _SOONER_ON_CPU if jax.__version_info__ <= _LAST_WITH_IT else {}
-    return _SOONER_ON_TPU if platform == "tpu" else {}
+    """What the compiler of `cpu`, `gpu` or `tpu` is told, as far as this version of it understands that.
+
+    What the user's XLA_FLAGS say is left to them.
+    """
+    told: Options = {}
+    if platform == "cpu" and not by_elements and jax.__version_info__ <= _LAST_WITH_IT:
+        told = _SOONER_ON_CPU
+    elif platform == "tpu":
+        told = _SOONER_ON_TPU
+    theirs = {flag.partition("=")[0].lstrip("-") for flag in os.environ.get("XLA_FLAGS", "").split()}
+    return {name: value for name, value in told.items() if name not in theirs}
 
 
 def on_cpu(tree: Any) -> bool:

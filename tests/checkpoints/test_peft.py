@@ -222,6 +222,18 @@ def test_factors_that_contradict(tmp_path, base, pairs):
         assert what != "belongs to " or ", which cannot be merged" in str(error.value)
 
 
+def test_two_names_of_a_whole_tensor(tmp_path, base, pairs):
+    """As peft writes the head of some adapters; only copies that differ contradict each other."""
+    value = np.full(16, 0.5, np.float32)
+    names = (f"{adapters.PREFIX}visual.modules_to_save.bias", f"{adapters.PREFIX}visual.bias")
+    folder = adapters.write(tmp_path / "a", pairs, extra=dict.fromkeys(names, value))
+    alone = adapters.write(tmp_path / "b", pairs, extra={names[0]: value})
+    assert open_task(str(folder), base).tensors.keys() == open_task(str(alone), base).tensors.keys()
+    other = adapters.write(tmp_path / "c", pairs, extra=dict(zip(names, (value, value + 1), strict=True)))
+    with pytest.raises(CheckpointError, match="means the same as base_model.model.visual"):
+        open_task(str(other), base)
+
+
 def test_adapters_without_factors_or_weights(tmp_path, base, base_tensors, pairs):
     folder = adapters.write(tmp_path / "a", pairs)
     save_file({f"base_model.model.{FC1}.weight": base_tensors[f"{FC1}.weight"]}, folder / "adapter_model.safetensors")

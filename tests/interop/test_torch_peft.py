@@ -6,7 +6,14 @@ import numpy as np
 import peft
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from nufilt_jax.cli import main
 
@@ -119,6 +126,65 @@ def test_biases_and_whole_modules(tmp_path):
     assert_same(weights(GPT2LMHeadModel.from_pretrained(tmp_path / "model")), theirs, weights(gpt2()))
     with_ours = peft.PeftModel.from_pretrained(gpt2(), tmp_path / "adapter")
     assert_same(weights(with_ours.merge_and_unload()), theirs, weights(gpt2()))
+
+
+def drawn(adapted, folder, seed):
+    """Saved by peft with every trained number moved; and the merged weights."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    adapted.save_pretrained(folder)
+    return weights(adapted.merge_and_unload())
+
+
+def test_a_module_saved_whole_comes_out_with_all_that_it_has(tmp_path):
+    """Its bias too, though no rule for selected layers touches that; a Conv1D's weight lies as its class has it."""
+    gpt2().save_pretrained(tmp_path / "base")
+    settings = CONV1D | {"target_modules": ["c_attn"]}
+    for seed in (1, 2):
+        adapted = peft.get_peft_model(gpt2(), peft.LoraConfig(modules_to_save=["c_fc"], **settings))
+        drawn(adapted, tmp_path / f"a{seed}", seed)
+    tasks = [part for seed in (1, 2) for part in ("--task", f"a{seed}={tmp_path / f'a{seed}'}")]
+    given = ("--base", tmp_path / "base", *tasks, *RANKS)
+    nufilt("merge", *given, "--out", tmp_path / "model", "--output", "model")
+    nufilt("merge", *given, "--out", tmp_path / "adapter", "--output", "adapter")
+    nufilt("verify", tmp_path / "adapter")
+    ours = weights(peft.PeftModel.from_pretrained(gpt2(), tmp_path / "adapter").merge_and_unload())
+    whole = weights(GPT2LMHeadModel.from_pretrained(tmp_path / "model"))
+    assert_same(ours, whole, weights(gpt2()))
+    moved = np.abs(whole["transformer.h.0.mlp.c_fc.weight"] - weights(gpt2())["transformer.h.0.mlp.c_fc.weight"])
+    assert np.max(moved) > 0.1
+
+
+def roberta():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3}
+    return RobertaForSequenceClassification(RobertaConfig(vocab_size=30, max_position_embeddings=12, **sizes))
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_a_classifier_s_adapters_are_read_and_made(tmp_path, bias):
+    """For this type of task peft saves the head by itself, with `bias="all"` twice; the merge leaves it the base's."""
+    roberta().save_pretrained(tmp_path / "base")
+    settings = {"target_modules": ["query", "value"], "r": 2, "bias": bias, "task_type": "SEQ_CLS"}
+    theirs = [
+        drawn(peft.get_peft_model(roberta(), peft.LoraConfig(**settings)), tmp_path / f"a{seed}", seed)
+        for seed in (1, 2)
+    ]
+    one = ("--base", tmp_path / "base", "--task", f"a1={tmp_path / 'a1'}")
+    nufilt("merge", *one, "--method", "weight_average", "--out", tmp_path / "one")
+    assert_same(
+        weights(RobertaForSequenceClassification.from_pretrained(tmp_path / "one")), theirs[0], weights(roberta())
+    )
+    two = (*one, "--task", f"a2={tmp_path / 'a2'}")
+    for name, options in {"layers": RANKS, "all": ("--method", "weight_average")}.items():
+        nufilt("merge", *two, *options, "--out", tmp_path / name, "--output", "model")
+        nufilt("merge", *two, *options, "--out", tmp_path / f"{name}-adapter", "--output", "adapter")
+        ours = weights(peft.PeftModel.from_pretrained(roberta(), tmp_path / f"{name}-adapter").merge_and_unload())
+        whole = weights(RobertaForSequenceClassification.from_pretrained(tmp_path / name))
+        assert_same(ours, whole, weights(roberta()))
 
 
 @pytest.mark.parametrize("base", [llama(), llama().model], ids=["whole", "headless"])

@@ -20,6 +20,8 @@ from nufilt_jax.checkpoints.writer import output_error
 from nufilt_jax.durable import atomic_write, make_folder
 from nufilt_jax.errors import OutputError, Problem, raise_all
 
+_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS")  # types of task for which peft trains and saves a head by itself
+_HEADS = ("classifier", "score")  # how it knows one: by the end of the module's name
 FactorPair = tuple[Float[np.ndarray, "r d_in"], Float[np.ndarray, "d_out r"]]
 
 
@@ -36,6 +38,11 @@ class NewPair:
     rank: int
     shape: tuple[int, ...]
     made: Callable[[], FactorPair]
+
+
+def saved_by_type(module: str, task_type: str | None) -> bool:
+    """Whether peft keeps a module whole because of its adapter's type of task, without being told to."""
+    return task_type in _WITH_HEAD and any(part.endswith(_HEADS) for part in module.split("."))
 
 
 def module_of(base: Checkpoint, name: str) -> str:
@@ -129,7 +136,8 @@ def _config(
     others = {module: rank for module, rank in ranks.items() if rank != most}
     local = base.source if base.revision is not None else str(base.path.resolve())
     biases = [name for name in whole if name.endswith(".bias")]
-    saved = sorted({name.rpartition(".")[0] for name in whole if name not in biases})
+    modules = sorted({name.rpartition(".")[0] for name in whole if name not in biases})
+    saved = [module for module in modules if not saved_by_type(module, settings.get("task_type"))]
     return {
         "peft_type": "LORA",
         "task_type": None,
