@@ -124,8 +124,10 @@ def kept(delta: Stacked, stacks: tuple[Stack, ...], done: int) -> tuple[dict[str
     return groups, ranks
 
 
-def output_problems(tasks: Mapping[str, Checkpoint], settings: Settings) -> Iterator[Problem]:
-    """What keeps a merge from being written as an adapter."""
+def output_problems(
+    tasks: Mapping[str, Checkpoint], settings: Settings, selection: Selection, *, is_first: bool
+) -> Iterator[Problem]:
+    """What keeps a merge from being written as an adapter; the first of a stream has to hold something."""
     if settings.output != "adapter":
         if settings.adapter_out_rank is not None:
             yield problem("adapter_out_rank", "belongs to --output adapter", "add that, or leave it out")
@@ -137,5 +139,10 @@ def output_problems(tasks: Mapping[str, Checkpoint], settings: Settings) -> Iter
     if whole:
         what = f"adapter: {', '.join(whole)}: a whole model changes its matrices in full rank, which no adapter holds"
         yield problem("output", what, "leave it out to get a whole model, and use nufilt extract on that")
+    changed = {info.name for task in tasks.values() for info in task.stored}
+    changed |= {name for task in tasks.values() if isinstance(task, AdaptedCheckpoint) for name in task.factors}
+    if is_first and not whole and changed.isdisjoint(map(tensor_of, selection.layers + selection.other)):
+        what = "adapter: no task's adapter changes any of the selected layers, so that it would be empty"
+        yield problem("output", what, "select others with --layers, or leave that out")
     if settings.format is not None:
         yield problem("format", "does not go with --output adapter, which peft reads as safetensors", "leave it out")

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
+from nufilt_jax.anatomy import tensor_of
 from nufilt_jax.checkpoints import AdaptedCheckpoint, Checkpoint, Findings, TensorInfo, survey_file
 from nufilt_jax.checkpoints.dtypes import OUTPUT_DTYPES
 from nufilt_jax.checkpoints.folders import SAFETENSORS
@@ -15,6 +16,7 @@ from nufilt_jax.checkpoints.peft.adapted import weight_of
 from nufilt_jax.engine.memory import READERS
 from nufilt_jax.engine.plan import Plan
 from nufilt_jax.errors import CheckpointError, Problem, raise_all
+from nufilt_jax.methods.selection import Selection
 from nufilt_jax.methods.state import nonfinite_problem
 from nufilt_jax.output.model import Model
 
@@ -53,7 +55,7 @@ def inspect(plan: Plan) -> Inspection:
     for checkpoint, findings in zip((plan.base, *plan.tasks.values()), (base, *tasks), strict=True):
         nonfinite = frozenset[str]().union(*(found.nonfinite for found in findings))
         broken = (info for info in checkpoint.stored if info.name in nonfinite)
-        refused, accepted = _nonfinite_problems(broken, set(plan.selection.touched))
+        refused, accepted = _nonfinite_problems(broken, plan.selection)
         problems += refused
         warnings += map(str, accepted)
     raise_all(CheckpointError, problems)
@@ -144,11 +146,16 @@ def _as_promised(plan: Plan, base: Model, now: Mapping[str, str]) -> Mapping[str
     return now if is_alike else plan.base.sha256_as(base.sha256 or {})
 
 
-def _nonfinite_problems(tensors: Iterable[TensorInfo], touched: set[str]) -> tuple[list[Problem], list[Problem]]:
+def _nonfinite_problems(tensors: Iterable[TensorInfo], selection: Selection) -> tuple[list[Problem], list[Problem]]:
     """Tensors with non-finite numbers: those that the merge would use, and those that it leaves alone."""
     refused, accepted = [], []
+    touched, layers = set(selection.touched), set(map(tensor_of, selection.layers))
     for info in tensors:
         is_touched = weight_of(info.name) in touched
-        found = nonfinite_problem(str(info.file), info.stored_name, is_touched=is_touched)
+        # Those outside the layers are merged at the user's wish, of which --layers is no part.
+        way_out = (
+            {} if weight_of(info.name) in layers else {"way_out": "keep the base's with --other-params pretrained"}
+        )
+        found = nonfinite_problem(str(info.file), info.stored_name, is_touched=is_touched, **way_out)
         (refused if is_touched else accepted).append(found)
     return refused, accepted

@@ -140,7 +140,7 @@ def make_plan(job: Job, *, offline: bool = False, headers_only: bool = False) ->
         with gathering(problems):
             problems += of_kind(ConfigError, _evaluation_problems(job, base))
         with gathering(problems):
-            problems += output_problems(tasks, job.settings)
+            problems += output_problems(tasks, job.settings, selection, is_first=recorded is None)
             problems += _output_problems(base, job.settings, place)
         problems += of_kind(OutputError, _state_problems(recorded, selection, len(job.sources)))
         problems += _process_problems(job)

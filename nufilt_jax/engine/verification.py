@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nufilt_jax.checkpoints import open_checkpoint
+from nufilt_jax.checkpoints.peft.config import CONFIG
 from nufilt_jax.engine.inspection import inspect
 from nufilt_jax.engine.job import Job
 from nufilt_jax.engine.plan import make_plan
@@ -17,6 +18,7 @@ from nufilt_jax.engine.timing import Clock
 from nufilt_jax.engine.watching import Watcher
 from nufilt_jax.errors import NufiltError, Problem, gathering
 from nufilt_jax.linalg.dispatch import at_once
+from nufilt_jax.methods import find
 from nufilt_jax.output.hashes import changed_files
 from nufilt_jax.output.place import CARD, STATE, OutputPlace
 from nufilt_jax.output.recipe import Model, Recipe
@@ -114,7 +116,14 @@ def differences_from(recipe: Recipe, device: str) -> list[tuple[str, Any, Any]]:
     pairs += [("device", recipe.device, device)]
     pairs += [(name, getattr(recipe.host, name), getattr(here, name)) for name in _OF_HOST]
     pairs += [("hosts", "several", "one")] if recipe.host.is_mixed else []
+    pairs += [("commands", "several", "one")] if _knew_of_fewer(recipe) else []
     return [(what, then, now) for what, then, now in pairs if then != now]
+
+
+def _knew_of_fewer(recipe: Recipe) -> bool:
+    """Whether layers may have been in factors that are whole when all tasks are known from the start, or wider ones."""
+    adapters = (CONFIG in map(os.path.basename, task.sha256 or ()) for task in recipe.tasks)
+    return find(recipe.settings.method).in_factors and any(step.resumed for step in recipe.steps) and any(adapters)
 
 
 def verify_numbers(

@@ -248,11 +248,11 @@ class Rule(Generic[C]):
         return self.survey if step else self.first_survey
 
 
-def nonfinite_problem(where: str, name: str, *, is_touched: bool) -> Problem:
+def nonfinite_problem(where: str, name: str, *, is_touched: bool, way_out: str = "exclude it with --layers") -> Problem:
     """Says that a tensor has numbers that nothing can be merged from; what is not touched is merely kept."""
     what = "has NaN or infinite numbers"
     if is_touched:
-        return Problem(where, what, "fine-tune again, or exclude it with --layers", name)
+        return Problem(where, what, f"fine-tune again, or {way_out}", name)
     return Problem(where, f"{what}; the merge does not touch it", tensor=name)
 
 

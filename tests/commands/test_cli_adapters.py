@@ -215,12 +215,30 @@ def test_biases_go_out_whole(nufilt, stream, tmp_path):
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["bias"] == "all"
 
 
+def test_layers_that_a_later_task_takes_out_of_factors_are_verified(nufilt, stream, tmp_path):
+    """All tasks known from the start, D would never have been in factors: the last bits are others, and no fault."""
+    out = tmp_path / "out"
+    merge(nufilt, stream, out, ["one", "two"], "--method", "nufilt", *RANKS)
+    assert nufilt("verify", out, "--json").json["bit_for_bit"]
+    added = nufilt("add", out, "--task", f"three={stream / 'two'}")
+    assert added.code == 0, added.err
+    found = nufilt("verify", out, "--json")
+    assert found.code == 0, found.err
+    assert {"what": "commands", "then": "several", "now": "one"} in found.json["differences"]
+    assert 0 < found.json["recomputed"]["worst"] < 2e-5
+
+
 NO_ADAPTER = {
     "full": (("full",), ("--output", "adapter"), "--output: adapter: full: a whole model changes its matrices"),
     "method": (("one",), ("--output", "adapter", "--method", "ties"), "--output: adapter: ties is not linear"),
     "rank": (("one",), ("--adapter-out-rank", 2), "--adapter-out-rank: belongs to --output adapter"),
     "kind": (("one",), ("--output", "lora"), "--output: must be one of model, adapter"),
     "zero": (("one",), ("--output", "adapter", "--adapter-out-rank", 0), "--adapter-out-rank: must be at least 1"),
+    "nothing": (
+        ("one", "two"),
+        ("--output", "adapter", "--layers", "fc2"),
+        "--output: adapter: no task's adapter changes any of the selected layers, so that it would be empty",
+    ),
     "flax": (("one",), ("--output", "adapter", "--format", "flax"), "--format: does not go with --output adapter"),
 }
 
