@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from nufilt_jax.anatomy import shape_in, tensor_of
 from nufilt_jax.checkpoints import AdaptedCheckpoint
 from nufilt_jax.checkpoints.peft.keys import parse_key
+from nufilt_jax.checkpoints.peft.spelling import in_series_of
 from nufilt_jax.checkpoints.peft.writer import NewPair, write_adapter
 from nufilt_jax.checkpoints.prefixes import without_wrappers
 from nufilt_jax.engine.merged import merged_tensors
@@ -32,6 +33,7 @@ def told_of(plan: Plan) -> MergedAdapter:
             continue
         theirs = {name: pair.module for name, pair in task.factors.items()}
         theirs |= {info.name: without_wrappers(parse_key(info.stored_name).name, task.base) for info in _whole(task)}
+        theirs = in_series_of(theirs, modules, task.base.config)
         old, new = _prefixes(theirs, modules)
         renamed = {name: new + module.removeprefix(old) if old or new else module for name, module in theirs.items()}
         modules = renamed | modules

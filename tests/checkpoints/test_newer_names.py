@@ -7,6 +7,7 @@ import pytest
 
 from nufilt_jax.checkpoints import open_checkpoint, open_task
 from nufilt_jax.checkpoints.newer_names import newer_names
+from nufilt_jax.checkpoints.peft.spelling import in_series_of, is_newer
 
 W = build.WIDTH
 VIT = {
@@ -93,3 +94,16 @@ def test_models_that_neither_series_renames():
 def test_a_class_without_a_head_has_no_outer_model():
     config = {"model_type": "qwen2_vl", "architectures": ["Qwen2VLModel"]}
     assert newer_names(["visual.merger.ln_q"], config) == {"visual.merger.ln_q": "visual.merger.ln_q"}
+
+
+def test_two_adapters_in_names_of_both_series():
+    """What one calls its modules decides; whole tensors keep their last part."""
+    config = {"model_type": "vit"}
+    query, bias = "vit.encoder.layer.0.attention.attention.query", "vit.encoder.layer.0.attention.output.dense.bias"
+    old = {f"{query}.weight": query, bias: bias, "classifier.weight": "classifier.weight"}
+    new = {name: newer_names([module], config)[module] for name, module in old.items()}
+    assert (is_newer(new, config), is_newer(old, config)) == (True, False)
+    assert is_newer({"classifier.weight": "classifier"}, config) is None
+    assert in_series_of(new, old, config) == old == in_series_of(old, old, config)
+    assert in_series_of(old, new, config) == new == in_series_of(new, new, config)
+    assert in_series_of(new, {}, config) == new

@@ -46,3 +46,21 @@ def is_newer(modules: Mapping[str, str], config: Mapping[str, Any]) -> bool | No
     ours, theirs = newer_names(modules, config), newer_names(modules.values(), config)
     differing = [module for name, module in modules.items() if ours[name] != name]
     return any(theirs[module] == module for module in differing) if differing else None
+
+
+def in_series_of(theirs: Mapping[str, str], ours: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, str]:
+    """What an adapter calls its modules and whole tensors, in the series of another adapter.
+
+    Args:
+      theirs: by the base's canonical name.
+      ours: of the other adapter, likewise.
+      config: the base's.
+    """
+    wanted = is_newer(ours, config)
+    if wanted:
+        newer = newer_names(theirs.values(), config)
+        return {name: newer[module] for name, module in theirs.items()}
+    if wanted is None or not is_newer(theirs, config):
+        return dict(theirs)
+    whole = {name for name, module in theirs.items() if module.endswith(name[name.rfind(".") :])}
+    return {name: name if name in whole else name.rpartition(".")[0] for name in theirs}
