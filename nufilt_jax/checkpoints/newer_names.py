@@ -96,6 +96,12 @@ def newer_names(names: Collection[str], config: Mapping[str, Any]) -> dict[str, 
     return {name: _renamed(name, rules) for name in names}
 
 
+def is_saved_by_newer(config: Mapping[str, Any]) -> bool:
+    """Whether a model's config is one of transformers 5, by the version in it."""
+    major = re.match(r"\d+", str(config.get("transformers_version", "")))
+    return major is not None and int(major[0]) >= 5
+
+
 def _renamed(name: str, rules: _Rules) -> str:
     for pattern, replacement in rules:
         name = re.sub(pattern, replacement, name)

@@ -9,6 +9,7 @@ import torch
 import transformers as T
 from safetensors import safe_open
 
+from nufilt_jax.checkpoints import open_checkpoint, open_task
 from nufilt_jax.checkpoints.newer_names import newer_names
 from nufilt_jax.cli import main
 
@@ -139,3 +140,34 @@ def test_peft_s_adapters_are_read(base, tmp_path):
     given = ("--base", base[1], "--task", f"a={tmp_path / 'a'}", "--method", "sum", "--layers", r".*\.weight")
     nufilt("merge", *given, "--out", tmp_path / "out")
     assert_same(stored(tmp_path / "out"), stored(tmp_path / "a-full"), stored(base[1]))
+
+
+def test_peft_loads_what_was_merged(base, tmp_path):
+    """Into an adapter, in the names of the one that came in."""
+    trained(base, tmp_path / "a", 1)
+    given = ("--base", base[1], "--task", f"a={tmp_path / 'a'}", "--method", "sum", "--layers", r".*\.weight")
+    nufilt("merge", *given, "--out", tmp_path / "out", "--output", "adapter")
+    assert_loaded(base, tmp_path / "out", tmp_path / "a-full")
+
+
+def test_peft_loads_what_was_extracted(base, tmp_path):
+    """Of a fine-tune whose changes have the rank that is asked for: all of it comes back."""
+    trained(base, tmp_path / "a", 1)
+    out = tmp_path / "out"
+    nufilt("extract", tmp_path / "a-full", "--base", base[1], "--rank", 4, "--layers", r".*\.weight", "--out", out)
+    assert_loaded(base, out, tmp_path / "a-full")
+
+
+def assert_loaded(base, adapter, full):
+    """peft makes the same model of our adapter as of its own, and our reader too."""
+    kind, path = base
+    with_ours = peft.PeftModel.from_pretrained(kind.from_pretrained(path), adapter).merge_and_unload()
+    assert_same(weights(with_ours), weights(kind.from_pretrained(full)), weights(kind.from_pretrained(path)))
+    tensors = open_task(str(adapter), open_checkpoint(str(path), role="base")).read()
+    assert_same(
+        {name: tensors[canonical] for canonical, name in _stored_names(path).items()}, stored(full), stored(path)
+    )
+
+
+def _stored_names(path):
+    return {name: info.stored_name for name, info in open_checkpoint(str(path), role="base").tensors.items()}
