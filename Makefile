@@ -20,7 +20,7 @@ PACKAGE_VENV ?= .venv-package
 JOBS ?= 2
 # For each of the three readers.
 FUZZ_SECONDS ?= 200
-# Files and folders of tests; none is all.
+# Files and folders of tests, and options of pytest; none is all tests.
 TESTS ?=
 
 VENVS := $(VENV) $(FLAX_VENV) $(TORCH_VENV) $(TPU_VENV) $(FUZZ_VENV) $(DOCS_VENV) $(PACKAGE_VENV)

@@ -5,6 +5,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+from collections import Counter
 
 import jax
 import optax
@@ -59,6 +60,23 @@ def few_programs():
     if maps.exists() and len(maps.read_bytes().splitlines()) > MOST_REGIONS:
         jax.clear_caches()
         gc.collect()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds what a second Python is asked for less by."""
+    parser.addoption("--every-nth-case", type=int, default=1, metavar="N", help="of each test the 1st, N+1st, ... case")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out the cases that were not asked for; a test keeps its first one."""
+    n = config.getoption("--every-nth-case")
+    seen, kept, left = Counter[str](), [], []
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        (left if seen[test] % n else kept).append(item)
+        seen[test] += 1
+    config.hook.pytest_deselected(items=left)
+    items[:] = kept
 
 
 def pytest_configure(config: pytest.Config) -> None:

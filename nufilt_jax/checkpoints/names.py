@@ -7,6 +7,7 @@ Other spellings that this module reads:
 * LLaVA of 4.52 and later may write `model.language_model.X` for `language_model.model.X`;
 * the first BERTs call the weight and the bias of a LayerNorm `gamma` and `beta`, as TensorFlow does;
 * torch 2 calls the parts of a weight norm `parametrizations.weight.original0` and `1`, and before `weight_g` and `_v`;
+* modules that transformers 5 calls otherwise than the files, as an adapter does, are in `newer_names`;
 * Flax writes paths joined by `/`, with `kernel`, `scale` and `embedding` for `weight`.
 """
 

@@ -15,6 +15,7 @@ from nufilt_jax.checkpoints import AdaptedCheckpoint, Checkpoint
 from nufilt_jax.checkpoints.folders import FLAX
 from nufilt_jax.checkpoints.orientation import stored_axes
 from nufilt_jax.checkpoints.peft.keys import parse_key
+from nufilt_jax.checkpoints.peft.spelling import in_series_of
 from nufilt_jax.checkpoints.peft.writer import NewPair, saved_by_type, write_adapter
 from nufilt_jax.checkpoints.prefixes import without_wrappers
 from nufilt_jax.engine.merged import merged_tensors
@@ -34,6 +35,7 @@ def told_of(plan: Plan) -> MergedAdapter:
             continue
         theirs = {name: pair.module for name, pair in task.factors.items()}
         theirs |= {info.name: without_wrappers(parse_key(info.stored_name).name, task.base) for info in _whole(task)}
+        theirs = in_series_of(theirs, modules, task.base.config)
         old, new = _prefixes(theirs, modules)
         renamed = {name: new + module.removeprefix(old) if old or new else module for name, module in theirs.items()}
         modules = renamed | modules
@@ -92,7 +94,7 @@ def write_merged_adapter(plan: Plan, delta: Mapping[str, Any], told: MergedAdapt
             made = functools.partial(_cut, delta, layer, cut, module, energies)
         pairs[module] = NewPair(cut, shape, made)
     modules = {name: told.modules[name] for name in map(tensor_of, whole)}
-    beside = _beside(plan, told, modules, pairs)
+    beside = _beside(plan, told, modules)
     values = merged_tensors(plan.base.read(modules), delta) | plan.base.read(beside)
     named = {
         _stored_name((modules | beside)[name], pairs): _as_its_class(value, name, plan.base)
@@ -109,18 +111,23 @@ def write_merged_adapter(plan: Plan, delta: Mapping[str, Any], told: MergedAdapt
     return dataclasses.replace(told, rank=rank, energy_lost=share, layers=rows)
 
 
-def _beside(plan: Plan, told: MergedAdapter, whole: Mapping[str, str], pairs: Mapping[str, NewPair]) -> dict[str, str]:
+def _beside(plan: Plan, told: MergedAdapter, whole: Mapping[str, str]) -> dict[str, str]:
     """What peft looks for beside `whole`, and the merge leaves as the base has it; by name, as its class calls it.
 
     Of a module that is saved it is every tensor, and of some types of task the head, whoever asked for it.
     """
     task_type = told.config.get("task_type")
-    others = {name: called for name, called in told.modules.items() if _module(called) not in pairs}
+    others = {name: called for name, called in told.modules.items() if _is_whole(name, called) and name not in whole}
     heads = {name: called for name, called in others.items() if saved_by_type(_module(called), task_type)}
     saved = {name: called for name, called in whole.items() if not name.endswith(".bias")} | heads
     called = {_module(name): _module(theirs) for name, theirs in saved.items()}
     every = (name for name in plan.base.tensors if _module(name) in called and name not in whole)
     return {name: f"{called[_module(name)]}.{name.rpartition('.')[2]}" for name in every}
+
+
+def _is_whole(name: str, called: str) -> bool:
+    """Whether an adapter holds a tensor itself, so that it calls that and not its module."""
+    return called.endswith(name[name.rfind(".") :])
 
 
 def _module(name: str) -> str:

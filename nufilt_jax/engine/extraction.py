@@ -16,8 +16,9 @@ from jaxtyping import Array, Float
 from nufilt_jax.anatomy import is_lookup, tensor_of
 from nufilt_jax.checkpoints import Checkpoint, fit, open_checkpoint, open_task, parse_source
 from nufilt_jax.checkpoints.dtypes import FLOATS
+from nufilt_jax.checkpoints.newer_names import is_saved_by_newer, newer_names
 from nufilt_jax.checkpoints.partners import Fitted, listed
-from nufilt_jax.checkpoints.peft.writer import NewPair, module_of, write_adapter
+from nufilt_jax.checkpoints.peft.writer import NewPair, module_of, stored_module, write_adapter
 from nufilt_jax.checkpoints.survey import squared_change
 from nufilt_jax.checkpoints.writer import output_error
 from nufilt_jax.config import problem
@@ -86,7 +87,8 @@ def extract_adapter(
 ) -> Extraction:
     """Writes the best adapter of a rank, for every layer by itself: B A is τ on its leading right singular vectors.
 
-    Its modules are called as the base's files name them, or as the model's class does if it puts a prefix before those.
+    Its modules are called as the base's files name them, or as transformers 5 does if it saved the base; with a prefix
+    if the model's class puts one before those.
 
     Args:
       source: the whole model, `PATH_OR_HUB[@REV]`.
@@ -118,7 +120,7 @@ def extract_adapter(
     if not pairs:
         raise CheckpointError(Problem(source, "differs from the base in none of the layers", "give another base"))
     result = _summary(base, model, [found[name][0] for name in names], names)
-    result = dataclasses.replace(result, notices=(*model.notices, *_notices(fitted, tables)))
+    result = dataclasses.replace(result, notices=(*model.notices, *_notices(base, fitted, tables, names)))
     _publish(out, lambda folder: write_adapter(folder, pairs, base, dtype=dtype), result)
     return result
 
@@ -138,13 +140,23 @@ def _reachable(base: Checkpoint, model: Checkpoint, layers: str | None) -> tuple
     return tuple(name for name in whole if name not in tables), tables
 
 
-def _notices(fitted: Fitted, tables: tuple[str, ...]) -> Iterator[str]:
+def _notices(base: Checkpoint, fitted: Fitted, tables: tuple[str, ...], names: tuple[str, ...]) -> Iterator[str]:
     source = fitted.task.source
+    stored = [stored_module(base, name) for name in names]
+    if any(new != module for module, new in newer_names(stored, base.config).items()):
+        yield f"{source}: modules are called as {_series(base)} may not find them"
     yield from (f"{source}: {name} is a lookup table, and has no place in the adapter" for name in tables)
     yield from (f"{source}: {notice}" for notice in fitted.renamed)
     if fitted.kept:
         tensors = "1 tensor has" if len(fitted.kept) == 1 else f"{len(fitted.kept)} tensors have"
         yield f"{source}: {tensors} no place in the adapter: {listed(fitted.kept)}"
+
+
+def _series(base: Checkpoint) -> str:
+    """The series of transformers whose names an adapter has, and the one that has others."""
+    if is_saved_by_newer(base.config):
+        return f"in transformers 5, which saved the base {base.source}: peft with transformers 4"
+    return f"in the files of the base {base.source}: peft with transformers 5, which calls them otherwise,"
 
 
 def _chunks(base: Checkpoint, names: Sequence[str]) -> Iterator[tuple[str, ...]]:

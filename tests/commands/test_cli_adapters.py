@@ -316,3 +316,27 @@ def test_a_recipe_is_merged_again_with_another_output(nufilt, stream, tmp_path, 
     build.write(tmp_path / "other", build.tower(5))
     other = nufilt("merge", *recipe, "--output", outputs[1], "--base", tmp_path / "other", "--out", tmp_path / "none")
     assert other.code == 0, other.err  # another base was never promised
+
+
+@pytest.mark.parametrize("order", [("old", "new"), ("new", "old")])
+def test_adapters_of_both_series_go_out_in_the_names_of_the_first(nufilt, tmp_path, order):
+    """transformers 5 calls the modules of a ViT otherwise than 4 does; both are of the same weights."""
+    names = {
+        "vit.encoder.layer.0.attention.attention.query": "vit.layers.0.attention.q_proj",
+        "vit.encoder.layer.1.output.dense": "vit.layers.1.mlp.fc2",
+    }
+    rng = np.random.default_rng(0)
+    base = {f"{name}.weight": rng.standard_normal((build.WIDTH, build.WIDTH)).astype(np.float32) for name in names}
+    build.write(tmp_path / "base", base, model_type="vit")
+    # The first has one module alone, so that the name of the other is told by the second.
+    pairs = {task: adapters.factors(base, i, modules=tuple(names)[: i + 1]) for i, task in enumerate(order)}
+    adapters.write(tmp_path / "old", pairs["old"], target_modules=[*names])
+    adapters.write(tmp_path / "new", {names[m]: x for m, x in pairs["new"].items()}, target_modules=[*names.values()])
+    how = ("--method", "sum", "--layers", "query|dense", "--output", "adapter")
+    merge(nufilt, tmp_path, tmp_path / "out", order, *how)
+    modules = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["target_modules"]
+    assert modules == sorted(names if order[0] == "old" else names.values())
+    read = open_task(str(tmp_path / "out"), open_checkpoint(str(tmp_path / "base"), role="base")).read()
+    expected = adapters.merged(adapters.merged(base, pairs["old"]), pairs["new"])
+    for name in base:
+        np.testing.assert_allclose(read[name], expected[name], atol=1e-5)

@@ -97,6 +97,32 @@ def test_modules_are_called_as_the_model_s_class_calls_them(nufilt, models, tmp_
         np.testing.assert_allclose(read[name], tuned[prefix + name], atol=2e-6)
 
 
+@pytest.mark.parametrize(
+    ("version", "module", "notice"),
+    [
+        ("5.23.0", "vit.layers.{}.mlp.fc1", "modules are called as in transformers 5, which saved the base"),
+        ("4.57.1", "vit.encoder.layer.{}.intermediate.dense", "modules are called as in the files of the base"),
+        (None, "vit.encoder.layer.{}.intermediate.dense", "peft with transformers 5, which calls them otherwise, may"),
+    ],
+)
+def test_modules_are_called_as_in_the_series_that_saved_the_base(nufilt, models, tmp_path, version, module, notice):
+    """Files keep the names of transformers 4; a folder serves one series, and which is told."""
+    places = [f"vit.encoder.layer.{i}.intermediate.dense.weight" for i in range(len(FC1))]
+    for model in ("base", "thin"):
+        tensors = dict(zip(places, (build.weights(models / model)[name] for name in FC1), strict=True))
+        build.write(tmp_path / model, tensors, model_type="vit", transformers_version=version)
+    out = tmp_path / "a"
+    how = ("--base", tmp_path / "base", "--rank", 2, "--layers", "dense", "--out", out)
+    result = nufilt("extract", tmp_path / "thin", *how)
+    assert result.code == 0 and notice in result.err, result.err
+    modules = [module.format(i) for i in range(len(FC1))]
+    assert json.loads((out / "adapter_config.json").read_text())["target_modules"] == modules
+    assert {name.split(".lora_")[0] for name in build.weights(out)} == {adapters.PREFIX + name for name in modules}
+    read = open_task(str(out), open_checkpoint(str(tmp_path / "base"), role="base")).read()
+    for name, weight in build.weights(tmp_path / "thin").items():
+        np.testing.assert_allclose(read[name], weight, atol=2e-6)
+
+
 def fp8(tensors, word):
     """With the matrices of this word in float8, a scale beside each."""
     found = dict(tensors)

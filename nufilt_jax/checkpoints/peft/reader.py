@@ -9,12 +9,13 @@ from typing import Any
 from nufilt_jax.anatomy import is_head, is_vocabulary
 from nufilt_jax.checkpoints.dtypes import FLOATS
 from nufilt_jax.checkpoints.folders import FLAX, PEFT
-from nufilt_jax.checkpoints.names import names_like
+from nufilt_jax.checkpoints.newer_names import newer_names
 from nufilt_jax.checkpoints.orientation import stored_axes, with_conv1d
 from nufilt_jax.checkpoints.peft.adapted import AdaptedCheckpoint, LoraFactors, factor_info
 from nufilt_jax.checkpoints.peft.config import CONFIG, LoraConfig
 from nufilt_jax.checkpoints.peft.keys import Key, parse_key
-from nufilt_jax.checkpoints.prefixes import match_names, without_wrappers, wrappers_in
+from nufilt_jax.checkpoints.peft.spelling import Pairs, canonical_of, is_newer
+from nufilt_jax.checkpoints.prefixes import without_wrappers, wrappers_in
 from nufilt_jax.checkpoints.quantised import is_quantised
 from nufilt_jax.checkpoints.reader import Checkpoint, open_checkpoint
 from nufilt_jax.checkpoints.tensors import TensorInfo
@@ -25,7 +26,6 @@ from nufilt_jax.patterns import patterns
 _MERGE = "load it with peft, call merge_and_unload() and save the whole model"
 _SAVE = "save the adapter again"
 _UNTIE = "train it without this module, or on a base that stores both and says tie_word_embeddings: false"
-Pairs = dict[str, dict[str, TensorInfo]]  # by module, its factors `a` and `b`
 
 
 def open_task(source: str, base: Checkpoint | None, **how: Any) -> Checkpoint:
@@ -65,7 +65,7 @@ def adapted(base: Checkpoint, adapter: Checkpoint) -> AdaptedCheckpoint:
     ranks = config.ranks_of(tuple(pairs))
     problems += _rank_problems(pairs, ranks, config)
     raise_all(CheckpointError, problems)
-    names = _canonical(base, adapter, pairs, full)
+    names = canonical_of(base, adapter, pairs, full)
     problems += _unmatched(base, adapter, pairs, names)
     raise_all(CheckpointError, problems)
     scales = config.scales_of(ranks)
@@ -170,21 +170,6 @@ def _rank_problems(pairs: Pairs, ranks: Mapping[str, int], config: LoraConfig) -
             yield Problem(str(a.file), what, "use the config that was saved with it", a.stored_name)
 
 
-def _canonical(base: Checkpoint, adapter: Checkpoint, pairs: Pairs, full: Mapping[str, TensorInfo]) -> dict[str, str]:
-    """The base's name of every module's weight and of every full tensor."""
-    weights = {module: f"{without_wrappers(module, base)}.weight" for module in pairs}
-    spelt = names_like([*weights.values(), *full], base.tensors)
-    shapes = {weights[m]: (pair["b"].shape[0], pair["a"].shape[1]) for m, pair in pairs.items()}
-    wanted = {
-        spelt[name]: dataclasses.replace(next(iter(adapter.tensors.values())), name=spelt[name], shape=shape)
-        for name, shape in (*shapes.items(), *((name, info.shape) for name, info in full.items()))
-    }
-    matched = match_names(base, dataclasses.replace(adapter, tensors=wanted), base.tensors)
-    new = dict(zip(wanted, matched.task.tensors, strict=True))
-    names = {module: new[spelt[weight]] for module, weight in weights.items()}
-    return names | {name: new[spelt[name]] for name in full}
-
-
 def _unmatched(base: Checkpoint, adapter: Checkpoint, pairs: Pairs, names: Mapping[str, str]) -> Iterator[Problem]:
     tied = {alias.name: info.name for info in base.tensors.values() for alias in info.aliases}
     seen: dict[str, str] = {}
@@ -280,6 +265,8 @@ def _left(
         and len(info.shape) == 2
         and name not in factors
     }
+    if is_newer({name: pair.module for name, pair in factors.items()}, base.config):
+        modules = dict(zip(newer_names(modules, base.config).values(), modules.values(), strict=True))
     covered = config.covered(tuple(modules))
     if left := [name for module, name in modules.items() if module in covered]:
         named = ", ".join(group.pattern for group in patterns(left))

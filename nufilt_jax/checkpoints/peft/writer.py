@@ -12,6 +12,7 @@ from jaxtyping import Float
 from nufilt_jax.checkpoints import safetensors_files
 from nufilt_jax.checkpoints.dtypes import OUTPUT_DTYPES, AnyArray, cast, numpy_dtype, overflows
 from nufilt_jax.checkpoints.folders import ADAPTER, FLAX
+from nufilt_jax.checkpoints.newer_names import is_saved_by_newer, newer_names
 from nufilt_jax.checkpoints.peft.config import CONFIG
 from nufilt_jax.checkpoints.peft.keys import PREFIX
 from nufilt_jax.checkpoints.reader import Checkpoint
@@ -45,10 +46,16 @@ def saved_by_type(module: str, task_type: str | None) -> bool:
     return task_type in _WITH_HEAD and any(part.endswith(_HEADS) for part in module.split("."))
 
 
-def module_of(base: Checkpoint, name: str) -> str:
-    """What the model's class calls the module of a weight, as far as the base's file tells."""
+def stored_module(base: Checkpoint, name: str) -> str:
+    """What the base's file calls the module of a weight."""
     stored = name if base.format == FLAX else base.tensors[name].stored_name
     return stored.removesuffix(".weight")
+
+
+def module_of(base: Checkpoint, name: str) -> str:
+    """What the model's class calls the module of a weight, in the series of transformers that saved the base."""
+    module = stored_module(base, name)
+    return newer_names([module], base.config)[module] if is_saved_by_newer(base.config) else module
 
 
 def write_adapter(
