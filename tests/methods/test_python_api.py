@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib
+import json
+import re
 import shutil
 import subprocess
 import sys
@@ -61,6 +63,14 @@ def test_places_in_the_home_folder(shared_models, tmp_path, monkeypatch):
     assert all((tmp_path / name / "model.safetensors").is_file() for name in ("merged", "loaded", "saved"))
 
 
+def test_places_are_texts_or_paths(shared_models, tmp_path):
+    base = shared_models / "base"
+    weights = nj.load(base)
+    nj.save(weights, tmp_path / "saved", like=base)
+    assert build.weight_bytes(tmp_path / "saved") == build.weight_bytes(base)
+    assert nj.load(tmp_path / "saved").keys() == nj.load(str(base)).keys()
+
+
 def test_adapters_from_python(tmp_path, monkeypatch):
     """In memory and into a folder, as an adapter too: the same model."""
     base = build.tower(0)
@@ -107,6 +117,69 @@ def test_errors_speak_python(tmp_path, shared_models):
         nj.merge(
             shared_models / "base", [shared_models / "alpha"], tmp_path / "out", max_memory="8 apples", method="sum"
         )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"seed": "1"}, "seed must be a whole number, got '1'"),
+        ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
+        ({"seed": True}, "seed must be a whole number, got True"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"seed": 1 << 63}, "seed must be below 2^63, got 9223372036854775808"),
+        ({"output": "lora"}, "output must be one of model, adapter, got 'lora'"),
+        ({"output": "adapter", "adapter_out_rank": 0}, "adapter_out_rank must be at least 1, got 0"),
+        ({"format": "bin"}, "format must be one of safetensors, flax, msgpack, got 'bin'"),
+        ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16, got 'int8'"),
+        ({"dtype": np.float16}, "dtype must be one of float32, bfloat16, float16, got <class 'numpy.float16'>"),
+        ({"other_params": ["first"]}, "other_params must be one of pretrained, first, average, got ['first']"),
+        ({"conv": "no"}, "conv must be true or false, got 'no'"),
+        ({"layers": 5}, "layers must be a regular expression as text, got 5"),
+        ({"max_memory": float("nan")}, "max_memory must be a whole number, got nan"),
+        ({"method": None}, "method: 'None' is not known "),
+        ({"config": nj.NufiltConfig()}, "config: sum takes a SumConfig, got a NufiltConfig"),
+        ({"seed": "1", "dtype": "int8", "max_memory": "8 apples"}, "max_memory must be a size as 8GB or 8GiB"),
+        ({"seed": "1", "steps": 3}, "steps: sum has no such setting"),
+    ],
+    ids=str,
+)
+def test_settings_are_checked_as_the_commands_are(shared_models, tmp_path, settings, message):
+    """Before any work, all at once, and with what is wrong with the models."""
+    base, task = shared_models / "base", shared_models / "alpha"
+    with pytest.raises(NufiltError) as caught:
+        nj.merge(base, [task, tmp_path / "no/such/model"], tmp_path / "out", **{"method": "sum"} | settings)
+    told = str(caught.value)
+    assert message in told and "no/such/model" in told
+    assert not any(name in settings and f"{name} " not in told for name in ("seed", "dtype"))
+    assert not list(tmp_path.iterdir()) or [path.name for path in tmp_path.iterdir()] == ["out.lock"]
+    if not settings.keys() & {"output", "format", "dtype", "max_memory"}:
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            nj.merge(BASE, TASKS, **{"method": "sum"} | settings)
+
+
+def test_names_of_tasks_are_texts(shared_models, tmp_path):
+    base, task = shared_models / "base", shared_models / "alpha"
+    for models, out in (((base, task), tmp_path / "out"), ((base, task), None), ((BASE, TASKS[0]), None)):
+        with pytest.raises(ConfigError) as caught:
+            nj.merge(models[0], {1: models[1], " ": models[1]}, out, method="sum")
+        whats = [problem.what for problem in caught.value.problems]
+        assert whats == [f"{name!r} is no name: it must be a text that is not empty" for name in (1, " ")]
+    with pytest.raises(NufiltError, match="task: a names two tasks"):
+        nj.merge(base, {"a": task, "a ": task}, tmp_path / "out", method="sum")
+
+
+def test_numbers_of_any_library_are_kept_as_a_recipe_has_them(shared_models, tmp_path, nufilt):
+    base, tasks = shared_models / "base", [shared_models / "alpha", shared_models / "beta"]
+    how = {"max_memory": 0.5 * 8e9, "seed": np.int64(3), "conv": np.True_, "format": "msgpack", "method": "tsvm"}
+    how |= {"other_params": "average"}
+    for _ in range(2):  # the same call again reads the recipe
+        nj.merge(base, (task for task in tasks), tmp_path / "out", layers=re.compile("fc1"), **how)
+    assert (tmp_path / "out" / "flax_model.msgpack").is_file()
+    recipe = json.loads((tmp_path / "out" / "nufilt.json").read_text())
+    kept = {"seed": 3, "conv": True, "format": "flax", "method": "tsv_m", "layers": "fc1"}
+    assert {name: recipe[name] for name in kept} == kept
+    assert recipe["memory"]["allowed"] == 4_000_000_000 and isinstance(recipe["memory"]["allowed"], int)
+    assert nufilt("verify", tmp_path / "out").code == 0
 
 
 def test_warnings_speak_python(shared_models, tmp_path):
