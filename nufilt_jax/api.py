@@ -51,7 +51,8 @@ def merge(
 
     Args:
       base: the pre-trained model: a folder or Hub id, `PATH_OR_HUB[@REV]`, or its weights by canonical name.
-      tasks: fine-tuned models in the same forms, in order, with their names or without.
+      tasks: fine-tuned models in the same forms, in order, with their names or without; adapters of a base in a folder
+        or on the Hub too.
       out: output folder; None to get the weights only.
       method: name of the rule; `methods.get` and `--method help` have them.
       config: the rule's settings; None to take `settings`.
@@ -111,7 +112,7 @@ def merge(
         return _merged_into(Path(os.path.expanduser(out)), job, offline=offline)
     if problems:
         raise error_of(problems)
-    return _merged_in_memory(base, named, out, asked, offline=offline)
+    return _merged_in_memory(base, named, out, asked, strict=strict, offline=offline)
 
 
 _AS_IT_IS = (("output", "model"),)  # which asks for nothing
@@ -226,7 +227,7 @@ def _read_and_merged(job: "Job", *, offline: bool) -> "dict[str, np.ndarray]":
     _warn(plan, inspect(plan))
     touched = plan.selection.touched
     tasks = {name: task.unread(touched) for name, task in plan.tasks.items()}
-    return merged_one_by_one(plan.base.read(), tasks, plan.settings)
+    return merged_one_by_one(plan.base.read(), tasks, plan.settings, plan.selection)
 
 
 def _merged_in_memory(
@@ -235,21 +236,21 @@ def _merged_in_memory(
     out: Source | None,
     settings: "Settings",
     *,
+    strict: bool,
     offline: bool,
 ) -> "dict[str, np.ndarray]":
-    from nufilt_jax.checkpoints import load, save
-    from nufilt_jax.engine.loaded import merged_one_by_one
+    from nufilt_jax.checkpoints import save
+    from nufilt_jax.engine.loaded import merged_in_memory
 
     like = "" if isinstance(base, Mapping) else os.fspath(base)
     if out is not None and not like:
         what = "needs a base that is a folder or Hub id, whose files are written anew"
         raise ConfigError(Problem("out", what, "leave it out, and give what is returned to nufilt_jax.save"))
-    weights = base if isinstance(base, Mapping) else load(like, offline=offline)
-    params = {
-        name: task if isinstance(task, Mapping) else load(os.fspath(task), offline=offline)
-        for name, task in tasks.items()
-    }
-    merged = merged_one_by_one(weights, params, settings, warn=_warn_caller)
+
+    def warn(text: str) -> None:
+        _warn_caller(in_python(text))
+
+    merged = merged_in_memory(base, tasks, settings, strict=strict, offline=offline, warn=warn)
     if out is not None:
         save(merged, os.fspath(out), like=like, format=settings.format, dtype=settings.dtype, offline=offline)
     return merged

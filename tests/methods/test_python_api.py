@@ -11,6 +11,7 @@ import warnings
 
 import adapter_builders as adapters
 import jax
+import jax.numpy as jnp
 import model_builders as build
 import numpy as np
 import pytest
@@ -111,7 +112,7 @@ def test_errors_speak_python(tmp_path, shared_models):
             nj.merge(BASE, TASKS, **settings)
     with pytest.raises(ConfigError, match="tasks: is empty"):
         nj.merge(BASE, [])
-    with pytest.raises(CheckpointError, match=r"task 'b': vision_model.* and 9 more: is missing"):
+    with pytest.raises(CheckpointError, match=r"task 'b': vision_model.* \(10 tensors\): is missing"):
         nj.merge(BASE, {"a": TASKS[0], "b": {}}, method="sum")
     with pytest.raises(NufiltError, match="max_memory must be a size as 8GB"):
         nj.merge(
@@ -401,6 +402,109 @@ def test_weights_that_cannot_be_merged_are_refused_all_at_once_before_any_work()
     assert f"task 'task-2': {SELECTED[1]}: is missing" in told
     with pytest.warns(UserWarning, match=f"task 'task-1': {KEPT}: has NaN .*; the merge does not touch it"):
         nj.merge(BASE, [with_nan(TASKS[0], KEPT)], method="sum")
+
+
+LLAMA = {
+    "model.embed_tokens.weight": (12, 8),
+    "model.layers.0.self_attn.q_proj.weight": (8, 8),
+    "model.layers.0.mlp.up_proj.weight": (16, 8),
+    "model.layers.0.input_layernorm.weight": (8,),
+    "lm_head.weight": (12, 8),
+}
+Q, UP, TABLE, HEAD = (
+    next(name for name in LLAMA if key in name) for key in ("q_proj", "up_proj", "embed_tokens", "lm_head")
+)
+
+
+def llama(seed):
+    g = np.random.default_rng(seed)
+    return {name: g.standard_normal(shape).astype(np.float32) for name, shape in LLAMA.items()}
+
+
+def tuned(base, seed, names=(Q, UP)):
+    """Only in what a merge selects, unless other names are given."""
+    g = np.random.default_rng(seed)
+    return base | {name: base[name] + g.standard_normal(base[name].shape).astype(np.float32) for name in names}
+
+
+@pytest.fixture(params=["in memory", "in a folder"])
+def its_base(request, tmp_path):
+    """A base in memory and in a folder, either with its weights."""
+    base = llama(0)
+    if request.param == "in memory":
+        return base, base, "in memory"
+    build.write(tmp_path / "base", base, model_type="llama")
+    return tmp_path / "base", base, str(tmp_path / "base")
+
+
+def test_a_task_in_memory_beside_an_adapter(tmp_path):
+    base = llama(0)
+    build.write(tmp_path / "base", base, model_type="llama")
+    adapter = adapters.write(
+        tmp_path / "adapter", {Q.removesuffix(".weight"): (np.ones((2, 8), np.float32), np.ones((8, 2), np.float32))}
+    )
+    in_memory = tuned(base, 1)
+    build.write(tmp_path / "task", in_memory, model_type="llama")
+    merged = nj.merge(tmp_path / "base", {"a": in_memory, "b": adapter}, method="sum")
+    told = nj.merge(tmp_path / "base", {"a": tmp_path / "task", "b": adapter}, method="sum")
+    for name in base:
+        np.testing.assert_allclose(merged[name], told[name], atol=1e-6)
+    what = r"adapter: is a PEFT adapter, which needs a base that is a folder or Hub id \(give the base's folder"
+    with pytest.raises(CheckpointError, match=what):
+        nj.merge(base, {"a": in_memory, "b": adapter}, method="sum")
+
+
+def test_weights_in_memory_are_looked_at_as_a_folders_are(its_base):
+    place, base, told = its_base
+    task = tuned(base, 1)
+    whole = task | {Q: np.ones((8, 8), np.int8)}
+    more = task | {"model.layers.1.mlp.up_proj.weight": base[UP]}
+    few = {name: x for name, x in task.items() if name != UP}
+    with pytest.raises(CheckpointError) as caught:
+        nj.merge(place, {"a": task, "b": more, "c": few}, method="sum")
+    more_told, few_told = str(caught.value).splitlines()
+    assert more_told.startswith(
+        f"task 'b': model.layers.1.mlp.up_proj.weight: is not in the base {told} (save the task"
+    )
+    assert few_told.startswith(f"task 'c': {UP}: is missing, but the base {told} has it (all models must be")
+    with pytest.raises(CheckpointError, match=f"^task 'a': {Q}: holds I8: quantised weights cannot be merged"):
+        nj.merge(place, {"a": whole}, method="sum")
+    with pytest.raises(CheckpointError, match=f"base: {Q}: holds I8: quantised weights cannot be merged"):
+        nj.merge(base | {Q: np.ones((8, 8), np.int8)}, [task], method="sum")
+    fine = task | {"model.layers.0.self_attn.position_ids": np.arange(4), Q: jnp.asarray(task[Q])}
+    np.testing.assert_allclose(nj.merge(place, [fine], method="sum")[Q], task[Q], atol=1e-5)
+
+
+def test_what_stays_the_bases_in_memory_is_said_or_refused(its_base):
+    place, base, _ = its_base
+    grown = tuned(base, 1) | {name: np.ones((13, 8), np.float32) for name in (TABLE, HEAD)}
+    with pytest.warns(UserWarning, match=r"task 'a': 2 tensors are not merged and stay the base's: .*; strict refuses"):
+        nj.merge(place, {"a": grown}, method="sum")
+    with pytest.raises(CheckpointError) as caught:
+        nj.merge(place, {"a": grown}, method="sum", strict=True)
+    what = "[13, 8], [12, 8] in the base (leave out strict to keep the base's)"
+    assert {*str(caught.value).splitlines()} == {f"task 'a': {name}: {what}" for name in (TABLE, HEAD)}
+    with pytest.warns(UserWarning, match=r"^a: .* of its squared change is outside the selected layers .*: lm_head"):
+        nj.merge(place, {"a": tuned(base, 1, (Q, HEAD))}, method="sum")
+
+
+def test_tied_copies_in_memory_are_one_parameter():
+    """A T5's table under its other names, as torch tells of it: equal copies count once, others are refused."""
+    table = np.ones((12, 8), np.float32)
+    base = {"shared.weight": table, "encoder.block.0.layer.0.SelfAttention.q.weight": np.eye(8, dtype=np.float32)}
+    copies = {f"{part}.embed_tokens.weight": table.copy() for part in ("encoder", "decoder")}
+    merged = nj.merge(base, [base | copies], method="sum")
+    assert merged.keys() == base.keys()
+    assert nj.merge(base | copies, [base, base | copies], method="sum").keys() == base.keys() | copies.keys()
+    with pytest.raises(CheckpointError, match=r"task 'task-1': decoder.embed_tokens.weight: is not in the base"):
+        nj.merge(base, [base | copies | {"decoder.embed_tokens.weight": 2 * table}], method="sum")
+
+
+@pytest.mark.parametrize("name", ["nufilt", "sum", "iso_c"])
+def test_a_rule_refuses_whole_numbers(name):
+    rule = rule_for(name)
+    with pytest.raises(CheckpointError, match=f"task: {SELECTED[0]}: holds int8: quantised weights cannot be merged"):
+        rule.update(rule.init(BASE), TASKS[0] | {SELECTED[0]: TASKS[0][SELECTED[0]].astype(np.int8)})
 
 
 @pytest.mark.parametrize("name", ["nufilt", "sum", "iso_c"])
