@@ -1,15 +1,15 @@
 """A whole merge as one call, from Python."""
 
-import contextlib
 import dataclasses
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nufilt_jax.errors import ConfigError, Problem, gathering, in_python, raise_all
+from nufilt_jax.checkpoints.saving import Source
+from nufilt_jax.errors import ConfigError, Problem, error_of, gathering, in_python, of_kind
 
 if TYPE_CHECKING:  # JAX and the engine are loaded by the call
     import numpy as np
@@ -18,8 +18,7 @@ if TYPE_CHECKING:  # JAX and the engine are loaded by the call
     from nufilt_jax.engine.inspection import Inspection
     from nufilt_jax.engine.job import Job
     from nufilt_jax.engine.plan import Plan
-
-Source = str | os.PathLike[str]
+    from nufilt_jax.output.recipe import Settings
 
 
 def merge(
@@ -52,7 +51,8 @@ def merge(
 
     Args:
       base: the pre-trained model: a folder or Hub id, `PATH_OR_HUB[@REV]`, or its weights by canonical name.
-      tasks: fine-tuned models in the same forms, in order, with their names or without.
+      tasks: fine-tuned models in the same forms, in order, with their names or without; adapters of a base in a folder
+        or on the Hub too.
       out: output folder; None to get the weights only.
       method: name of the rule; `methods.get` and `--method help` have them.
       config: the rule's settings; None to take `settings`.
@@ -86,27 +86,49 @@ def merge(
     >>> float(merged["model.layers.0.mlp.up_proj.weight"].sum())
     48.0
     """
-    from nufilt_jax.methods import config_of
+    from nufilt_jax.engine.asked import asked_settings, task_name_problems
 
-    chosen = config_of(method, config, settings)
+    tasks = tasks if isinstance(tasks, Mapping) else list(tasks)
     named = dict(tasks) if isinstance(tasks, Mapping) else dict(zip(task_names(tasks), tasks, strict=True))
-    if not named:
-        raise ConfigError(Problem("tasks", "is empty", "give at least one fine-tuned model"))
-    how: dict[str, Any] = {"method": method, "config": chosen, "seed": seed, "layers": layers, "conv": conv}
-    how["other_params"] = other_params
+    problems = task_name_problems(named)
+    rule, chosen = _rule(method, config, settings, problems)
+    how: dict[str, Any] = {"seed": seed, "layers": layers, "conv": conv, "other_params": other_params}
     writing = {"format": format, "dtype": dtype, "output": output, "adapter_out_rank": adapter_out_rank}
+    asked = asked_settings(rule, chosen, problems, **how, **writing)
     into = {"data": data, "devices": devices, "max_memory": max_memory}
     are_places = not any(isinstance(model, Mapping) for model in (base, *named.values()))
-    if are_places and out is not None:
-        out = Path(os.path.expanduser(out))
-        return _merged_into(out, _job(base, named, how | writing, strict=strict, **into), offline=offline)
-    told = {name for name, value in (writing | into).items() if value not in (None, "model")}
-    raise_all(ConfigError, (Problem(name, "belongs to out", "give that too") for name in sorted(told) if out is None))
-    alone = told - {"format", "dtype"}
-    raise_all(ConfigError, (Problem(name, "needs folders or Hub ids", "give no weights") for name in sorted(alone)))
-    if are_places:
-        return _read_and_merged(_job(base, named, how, strict=strict), how, offline=offline)
-    return _merged_in_memory(base, named, out, how, format=format, dtype=dtype, offline=offline)
+    told = {name for name, value in (writing | into).items() if not (value is None or (name, value) in _AS_IT_IS)}
+    found = [] if named else [Problem("tasks", "is empty", "give at least one fine-tuned model")]
+    if out is None:
+        found += [Problem(name, "belongs to out", "give that too") for name in sorted(told)]
+    elif not are_places:
+        alone = told - {"format", "dtype"}
+        found += [Problem(name, "needs folders or Hub ids", "give no weights") for name in sorted(alone)]
+    problems += of_kind(ConfigError, found)
+    if are_places and named:
+        job = _job(base, named, asked, problems, strict=strict, **(into if out is not None else {}))
+        if out is None:
+            return _read_and_merged(job, offline=offline)
+        return _merged_into(Path(os.path.expanduser(out)), job, offline=offline)
+    if problems:
+        raise error_of(problems)
+    return _merged_in_memory(base, named, out, asked, strict=strict, offline=offline)
+
+
+_AS_IT_IS = (("output", "model"),)  # which asks for nothing
+
+
+def _rule(
+    method: str, config: "MethodConfig | None", settings: Mapping[str, Any], problems: list[Problem]
+) -> "tuple[str, MethodConfig]":
+    """A rule's own name and settings; what is refused goes to `problems`, and its default takes its place."""
+    from nufilt_jax.methods import RULES, config_of, find
+
+    rule = RULES["nufilt"]
+    with gathering(problems):
+        rule = find(str(method))
+        return rule.name, config_of(rule.name, config, settings)
+    return rule.name, rule.config()
 
 
 def task_names(sources: Iterable[Any]) -> list[str]:
@@ -127,7 +149,8 @@ def task_names(sources: Iterable[Any]) -> list[str]:
 def _job(
     base: Any,
     tasks: Mapping[str, Any],
-    settings: dict[str, Any],
+    settings: "Settings",
+    problems: list[Problem],
     *,
     strict: bool,
     data: Source | None = None,
@@ -135,20 +158,19 @@ def _job(
     max_memory: int | str | None = None,
 ) -> "Job":
     from nufilt_jax.checkpoints import parse_source
+    from nufilt_jax.engine.asked import asked_memory
     from nufilt_jax.engine.devices import count_devices
     from nufilt_jax.engine.job import Job
-    from nufilt_jax.engine.memory import parse_size
-    from nufilt_jax.output.recipe import Model, Settings
+    from nufilt_jax.output.recipe import Model
 
-    problems, most, n_devices = list[Problem](), None, 1
-    with gathering(problems):
-        most = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
+    most, n_devices = asked_memory(max_memory, problems), 1
     with gathering(problems):
         n_devices = count_devices(None if devices is None else str(devices))
     return Job(
         base=Model("base", *parse_source(os.fspath(base))),
-        sources=tuple(Model(name, *parse_source(os.fspath(source))) for name, source in tasks.items()),
-        settings=Settings(**settings),
+        # The command's names have no space at their ends either.
+        sources=tuple(Model(str(name).strip(), *parse_source(os.fspath(task))) for name, task in tasks.items()),
+        settings=settings,
         out=None,
         data=None if data is None else Path(os.path.expanduser(data)),
         max_memory=most,
@@ -195,88 +217,43 @@ def _warn_caller(text: str) -> None:
     warnings.warn(text, UserWarning, stacklevel=level)
 
 
-def _read_and_merged(job: "Job", how: dict[str, Any], *, offline: bool) -> "dict[str, np.ndarray]":
+def _read_and_merged(job: "Job", *, offline: bool) -> "dict[str, np.ndarray]":
     """Models of the disk or the Hub, adapters too, merged in memory."""
     from nufilt_jax.engine.inspection import inspect
+    from nufilt_jax.engine.loaded import merged_one_by_one
     from nufilt_jax.engine.plan import make_plan
 
     plan = make_plan(job, offline=offline)
     _warn(plan, inspect(plan))
     touched = plan.selection.touched
     tasks = {name: task.unread(touched) for name, task in plan.tasks.items()}
-    return _merged_one_by_one(plan.base.read(), tasks, how, are_inspected=True)
+    return merged_one_by_one(plan.base.read(), tasks, plan.settings, plan.selection)
 
 
 def _merged_in_memory(
     base: Any,
     tasks: Mapping[str, Any],
     out: Source | None,
-    how: dict[str, Any],
+    settings: "Settings",
     *,
-    format: str | None,
-    dtype: str | None,
+    strict: bool,
     offline: bool,
 ) -> "dict[str, np.ndarray]":
-    from nufilt_jax.checkpoints import load, save
+    from nufilt_jax.checkpoints import save
+    from nufilt_jax.engine.loaded import merged_in_memory
 
     like = "" if isinstance(base, Mapping) else os.fspath(base)
     if out is not None and not like:
         what = "needs a base that is a folder or Hub id, whose files are written anew"
         raise ConfigError(Problem("out", what, "leave it out, and give what is returned to nufilt_jax.save"))
-    weights = base if isinstance(base, Mapping) else load(like, offline=offline)
-    params = {
-        name: task if isinstance(task, Mapping) else load(os.fspath(task), offline=offline)
-        for name, task in tasks.items()
-    }
-    merged = _merged_one_by_one(weights, params, how, are_inspected=False)
+
+    def warn(text: str) -> None:
+        _warn_caller(in_python(text))
+
+    merged = merged_in_memory(base, tasks, settings, strict=strict, offline=offline, warn=warn)
     if out is not None:
-        save(merged, os.fspath(out), like=like, format=format, dtype=dtype, offline=offline)
+        save(merged, os.fspath(out), like=like, format=settings.format, dtype=settings.dtype, offline=offline)
     return merged
-
-
-def _merged_one_by_one(
-    base: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]], how: dict[str, Any], *, are_inspected: bool
-) -> "dict[str, np.ndarray]":
-    import numpy as np
-
-    from nufilt_jax import methods
-
-    rule = methods.get(**{"name" if key == "method" else key: value for key, value in how.items()})
-    state = rule.init(base)
-    if not are_inspected:
-        _inspect(base, tasks, state.touched)
-    for name, task in tasks.items():
-        with _naming(name):
-            state = rule.update(state, task, donate=True)
-    return {name: np.asarray(value) for name, value in state.merged.items()}
-
-
-def _inspect(base: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]], touched: Sequence[str]) -> None:
-    """Refuses weights in memory that cannot be merged, all at once, and warns of numbers that are merely kept."""
-    from nufilt_jax.errors import CheckpointError
-    from nufilt_jax.methods.state import check_task, nonfinite
-
-    problems = nonfinite(base, touched, "base")
-    for name, task in tasks.items():
-        with gathering(problems), _naming(name):
-            check_task(base, task, touched)
-            raise_all(CheckpointError, nonfinite(task, touched, "task"))
-    raise_all(CheckpointError, problems)
-    for where, params in (("base", base), *((f"task {name!r}", task) for name, task in tasks.items())):
-        for kept in nonfinite(params, params.keys() - set(touched), where, are_touched=False):
-            _warn_caller(str(kept))
-
-
-@contextlib.contextmanager
-def _naming(task: str) -> Iterator[None]:
-    """Says which task it is that a rule refuses."""
-    from nufilt_jax.errors import NufiltError
-
-    try:
-        yield
-    except NufiltError as error:
-        found = (p._replace(where=f"task {task!r}") if p.where == "task" else p for p in error.problems)
-        raise type(error)(*found) from error
 
 
 class _Nobody:

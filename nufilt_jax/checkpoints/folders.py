@@ -13,6 +13,7 @@ from nufilt_jax.errors import Problem
 SAFETENSORS = "safetensors"
 FLAX = "flax"
 PEFT = "peft"  # an adapter, which needs its base
+FORMATS = {"safetensors": SAFETENSORS, "flax": FLAX, "msgpack": FLAX}  # as they may be asked for
 ADDED = "added_parameters.safetensors"  # what a merge added to its model, see `added`
 
 # Of a whole model, or of one of its shards' index; what transformers calls it comes before what diffusers does.

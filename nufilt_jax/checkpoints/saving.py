@@ -15,8 +15,10 @@ from nufilt_jax.checkpoints.writer import output_error, write_checkpoint
 from nufilt_jax.durable import make_folder, move
 from nufilt_jax.errors import CheckpointError, OutputError, Problem, raise_all
 
+Source = str | os.PathLike[str]
 
-def load(source: str, *, offline: bool = False) -> dict[str, NumpyArray]:
+
+def load(source: Source, *, offline: bool = False) -> dict[str, NumpyArray]:
     """Weights of a model by canonical name, every linear weight `[d_out, d_in]`; also what a merge added to them.
 
     Args:
@@ -26,7 +28,7 @@ def load(source: str, *, offline: bool = False) -> dict[str, NumpyArray]:
     Raises:
       CheckpointError: with everything that is wrong with the folder.
     """
-    name, revision = parse_source(source)
+    name, revision = parse_source(os.fspath(source))
     model = open_checkpoint(name, revision=revision, offline=offline)
     added = read_added(model.path)
     raise_all(CheckpointError, added_problems(added, model, str(model.path / ADDED)))
@@ -35,9 +37,9 @@ def load(source: str, *, offline: bool = False) -> dict[str, NumpyArray]:
 
 def save(
     params: Mapping[str, AnyArray],
-    out: str | Path,
+    out: Source,
     *,
-    like: str | Checkpoint,
+    like: Source | Checkpoint,
     format: str | None = None,
     dtype: str | None = None,
     offline: bool = False,
@@ -60,7 +62,7 @@ def save(
     out = Path(os.path.expanduser(out))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(Problem(str(out), "exists and is not an empty folder", "choose another, or remove it"))
-    model = _opened(like, offline) if isinstance(like, str) else like
+    model = like if isinstance(like, Checkpoint) else _opened(os.fspath(like), offline)
     known = {copy.name for info in model.tensors.values() for copy in info.copies}
     own = {name: x for name, x in params.items() if name in known or not is_added(name)}
     added = read_added(model.path) | {name: x for name, x in params.items() if name not in own}

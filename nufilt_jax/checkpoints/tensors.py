@@ -72,6 +72,17 @@ class TensorInfo:
         return (self, *self.aliases)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeldTensor(TensorInfo):
+    """A tensor that lies in no file, but in memory.
+
+    Attributes:
+      value: its numbers, in canonical orientation.
+    """
+
+    value: Any = dataclasses.field(compare=False, repr=False)
+
+
 def stream_bytes(info: TensorInfo, chunk: int = CHUNK, *, stop: threading.Event | None = None) -> Iterator[bytes]:
     """The tensor's bytes in file order, in pieces; read, not mapped, so that memory stays flat.
 
@@ -80,7 +91,11 @@ def stream_bytes(info: TensorInfo, chunk: int = CHUNK, *, stop: threading.Event 
       chunk: the longest piece.
       stop: once it is set, reading ends with `CancelledError` before the next piece.
     """
-    yield from stream_spans(info.file, info.spans, chunk, stop=stop)
+    if not isinstance(info, HeldTensor):
+        yield from stream_spans(info.file, info.spans, chunk, stop=stop)
+        return
+    held = np.ascontiguousarray(info.value).reshape(-1).view(np.uint8)
+    yield from (held[start : start + chunk].tobytes() for start in range(0, held.size, chunk))
 
 
 def stream_spans(
@@ -118,6 +133,8 @@ class UnreadTensors(Mapping[str, Any]):  # not of arrays: a type checker at run 
         return self._read(info.part(index)) if can_split else self[name][index]
 
     def _read(self, info: TensorInfo) -> NumpyArray:
+        if isinstance(info, HeldTensor):
+            return np.asarray(info.value)
         stored = b"".join(stream_bytes(info, stop=self._stop))
         return _as_array(np.frombuffer(stored, np.uint8), info)
 
@@ -159,6 +176,8 @@ def map_tensors(infos: Iterable[TensorInfo]) -> dict[str, NumpyArray]:
 
 
 def _view(info: TensorInfo, maps: dict[Path, Bytes]) -> NumpyArray:
+    if isinstance(info, HeldTensor):
+        return np.asarray(info.value)
     if info.file not in maps:
         maps[info.file] = map_file(info.file)
     parts = [maps[info.file][start:stop] for start, stop in info.spans]

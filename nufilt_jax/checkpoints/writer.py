@@ -9,15 +9,13 @@ from typing import Any
 from nufilt_jax.checkpoints import flax_files, safetensors_files
 from nufilt_jax.checkpoints.beside import files_beside, names_below, not_to_copy
 from nufilt_jax.checkpoints.dtypes import FLOATS, OUTPUT_DTYPES, AnyArray, code_of
-from nufilt_jax.checkpoints.folders import FLAX, SAFETENSORS
+from nufilt_jax.checkpoints.folders import FLAX, FORMATS
 from nufilt_jax.checkpoints.names import has_flax_form
 from nufilt_jax.checkpoints.outputs import OutputTensor, plan_shards, stored_bytes
 from nufilt_jax.checkpoints.reader import Checkpoint
 from nufilt_jax.checkpoints.safetensors_files import Piece
 from nufilt_jax.durable import atomic_write, make_folder, sync_tree
 from nufilt_jax.errors import CheckpointError, ConfigError, OutputError, Problem, raise_all
-
-_FORMATS = {"safetensors": SAFETENSORS, "flax": FLAX, "msgpack": FLAX}
 
 
 def write_checkpoint(
@@ -99,9 +97,9 @@ def value_problems(params: Mapping[str, AnyArray], like: Checkpoint) -> Iterator
 def _checked_format(format: str | None, like: Checkpoint) -> str:
     if format is None:
         return like.format
-    if format not in _FORMATS:
+    if format not in FORMATS:
         raise ConfigError(Problem("--format", f"must be safetensors or flax, not {format!r}"))
-    kind = _FORMATS[format]
+    kind = FORMATS[format]
     if kind == FLAX != like.format and not has_flax_form(like.config):
         what = f"{like.source} is a {like.config.get('model_type')!r} model, which has no Flax form"
         raise ConfigError(Problem("--format", what, "use safetensors"))

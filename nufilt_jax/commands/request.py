@@ -11,10 +11,10 @@ from nufilt_jax.commands.arguments import Arguments, EvaluateArguments
 from nufilt_jax.commands.recipe_file import promised
 from nufilt_jax.commands.settings import DEFAULT_METHOD, continued_settings, read_evaluation, read_settings
 from nufilt_jax.config import option, problem
+from nufilt_jax.engine.asked import asked_memory, is_task_name
 from nufilt_jax.engine.devices import count_devices
 from nufilt_jax.engine.hosts import Cluster
 from nufilt_jax.engine.job import EvaluationOptions, Job, recorded_in
-from nufilt_jax.engine.memory import parse_size
 from nufilt_jax.errors import ConfigError, NufiltError, OutputError, Problem, UsageError, gathering, raise_all
 from nufilt_jax.methods import RULES, canonical_name, load_own
 from nufilt_jax.output.place import OutputPlace
@@ -68,7 +68,7 @@ def check_usage(arguments: Arguments) -> None:
     fields = (field.name for field in dataclasses.fields(arguments) if field.name != "base")  # which is missing then
     problems += [problem(name, "is empty", "leave it out") for name in fields if getattr(arguments, name) == ""]
     pairs = [(text, *text.partition("=")) for text in arguments.task]
-    bad = [text for text, name, _, source in pairs if not (name.strip() and source)]
+    bad = [text for text, name, _, source in pairs if not (is_task_name(name) and source)]
     problems += [problem("task", f"{text!r} is not of the form NAME=PATH_OR_HUB[@REV]") for text in bad]
     raise_all(UsageError, problems)
 
@@ -148,7 +148,7 @@ def new_job(arguments: Arguments, zoo: Path | None = None) -> Job:
         out=arguments.out or _default_out(arguments, order),
         data=arguments.data or preset.data,
         evaluation=evaluation,
-        max_memory=_max_memory(arguments, problems),
+        max_memory=asked_memory(arguments.max_memory, problems),
         devices=_devices(arguments, problems),
         strict=arguments.strict,
         warnings=(*warnings, *_idle_data(arguments, settings.method)),
@@ -187,7 +187,7 @@ def continued_job(arguments: Arguments, place: OutputPlace) -> Job:
         out=place.out,
         data=arguments.data,
         evaluation=evaluation,
-        max_memory=_max_memory(arguments, problems),
+        max_memory=asked_memory(arguments.max_memory, problems),
         devices=_devices(arguments, problems),
         strict=arguments.strict,
         continues=recorded,
@@ -205,13 +205,6 @@ def _n_known(recorded: list[str], new: list[str]) -> int:
 def _sha256(model: Model, arguments: Arguments) -> dict[str, str]:
     model_folder = open_checkpoint(model.source, revision=model.revision, offline=arguments.offline, adapters=True)
     return model_folder.sha256()
-
-
-def _max_memory(arguments: Arguments, problems: list[Problem]) -> int | None:
-    size = None
-    with gathering(problems):
-        size = None if arguments.max_memory is None else parse_size(arguments.max_memory)
-    return size
 
 
 def _devices(arguments: Arguments, problems: list[Problem]) -> int:

@@ -3,25 +3,21 @@
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
+from nufilt_jax.checkpoints.folders import FORMATS
 from nufilt_jax.commands.arguments import Arguments, EvaluateArguments
 from nufilt_jax.commands.spelling import SPELLINGS
-from nufilt_jax.config import ComputeType, MethodConfig, OtherParams, OutputKind, differing, option, problem
+from nufilt_jax.config import ComputeType, MethodConfig, differing, option, problem
+from nufilt_jax.engine.asked import asked_settings, of_writing, one_of
 from nufilt_jax.engine.job import EvaluationOptions
 from nufilt_jax.errors import ConfigError, NufiltError, Problem, gathering
 from nufilt_jax.methods import canonical_name, find, load_own
 from nufilt_jax.output.recipe import OF_WRITING, Settings
 from nufilt_jax.strict_json import shown
 
-T = TypeVar("T")
-
 DEFAULT_METHOD = "nufilt"
-_FORMATS = {"safetensors": "safetensors", "flax": "flax", "msgpack": "flax"}
-_DTYPES = {name: name for name in ("float32", "bfloat16", "float16")}
 _COMPUTE_DTYPES: Mapping[str, ComputeType] = {name: name for name in get_args(ComputeType)}
-_OTHER_PARAMS: Mapping[str, OtherParams] = {name: name for name in get_args(OtherParams)}
-_OUTPUTS: Mapping[str, OutputKind] = {name: name for name in get_args(OutputKind)}
 _FLAGS = {option(field.name) for field in dataclasses.fields(Arguments)}
 
 
@@ -45,37 +41,22 @@ def read_settings(
     if method is None:
         method, pairs = DEFAULT_METHOD, ()
     config, warnings = _config(method, preset.get(method, {}), arguments.config_flags(), pairs, problems)
-    if arguments.seed is not None and arguments.seed >= 1 << 63:
-        problems.append(problem("seed", f"must be below 2^63, got {shown(arguments.seed)}"))
-    if arguments.seed is not None and arguments.seed < 0:
-        problems.append(problem("seed", f"must be at least 0, got {arguments.seed}"))
-    settings = Settings(
-        method=method,
-        config=config,
+    settings = asked_settings(
+        method,
+        config,
+        problems,
         seed=arguments.seed or 0,
         layers=arguments.layers,
-        other_params=_choice("other_params", arguments.other_params, _OTHER_PARAMS, problems) or "pretrained",
         conv=arguments.conv,
-        output=_choice("output", arguments.output, _OUTPUTS, problems) or "model",
-        **_of_writing(arguments, problems),
+        other_params=arguments.other_params,
+        output=arguments.output,
+        **_of_writing(arguments),
     )
     return settings, warnings, problems
 
 
-def _of_writing(arguments: Arguments, problems: list[Problem]) -> dict[str, Any]:
-    """Those of `OF_WRITING`."""
-    return {
-        "format": _choice("format", arguments.format, _FORMATS, problems),
-        "dtype": _choice("dtype", arguments.dtype, _DTYPES, problems),
-        "adapter_out_rank": _out_rank(arguments.adapter_out_rank, problems),
-    }
-
-
-def _out_rank(rank: int | None, problems: list[Problem]) -> int | None:
-    if rank is not None and rank < 1:
-        problems.append(problem("adapter_out_rank", f"must be at least 1, got {rank}"))
-        return None
-    return rank
+def _of_writing(arguments: Arguments) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in OF_WRITING}
 
 
 def known_method(asked: str | None) -> str:
@@ -99,7 +80,7 @@ def read_evaluation(arguments: EvaluateArguments, problems: list[Problem]) -> Ev
         tasks_file=arguments.tasks_file,
         heads_from=arguments.heads_from,
         limit=limit,
-        dtype=_choice("dtype", arguments.dtype, _COMPUTE_DTYPES, problems) or "float32",
+        dtype=one_of("dtype", arguments.dtype, _COMPUTE_DTYPES, problems) or "float32",
         offline=arguments.offline,
     )
 
@@ -117,7 +98,7 @@ def continued_settings(arguments: Arguments, settings: Settings, *, is_written: 
         "seed": (arguments.seed, settings.seed),
         "layers": (arguments.layers, settings.layers),
         "other_params": (arguments.other_params, settings.other_params),
-        "format": (arguments.format and _FORMATS.get(arguments.format, arguments.format), settings.format),
+        "format": (arguments.format and FORMATS.get(arguments.format, arguments.format), settings.format),
         "dtype": (arguments.dtype, settings.dtype),
         "output": (arguments.output, settings.output),
         "adapter_out_rank": (arguments.adapter_out_rank, settings.adapter_out_rank),
@@ -125,7 +106,9 @@ def continued_settings(arguments: Arguments, settings: Settings, *, is_written: 
     }
     problems: list[Problem] = []
     if not is_written:
-        asked = {key: value for key, value in _of_writing(arguments, problems).items() if value is not None}
+        asked = {
+            key: value for key, value in of_writing(problems, **_of_writing(arguments)).items() if value is not None
+        }
         settings = dataclasses.replace(settings, **asked)
         wanted = {key: pair for key, pair in wanted.items() if key not in OF_WRITING}
     given = arguments.config_flags() | _parsed(settings.method, arguments.method_args, problems)
@@ -203,9 +186,3 @@ def _read(kind: object, text: str) -> int | float | str:
     if kind is int:
         return int(text)
     return float(text) if kind is float else text
-
-
-def _choice(name: str, value: str | None, choices: Mapping[str, T], problems: list[Problem]) -> T | None:
-    if value is not None and value not in choices:
-        problems.append(problem(name, f"must be one of {', '.join(choices)}, got {value!r}"))
-    return choices.get(value or "")

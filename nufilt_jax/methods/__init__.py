@@ -173,12 +173,15 @@ def config_of(name: str, config: MethodConfig | None, settings: Mapping[str, Any
     """A rule's settings, given whole or by name.
 
     Raises:
-      ConfigError: both, or settings that the rule does not have or that are out of range, all listed.
+      ConfigError: both, or settings of another rule, or that are out of range, all listed.
     """
     kind = find(name).config
     fields = {field.name for field in dataclasses.fields(kind)}
     if config is not None:
         raise_all(ConfigError, (Problem(key, "does not go with config", "leave one of them out") for key in settings))
+        # No subclass either: it belongs to another rule, and its further fields would be dropped unseen.
+        if type(config) is not kind:
+            raise ConfigError(Problem("config", f"{name} takes a {kind.__name__}, got a {type(config).__name__}"))
         return config
     known = f"its settings: {', '.join(sorted(fields))}" if fields else "it has none"
     unknown = [Problem(key, f"{name} has no such setting", known) for key in settings if key not in fields]
@@ -224,11 +227,7 @@ def get(
     16.0
     """
     rule = find(name)
-    settings = rule.config() if config is None else config
-    # No subclass either: it belongs to another rule, and its further fields would be dropped unseen.
-    if type(settings) is not rule.config:
-        wanted, got = rule.config.__name__, type(settings).__name__
-        raise ConfigError(Problem("config", f"{name} takes a {wanted}, got a {got}"))
+    settings = config_of(name, config, {})
     if other_params not in get_args(OtherParams):
         what = f"must be one of {', '.join(get_args(OtherParams))}, got {other_params!r}"
         raise ConfigError(problem("other_params", what))

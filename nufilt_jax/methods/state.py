@@ -17,7 +17,7 @@ from nufilt_jax.errors import CheckpointError, Problem, raise_all
 from nufilt_jax.linalg.factored import Factored, dense
 from nufilt_jax.methods.data import TaskData
 from nufilt_jax.methods.elementwise import blend
-from nufilt_jax.methods.selection import Scope, published_layers
+from nufilt_jax.methods.selection import Scope, is_float, published_layers
 from nufilt_jax.methods.stacked import Params, Stacked, TaskVector, Tensor
 
 C = TypeVar("C", bound=MethodConfig)
@@ -263,12 +263,16 @@ def nonfinite(params: Params, names: Iterable[str], where: str, *, are_touched: 
 
 
 def check_task(base: Params, task: Params, touched: Iterable[str]) -> None:
-    """Refuses a task that lacks a tensor the rule touches, or has it in another shape."""
+    """Refuses a task that lacks a tensor the rule touches, has it in another shape, or holds no floating numbers."""
     problems = []
     for name in touched:
-        if name not in task:
+        theirs = task.get(name)  # once: of a file it is read
+        if theirs is None:
             problems.append(Problem("task", "is missing", "all models must be fine-tuned from this base", name))
-        elif task[name].shape != base[name].shape:
-            what = f"has shape {list(task[name].shape)}, but {list(base[name].shape)} in the base"
+        elif theirs.shape != base[name].shape:
+            what = f"has shape {list(theirs.shape)}, but {list(base[name].shape)} in the base"
             problems.append(Problem("task", what, "all models must be fine-tuned from this base", name))
+        elif not is_float(theirs.dtype):
+            what = f"holds {theirs.dtype}: quantised weights cannot be merged"
+            problems.append(Problem("task", what, "dequantize the model first, or exclude it with --layers", name))
     raise_all(CheckpointError, problems)

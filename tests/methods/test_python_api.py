@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib
+import json
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import warnings
 
 import adapter_builders as adapters
 import jax
+import jax.numpy as jnp
 import model_builders as build
 import numpy as np
 import pytest
@@ -61,6 +64,14 @@ def test_places_in_the_home_folder(shared_models, tmp_path, monkeypatch):
     assert all((tmp_path / name / "model.safetensors").is_file() for name in ("merged", "loaded", "saved"))
 
 
+def test_places_are_texts_or_paths(shared_models, tmp_path):
+    base = shared_models / "base"
+    weights = nj.load(base)
+    nj.save(weights, tmp_path / "saved", like=base)
+    assert build.weight_bytes(tmp_path / "saved") == build.weight_bytes(base)
+    assert nj.load(tmp_path / "saved").keys() == nj.load(str(base)).keys()
+
+
 def test_adapters_from_python(tmp_path, monkeypatch):
     """In memory and into a folder, as an adapter too: the same model."""
     base = build.tower(0)
@@ -101,12 +112,75 @@ def test_errors_speak_python(tmp_path, shared_models):
             nj.merge(BASE, TASKS, **settings)
     with pytest.raises(ConfigError, match="tasks: is empty"):
         nj.merge(BASE, [])
-    with pytest.raises(CheckpointError, match=r"task 'b': vision_model.* and 9 more: is missing"):
+    with pytest.raises(CheckpointError, match=r"task 'b': vision_model.* \(10 tensors\): is missing"):
         nj.merge(BASE, {"a": TASKS[0], "b": {}}, method="sum")
     with pytest.raises(NufiltError, match="max_memory must be a size as 8GB"):
         nj.merge(
             shared_models / "base", [shared_models / "alpha"], tmp_path / "out", max_memory="8 apples", method="sum"
         )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"seed": "1"}, "seed must be a whole number, got '1'"),
+        ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
+        ({"seed": True}, "seed must be a whole number, got True"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"seed": 1 << 63}, "seed must be below 2^63, got 9223372036854775808"),
+        ({"output": "lora"}, "output must be one of model, adapter, got 'lora'"),
+        ({"output": "adapter", "adapter_out_rank": 0}, "adapter_out_rank must be at least 1, got 0"),
+        ({"format": "bin"}, "format must be one of safetensors, flax, msgpack, got 'bin'"),
+        ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16, got 'int8'"),
+        ({"dtype": np.float16}, "dtype must be one of float32, bfloat16, float16, got <class 'numpy.float16'>"),
+        ({"other_params": ["first"]}, "other_params must be one of pretrained, first, average, got ['first']"),
+        ({"conv": "no"}, "conv must be true or false, got 'no'"),
+        ({"layers": 5}, "layers must be a regular expression as text, got 5"),
+        ({"max_memory": float("nan")}, "max_memory must be a whole number, got nan"),
+        ({"method": None}, "method: 'None' is not known "),
+        ({"config": nj.NufiltConfig()}, "config: sum takes a SumConfig, got a NufiltConfig"),
+        ({"seed": "1", "dtype": "int8", "max_memory": "8 apples"}, "max_memory must be a size as 8GB or 8GiB"),
+        ({"seed": "1", "steps": 3}, "steps: sum has no such setting"),
+    ],
+    ids=str,
+)
+def test_settings_are_checked_as_the_commands_are(shared_models, tmp_path, settings, message):
+    """Before any work, all at once, and with what is wrong with the models."""
+    base, task = shared_models / "base", shared_models / "alpha"
+    with pytest.raises(NufiltError) as caught:
+        nj.merge(base, [task, tmp_path / "no/such/model"], tmp_path / "out", **{"method": "sum"} | settings)
+    told = str(caught.value)
+    assert message in told and "no/such/model" in told
+    assert not any(name in settings and f"{name} " not in told for name in ("seed", "dtype"))
+    assert not list(tmp_path.iterdir()) or [path.name for path in tmp_path.iterdir()] == ["out.lock"]
+    if not settings.keys() & {"output", "format", "dtype", "max_memory"}:
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            nj.merge(BASE, TASKS, **{"method": "sum"} | settings)
+
+
+def test_names_of_tasks_are_texts(shared_models, tmp_path):
+    base, task = shared_models / "base", shared_models / "alpha"
+    for models, out in (((base, task), tmp_path / "out"), ((base, task), None), ((BASE, TASKS[0]), None)):
+        with pytest.raises(ConfigError) as caught:
+            nj.merge(models[0], {1: models[1], " ": models[1]}, out, method="sum")
+        whats = [problem.what for problem in caught.value.problems]
+        assert whats == [f"{name!r} is no name: it must be a text that is not empty" for name in (1, " ")]
+    with pytest.raises(NufiltError, match="task: a names two tasks"):
+        nj.merge(base, {"a": task, "a ": task}, tmp_path / "out", method="sum")
+
+
+def test_numbers_of_any_library_are_kept_as_a_recipe_has_them(shared_models, tmp_path, nufilt):
+    base, tasks = shared_models / "base", [shared_models / "alpha", shared_models / "beta"]
+    how = {"max_memory": 0.5 * 8e9, "seed": np.int64(3), "conv": np.True_, "format": "msgpack", "method": "tsvm"}
+    how |= {"other_params": "average"}
+    for _ in range(2):  # the same call again reads the recipe
+        nj.merge(base, (task for task in tasks), tmp_path / "out", layers=re.compile("fc1"), **how)
+    assert (tmp_path / "out" / "flax_model.msgpack").is_file()
+    recipe = json.loads((tmp_path / "out" / "nufilt.json").read_text())
+    kept = {"seed": 3, "conv": True, "format": "flax", "method": "tsv_m", "layers": "fc1"}
+    assert {name: recipe[name] for name in kept} == kept
+    assert recipe["memory"]["allowed"] == 4_000_000_000 and isinstance(recipe["memory"]["allowed"], int)
+    assert nufilt("verify", tmp_path / "out").code == 0
 
 
 def test_warnings_speak_python(shared_models, tmp_path):
@@ -328,6 +402,109 @@ def test_weights_that_cannot_be_merged_are_refused_all_at_once_before_any_work()
     assert f"task 'task-2': {SELECTED[1]}: is missing" in told
     with pytest.warns(UserWarning, match=f"task 'task-1': {KEPT}: has NaN .*; the merge does not touch it"):
         nj.merge(BASE, [with_nan(TASKS[0], KEPT)], method="sum")
+
+
+LLAMA = {
+    "model.embed_tokens.weight": (12, 8),
+    "model.layers.0.self_attn.q_proj.weight": (8, 8),
+    "model.layers.0.mlp.up_proj.weight": (16, 8),
+    "model.layers.0.input_layernorm.weight": (8,),
+    "lm_head.weight": (12, 8),
+}
+Q, UP, TABLE, HEAD = (
+    next(name for name in LLAMA if key in name) for key in ("q_proj", "up_proj", "embed_tokens", "lm_head")
+)
+
+
+def llama(seed):
+    g = np.random.default_rng(seed)
+    return {name: g.standard_normal(shape).astype(np.float32) for name, shape in LLAMA.items()}
+
+
+def tuned(base, seed, names=(Q, UP)):
+    """Only in what a merge selects, unless other names are given."""
+    g = np.random.default_rng(seed)
+    return base | {name: base[name] + g.standard_normal(base[name].shape).astype(np.float32) for name in names}
+
+
+@pytest.fixture(params=["in memory", "in a folder"])
+def its_base(request, tmp_path):
+    """A base in memory and in a folder, either with its weights."""
+    base = llama(0)
+    if request.param == "in memory":
+        return base, base, "in memory"
+    build.write(tmp_path / "base", base, model_type="llama")
+    return tmp_path / "base", base, str(tmp_path / "base")
+
+
+def test_a_task_in_memory_beside_an_adapter(tmp_path):
+    base = llama(0)
+    build.write(tmp_path / "base", base, model_type="llama")
+    adapter = adapters.write(
+        tmp_path / "adapter", {Q.removesuffix(".weight"): (np.ones((2, 8), np.float32), np.ones((8, 2), np.float32))}
+    )
+    in_memory = tuned(base, 1)
+    build.write(tmp_path / "task", in_memory, model_type="llama")
+    merged = nj.merge(tmp_path / "base", {"a": in_memory, "b": adapter}, method="sum")
+    told = nj.merge(tmp_path / "base", {"a": tmp_path / "task", "b": adapter}, method="sum")
+    for name in base:
+        np.testing.assert_allclose(merged[name], told[name], atol=1e-6)
+    what = r"adapter: is a PEFT adapter, which needs a base that is a folder or Hub id \(give the base's folder"
+    with pytest.raises(CheckpointError, match=what):
+        nj.merge(base, {"a": in_memory, "b": adapter}, method="sum")
+
+
+def test_weights_in_memory_are_looked_at_as_a_folders_are(its_base):
+    place, base, told = its_base
+    task = tuned(base, 1)
+    whole = task | {Q: np.ones((8, 8), np.int8)}
+    more = task | {"model.layers.1.mlp.up_proj.weight": base[UP]}
+    few = {name: x for name, x in task.items() if name != UP}
+    with pytest.raises(CheckpointError) as caught:
+        nj.merge(place, {"a": task, "b": more, "c": few}, method="sum")
+    more_told, few_told = str(caught.value).splitlines()
+    assert more_told.startswith(
+        f"task 'b': model.layers.1.mlp.up_proj.weight: is not in the base {told} (save the task"
+    )
+    assert few_told.startswith(f"task 'c': {UP}: is missing, but the base {told} has it (all models must be")
+    with pytest.raises(CheckpointError, match=f"^task 'a': {Q}: holds I8: quantised weights cannot be merged"):
+        nj.merge(place, {"a": whole}, method="sum")
+    with pytest.raises(CheckpointError, match=f"base: {Q}: holds I8: quantised weights cannot be merged"):
+        nj.merge(base | {Q: np.ones((8, 8), np.int8)}, [task], method="sum")
+    fine = task | {"model.layers.0.self_attn.position_ids": np.arange(4), Q: jnp.asarray(task[Q])}
+    np.testing.assert_allclose(nj.merge(place, [fine], method="sum")[Q], task[Q], atol=1e-5)
+
+
+def test_what_stays_the_bases_in_memory_is_said_or_refused(its_base):
+    place, base, _ = its_base
+    grown = tuned(base, 1) | {name: np.ones((13, 8), np.float32) for name in (TABLE, HEAD)}
+    with pytest.warns(UserWarning, match=r"task 'a': 2 tensors are not merged and stay the base's: .*; strict refuses"):
+        nj.merge(place, {"a": grown}, method="sum")
+    with pytest.raises(CheckpointError) as caught:
+        nj.merge(place, {"a": grown}, method="sum", strict=True)
+    what = "[13, 8], [12, 8] in the base (leave out strict to keep the base's)"
+    assert {*str(caught.value).splitlines()} == {f"task 'a': {name}: {what}" for name in (TABLE, HEAD)}
+    with pytest.warns(UserWarning, match=r"^a: .* of its squared change is outside the selected layers .*: lm_head"):
+        nj.merge(place, {"a": tuned(base, 1, (Q, HEAD))}, method="sum")
+
+
+def test_tied_copies_in_memory_are_one_parameter():
+    """A T5's table under its other names, as torch tells of it: equal copies count once, others are refused."""
+    table = np.ones((12, 8), np.float32)
+    base = {"shared.weight": table, "encoder.block.0.layer.0.SelfAttention.q.weight": np.eye(8, dtype=np.float32)}
+    copies = {f"{part}.embed_tokens.weight": table.copy() for part in ("encoder", "decoder")}
+    merged = nj.merge(base, [base | copies], method="sum")
+    assert merged.keys() == base.keys()
+    assert nj.merge(base | copies, [base, base | copies], method="sum").keys() == base.keys() | copies.keys()
+    with pytest.raises(CheckpointError, match=r"task 'task-1': decoder.embed_tokens.weight: is not in the base"):
+        nj.merge(base, [base | copies | {"decoder.embed_tokens.weight": 2 * table}], method="sum")
+
+
+@pytest.mark.parametrize("name", ["nufilt", "sum", "iso_c"])
+def test_a_rule_refuses_whole_numbers(name):
+    rule = rule_for(name)
+    with pytest.raises(CheckpointError, match=f"task: {SELECTED[0]}: holds int8: quantised weights cannot be merged"):
+        rule.update(rule.init(BASE), TASKS[0] | {SELECTED[0]: TASKS[0][SELECTED[0]].astype(np.int8)})
 
 
 @pytest.mark.parametrize("name", ["nufilt", "sum", "iso_c"])
