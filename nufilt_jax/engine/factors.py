@@ -141,7 +141,8 @@ def output_problems(
         yield problem("output", what, "leave it out to get a whole model, and use nufilt extract on that")
     changed = {info.name for task in tasks.values() for info in task.stored}
     changed |= {name for task in tasks.values() if isinstance(task, AdaptedCheckpoint) for name in task.factors}
-    if is_first and not whole and changed.isdisjoint(map(tensor_of, selection.layers + selection.other)):
+    touched = set(selection.touched)  # empty where the selection is refused itself; and tasks, if none can be opened
+    if is_first and tasks and touched and not whole and changed.isdisjoint(touched):
         what = "adapter: no task's adapter changes any of the selected layers, so that it would be empty"
         yield problem("output", what, "select others with --layers, or leave that out")
     if settings.format is not None:

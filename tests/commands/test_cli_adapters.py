@@ -251,6 +251,12 @@ def test_what_no_adapter_can_hold(refused, stream, tmp_path, case):
     assert any(message in line for line in lines), lines
 
 
+def test_a_selection_that_is_refused_is_told_once(refused, stream, tmp_path):
+    given = ("--base", stream / "base", "--task", f"one={stream / 'one'}", "--out", tmp_path / "out")
+    (line,) = refused("merge", *given, "--output", "adapter", "--layers", "no_such_layer")
+    assert "no_such_layer" in line and "would be empty" not in line
+
+
 def test_an_adapter_is_verified_and_exported(nufilt, stream, tmp_path):
     """By the hashes that it has, of the base's header alone; D and τ come out whole."""
     merge(nufilt, stream, tmp_path / "out", ["one", "two"], "--method", "sum", "--output", "adapter")
