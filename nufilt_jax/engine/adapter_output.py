@@ -15,7 +15,7 @@ from nufilt_jax.checkpoints import AdaptedCheckpoint, Checkpoint
 from nufilt_jax.checkpoints.folders import FLAX
 from nufilt_jax.checkpoints.orientation import stored_axes
 from nufilt_jax.checkpoints.peft.keys import parse_key
-from nufilt_jax.checkpoints.peft.spelling import in_series_of
+from nufilt_jax.checkpoints.peft.spelling import in_series_of, is_whole
 from nufilt_jax.checkpoints.peft.writer import NewPair, saved_by_type, write_adapter
 from nufilt_jax.checkpoints.prefixes import without_wrappers
 from nufilt_jax.engine.merged import merged_tensors
@@ -117,17 +117,12 @@ def _beside(plan: Plan, told: MergedAdapter, whole: Mapping[str, str]) -> dict[s
     Of a module that is saved it is every tensor, and of some types of task the head, whoever asked for it.
     """
     task_type = told.config.get("task_type")
-    others = {name: called for name, called in told.modules.items() if _is_whole(name, called) and name not in whole}
+    others = {name: called for name, called in told.modules.items() if is_whole(name, called) and name not in whole}
     heads = {name: called for name, called in others.items() if saved_by_type(_module(called), task_type)}
     saved = {name: called for name, called in whole.items() if not name.endswith(".bias")} | heads
     called = {_module(name): _module(theirs) for name, theirs in saved.items()}
     every = (name for name in plan.base.tensors if _module(name) in called and name not in whole)
     return {name: f"{called[_module(name)]}.{name.rpartition('.')[2]}" for name in every}
-
-
-def _is_whole(name: str, called: str) -> bool:
-    """Whether an adapter holds a tensor itself, so that it calls that and not its module."""
-    return called.endswith(name[name.rfind(".") :])
 
 
 def _module(name: str) -> str:

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from nufilt_jax import methods
-from nufilt_jax.checkpoints import Checkpoint, TensorInfo, fit, open_checkpoint, open_task, parse_source
+from nufilt_jax.checkpoints import Checkpoint, TensorInfo, open_checkpoint, open_task, parse_source
 from nufilt_jax.checkpoints.dtypes import FLOATS
 from nufilt_jax.checkpoints.folders import PEFT
 from nufilt_jax.checkpoints.held import held_base, held_task
 from nufilt_jax.checkpoints.survey import squared_change
 from nufilt_jax.engine.coverage import outside_warnings
-from nufilt_jax.engine.readable import select_readable
+from nufilt_jax.engine.readable import fitted, selected
 from nufilt_jax.errors import CheckpointError, NufiltError, Problem, error_of, gathering, of_kind
 from nufilt_jax.methods.selection import Selection
 from nufilt_jax.methods.state import nonfinite
@@ -45,28 +45,28 @@ def merged_in_memory(
       NufiltError: what cannot be merged, all of it at once.
     """
     problems: list[Problem] = []
-    ours, fitted, selection, notices = _fitted(base, tasks, settings, problems, strict=strict, offline=offline)
+    ours, opened, selection, notices = _fitted(base, tasks, settings, problems, strict=strict, offline=offline)
     weights = dict(base) if isinstance(base, Mapping) else ours.read()
     touched = selection.touched
-    own = {name: _own(task, ours) for name, task in fitted.items()}
+    own = {name: _own(task, ours) for name, task in opened.items()}
     where = "base" if isinstance(base, Mapping) else ours.source
     problems += of_kind(CheckpointError, nonfinite(weights, touched, where))
-    for name, task in fitted.items():
+    for name, task in opened.items():
         names = [x for x in touched if x in own[name]]
         problems += of_kind(CheckpointError, nonfinite(task.unread(names), names, task.source))
     if problems:
         raise error_of(problems)
     values: dict[str, Mapping[str, Any]] = {}
-    for name, task in fitted.items():
+    for name, task in opened.items():
         values[name] = task.unread(touched)  # of a file each is read when it is asked for
         if isinstance(given := tasks[name], Mapping):  # as it is, on whatever device
             values[name] = {x: given[own[name][x].stored_name] if x in own[name] else weights[x] for x in touched}
     left = set(ours.tensors) - set(touched)
     kept = nonfinite(weights, left, where, are_touched=False)
-    for name, task in fitted.items():
+    for name, task in opened.items():
         names = left & own[name].keys()
         kept += nonfinite(task.unread(names), names, task.source, are_touched=False)
-    changes = {name: _changes(task, own[name], ours, weights) for name, task in fitted.items()}
+    changes = {name: _changes(task, own[name], ours, weights) for name, task in opened.items()}
     for text in (*notices, *map(str, kept), *outside_warnings(ours, selection, settings, changes)):
         warn(text)
     return merged_one_by_one(weights, values, settings, selection)
@@ -74,7 +74,7 @@ def merged_in_memory(
 
 def _fitted(
     base: Any, tasks: Mapping[str, Any], settings: Settings, problems: list[Problem], *, strict: bool, offline: bool
-) -> tuple[Checkpoint, dict[str, Checkpoint], Selection, list[str]]:
+) -> tuple[Checkpoint, dict[str, Checkpoint], Selection, tuple[str, ...]]:
     """The models as a merge reads them, the tensors that it touches, and what their users should know.
 
     What is refused goes to `problems`.
@@ -91,21 +91,9 @@ def _fitted(
             opened[name] = held_task(task, f"task {name!r}", ours) if is_held else _opened(task, base, ours, offline)
     selection = Selection((), ())
     with gathering(problems):
-        selection = select_readable(
-            ours,
-            tuple(opened.values()),
-            layers=settings.layers,
-            other_params=settings.other_params,
-            scope=methods.find(settings.method).scope,
-            conv=settings.conv,
-        )
-    fitted, notices = {}, list(ours.notices)
-    for name, task in opened.items():
-        found = fit(ours, task, selection.touched, asked_for=settings.layers is not None, strict=strict)
-        problems += of_kind(CheckpointError, found.problems)
-        notices += (*task.notices, *found.notices)
-        fitted[name] = found.task
-    return ours, fitted, selection, notices
+        selection = selected(ours, opened.values(), settings)
+    fitting, told = fitted(ours, opened, selection, settings, problems, strict=strict)
+    return ours, fitting, selection, (*ours.notices, *told)
 
 
 def _opened(source: Any, base: Any, ours: Checkpoint, offline: bool) -> Checkpoint:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nufilt_jax.anatomy import shape_in, tensor_of
-from nufilt_jax.checkpoints import Checkpoint, fit, open_checkpoint, open_task
+from nufilt_jax.checkpoints import Checkpoint, open_checkpoint, open_task
 from nufilt_jax.checkpoints.beside import not_to_copy
 from nufilt_jax.checkpoints.dtypes import OUTPUT_DTYPES
 from nufilt_jax.checkpoints.folders import FLAX
@@ -20,7 +20,7 @@ from nufilt_jax.engine.grid import Direction, Stack, Window
 from nufilt_jax.engine.job import EvaluationOptions, Job, Recorded, other_merge_problems, recorded_in
 from nufilt_jax.engine.layout import lay_out
 from nufilt_jax.engine.memory import Memory
-from nufilt_jax.engine.readable import select_readable
+from nufilt_jax.engine.readable import fitted, selected
 from nufilt_jax.errors import CheckpointError, ConfigError, OutputError, Problem, error_of, gathering, of_kind
 from nufilt_jax.methods import find
 from nufilt_jax.methods.selection import Selection
@@ -121,22 +121,11 @@ def make_plan(job: Job, *, offline: bool = False, headers_only: bool = False) ->
     if base is not None:
         notices += base.notices
         with gathering(problems):
-            selection = select_readable(
-                base,
-                tuple(tasks.values()),
-                layers=job.settings.layers,
-                other_params=job.settings.other_params,
-                scope=find(job.settings.method).scope,
-                conv=job.settings.conv,
-            )
+            selection = selected(base, tasks.values(), job.settings)
         with gathering(problems):
             examples = _examples(job, base, tuple(tasks), problems)
-        for name, task in tasks.items():
-            asked_for = job.settings.layers is not None
-            fitted = fit(base, task, selection.touched, asked_for=asked_for, strict=job.strict)
-            tasks[name] = fitted.task
-            problems += of_kind(CheckpointError, fitted.problems)
-            notices += (*task.notices, *fitted.notices)
+        tasks, told = fitted(base, tasks, selection, job.settings, problems, strict=job.strict)
+        notices += told
         with gathering(problems):
             problems += of_kind(ConfigError, _evaluation_problems(job, base))
         with gathering(problems):

@@ -1,15 +1,17 @@
 """What is worked on, of models whose numbers can be read."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import numpy as np
 
-from nufilt_jax.checkpoints import Checkpoint, quantised_problems
+from nufilt_jax.checkpoints import Checkpoint, fit, quantised_problems
 from nufilt_jax.checkpoints.dtypes import numpy_dtype
 from nufilt_jax.config import OtherParams
-from nufilt_jax.errors import CheckpointError, Problem, error_of, gathering, raise_all
+from nufilt_jax.errors import CheckpointError, Problem, error_of, gathering, of_kind, raise_all
+from nufilt_jax.methods import find
 from nufilt_jax.methods.selection import Scope, Selection, published_layers, reach_of, select, wanted_by
+from nufilt_jax.output.recipe import Settings
 
 
 def select_readable(
@@ -44,3 +46,34 @@ def select_readable(
     if failure:
         raise error_of(failure)
     return selection
+
+
+def selected(base: Checkpoint, tasks: Iterable[Checkpoint], settings: Settings) -> Selection:
+    """What a merge with these settings works on; raises as `select_readable` does."""
+    return select_readable(
+        base,
+        tuple(tasks),
+        layers=settings.layers,
+        other_params=settings.other_params,
+        scope=find(settings.method).scope,
+        conv=settings.conv,
+    )
+
+
+def fitted(
+    base: Checkpoint,
+    tasks: Mapping[str, Checkpoint],
+    selection: Selection,
+    settings: Settings,
+    problems: list[Problem],
+    *,
+    strict: bool,
+) -> tuple[dict[str, Checkpoint], tuple[str, ...]]:
+    """The tasks as they fit the base, and what their users should know; what is refused goes to `problems`."""
+    fitting, notices = dict[str, Checkpoint](), tuple[str, ...]()
+    for name, task in tasks.items():
+        found = fit(base, task, selection.touched, asked_for=settings.layers is not None, strict=strict)
+        fitting[name] = found.task
+        problems += of_kind(CheckpointError, found.problems)
+        notices += (*task.notices, *found.notices)
+    return fitting, notices

@@ -6,6 +6,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from peft_helpers import assert_same, draw_factors, nufilt, weights
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -14,8 +15,6 @@ from transformers import (
     RobertaConfig,
     RobertaForSequenceClassification,
 )
-
-from nufilt_jax.cli import main
 
 # What peft and transformers say of each other's next versions is theirs.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
@@ -46,28 +45,20 @@ CONV1D = {"target_modules": ["c_attn", "c_proj"], "r": 2, "lora_alpha": 4, "fan_
 def trained(model, folder, seed, **settings):
     """An adapter as a training leaves it, with every number drawn, saved by peft; and the merged weights."""
     adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(0.2 * torch.randn_like(parameter))
+    draw_factors(adapted, seed)
     adapted.save_pretrained(folder)
     return weights(adapted.merge_and_unload())
 
 
-def weights(model):
-    return {name: x.detach().numpy().copy() for name, x in model.state_dict().items()}
-
-
-def nufilt(*argv):
-    assert main([str(part) for part in argv]) == 0
-
-
-def assert_same(ours, theirs, base):
-    """To 1e-5 of what moved."""
-    moved = sum(float(np.sum((theirs[name] - base[name]) ** 2)) for name in theirs) ** 0.5
-    gap = sum(float(np.sum((theirs[name] - ours[name]) ** 2)) for name in theirs) ** 0.5
-    assert moved > 0.1 and gap <= 1e-5 * moved
+def drawn(adapted, folder, seed):
+    """Saved by peft with every trained number moved; and the merged weights."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    adapted.save_pretrained(folder)
+    return weights(adapted.merge_and_unload())
 
 
 @pytest.mark.parametrize("case", ADAPTERS)
@@ -113,30 +104,13 @@ def test_biases_and_whole_modules(tmp_path):
     """What an adapter holds whole is merged by the methods that touch all tensors, and goes out whole."""
     gpt2().save_pretrained(tmp_path / "base")
     adapted = peft.get_peft_model(gpt2(), peft.LoraConfig(bias="lora_only", modules_to_save=["ln_f"], **CONV1D))
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    adapted.save_pretrained(tmp_path / "a")
-    theirs = weights(adapted.merge_and_unload())
+    theirs = drawn(adapted, tmp_path / "a", 1)
     given = ("--base", tmp_path / "base", "--task", f"a={tmp_path / 'a'}", "--method", "weight_average")
     nufilt("merge", *given, "--out", tmp_path / "model")
     nufilt("merge", *given, "--out", tmp_path / "adapter", "--output", "adapter")
     assert_same(weights(GPT2LMHeadModel.from_pretrained(tmp_path / "model")), theirs, weights(gpt2()))
     with_ours = peft.PeftModel.from_pretrained(gpt2(), tmp_path / "adapter")
     assert_same(weights(with_ours.merge_and_unload()), theirs, weights(gpt2()))
-
-
-def drawn(adapted, folder, seed):
-    """Saved by peft with every trained number moved; and the merged weights."""
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    adapted.save_pretrained(folder)
-    return weights(adapted.merge_and_unload())
 
 
 def test_a_module_saved_whole_comes_out_with_all_that_it_has(tmp_path):
@@ -192,10 +166,7 @@ def test_peft_loads_what_was_extracted(tmp_path, base):
     """Of a fine-tune whose changes have the rank that is asked for: all of it comes back, on the fine-tune's class."""
     base.save_pretrained(tmp_path / "base")
     adapted = peft.get_peft_model(llama(), peft.LoraConfig(task_type="CAUSAL_LM", **ATTENTION))
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(0.2 * torch.randn_like(parameter))
+    draw_factors(adapted)
     whole = adapted.merge_and_unload()
     whole.save_pretrained(tmp_path / "full")
     out = tmp_path / "adapter"

@@ -2,16 +2,15 @@
 
 import json
 
-import numpy as np
 import peft
 import pytest
 import torch
 import transformers as T
+from peft_helpers import assert_same, draw_factors, nufilt, weights
 from safetensors import safe_open
 
 from nufilt_jax.checkpoints import open_checkpoint, open_task
 from nufilt_jax.checkpoints.newer_names import newer_names
-from nufilt_jax.cli import main
 
 # What peft and transformers say of each other's next versions is theirs.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
@@ -98,11 +97,7 @@ def trained(base, folder, seed):
     linear = [name for name, x in model.named_modules() if isinstance(x, torch.nn.Linear)]
     targets = [name for name in linear if name.rpartition(".")[2] in TARGETS]
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=4, target_modules=targets))
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(0.2 * torch.randn_like(parameter))
+    draw_factors(adapted, seed)
     adapted.save_pretrained(folder)
     adapted.merge_and_unload().save_pretrained(f"{folder}-full")
 
@@ -110,22 +105,6 @@ def trained(base, folder, seed):
 def stored(folder):
     with safe_open(folder / "model.safetensors", "np") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
-
-
-def weights(model):
-    return {name: x.detach().numpy().copy() for name, x in model.state_dict().items()}
-
-
-def nufilt(*argv):
-    assert main([str(part) for part in argv]) == 0
-
-
-def assert_same(ours, theirs, start):
-    """To 1e-5 of what moved."""
-    assert ours.keys() == theirs.keys() == start.keys()
-    moved = sum(float(np.sum((theirs[name] - start[name]) ** 2)) for name in theirs) ** 0.5
-    gap = sum(float(np.sum((theirs[name] - ours[name]) ** 2)) for name in theirs) ** 0.5
-    assert moved > 0.1 and gap <= 1e-5 * moved
 
 
 def test_names_are_those_of_the_class(base):

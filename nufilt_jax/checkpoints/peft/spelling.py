@@ -48,6 +48,11 @@ def is_newer(modules: Mapping[str, str], config: Mapping[str, Any]) -> bool | No
     return any(theirs[module] == module for module in differing) if differing else None
 
 
+def is_whole(name: str, called: str) -> bool:
+    """Whether an adapter holds a tensor itself, so that it calls that and not its module."""
+    return called.endswith(name[name.rfind(".") :])
+
+
 def in_series_of(theirs: Mapping[str, str], ours: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, str]:
     """What an adapter calls its modules and whole tensors, in the series of another adapter.
 
@@ -62,5 +67,4 @@ def in_series_of(theirs: Mapping[str, str], ours: Mapping[str, str], config: Map
         return {name: newer[module] for name, module in theirs.items()}
     if wanted is None or not is_newer(theirs, config):
         return dict(theirs)
-    whole = {name for name, module in theirs.items() if module.endswith(name[name.rfind(".") :])}
-    return {name: name if name in whole else name.rpartition(".")[0] for name in theirs}
+    return {name: name if is_whole(name, called) else name.rpartition(".")[0] for name, called in theirs.items()}
