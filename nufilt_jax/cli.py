@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None, prog: str = "nufilt") -> int:
     """
     prepare_process()
     with escaping(sys.stdout, sys.stderr):
-        return leave(_run(sys.argv[1:] if argv is None else argv, prog))
+        return leave(_run(sys.argv[1:] if argv is None else argv, prog), is_own=argv is None)
 
 
 def _run(argv: list[str], prog: str) -> int:

@@ -170,7 +170,7 @@ def test_completion_shows_what_a_public_module_is_for(room):
 
 # Names that several modules give to the same thing of theirs: every rule's parts, both formats' ways in and out, what
 # `app` declares as a command and a file of that name does, what is run as a program, type variables.
-ALIKE = {"RULE", "first", "advance", "read_header", "write_file", "main", "merge", "T", "R"}
+ALIKE = {"RULE", "first", "advance", "prepare", "read_header", "write_file", "main", "merge", "T", "R"}
 
 
 def defined_by(path):

@@ -1,11 +1,13 @@
 """Everything worth knowing of an accelerator, in one run: `python -m benchmarks.speed.accelerator --all`.
 
-Stage after stage in processes of their own: the tests of the mathematics on the device, one task's solve beside PyTorch
-on the same card, Table 5's rows, decompositions, products by algorithm. What fails, or does not fit in the time that is
-left, is told by name, in the results too, and ends the script with status 1.
+Stage after stage in processes of their own: one task's solve beside PyTorch on the same card, Table 5's rows,
+decompositions, products by algorithm, alone and within a solve, and the tests of the mathematics on the device. Results
+are written after each stage. What fails, or does not fit in the time that is left, is told by name, in the results too,
+and ends the script with status 1.
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -22,15 +24,18 @@ COLUMNS = ("stage", "seconds", "outcome")
 _SPEED = "benchmarks.speed."
 _TORCH = ("--against", "torch", "torch-batched")
 STAGES: dict[str, tuple[str, ...]] = {
-    TESTS: ("pytest", "--quiet", "-p", "no:cacheprovider", "tests/core", "tests/linalg"),
     "solve vit-b32": (_SPEED + "solve", "--model", "vit-b32", "--tasks", "8", "--skip-plain", *_TORCH),
     "solve vit-l14": (_SPEED + "solve", "--model", "vit-l14", "--skip-plain"),
     "solve 7B block": (_SPEED + "solve", "--model", "llava-1.5-7b", "--layers", "1", "--skip-plain"),
     "Table 5": (_SPEED + "steps",),
     "products": (_SPEED + "products",),
+    "small decompositions": (_SPEED + "small_decompositions",),
+    "precision": (_SPEED + "precision",),
     "decompositions": (_SPEED + "decompositions", "--n", "768", "1024", "4096", "--repeats", "3", "--budget", "30"),
+    # Last: what is timed must not wait for them.
+    TESTS: ("pytest", "--quiet", "-p", "no:cacheprovider", "--numprocesses", "8", "tests/core", "tests/linalg"),
 }
-MODEST = (TESTS, "solve vit-b32", "products")
+MODEST = ("solve vit-b32", "products", "small decompositions", TESTS)
 
 
 class Done(NamedTuple):
@@ -57,7 +62,12 @@ def run_stage(name: str, command: Sequence[str], limit: float) -> Done:
         start = time.perf_counter()
         try:
             process = subprocess.run(
-                [sys.executable, "-m", *command, *told], cwd=records.ROOT, capture_output=True, text=True, timeout=limit
+                [sys.executable, "-m", *command, *told],
+                cwd=records.ROOT,
+                env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},  # tests share the device
+                capture_output=True,
+                text=True,
+                timeout=limit,
             )
         except subprocess.TimeoutExpired:
             return Done(time.perf_counter() - start, f"stopped after {limit:.0f} s")
@@ -100,6 +110,8 @@ def main() -> None:
     for name in names:
         script.say(name)
         found[name] = run_stage(name, STAGES[name], ends - time.monotonic())
+        if options.json:
+            records.write_json(collected(found), options.json)
     document = collected(found)
     platform = document["environment"]["platform"]
     records.finish(document, options.json or records.RESULTS / f"accelerator_{platform}.json")

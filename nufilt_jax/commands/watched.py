@@ -17,7 +17,7 @@ from types import FrameType
 
 from nufilt_jax.commands.interrupt import ending
 from nufilt_jax.commands.streams import Output
-from nufilt_jax.engine.uninterrupted import SIGNALS
+from nufilt_jax.engine.uninterrupted import COMPILING, SIGNALS
 from nufilt_jax.errors import NufiltError, Problem
 
 _FATAL = "the JAX distributed service detected fatal errors"
@@ -78,9 +78,14 @@ def have_come() -> None:
         os.write(_Fork.told, _COME)
 
 
-def leave(status: int) -> int:
-    """Ends the process that works at once: what JAX has to say when it is taken down is of no use to anybody."""
-    if _Fork.is_here:
+def leave(status: int, *, is_own: bool) -> int:
+    """Gives the exit status back, or ends the process with it at once.
+
+    The process that works: what JAX has to say when it is taken down is of no use to anybody. And one whose own the
+    command line is, that would stay for a compiler whose program nobody waits for any more.
+    """
+    is_compiling = any(thread.name == COMPILING for thread in threading.enumerate())
+    if _Fork.is_here or (is_own and is_compiling):
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()

@@ -1,11 +1,15 @@
-"""Reading ahead: a task is loaded while something else is done."""
+"""Ahead of their turn: a task is read, and what solves it compiled, while something else is done."""
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Generic, Self, TypeVar
+
+from nufilt_jax.engine.timing import CompileLog
+from nufilt_jax.engine.uninterrupted import COMPILING
 
 Item = TypeVar("Item")
 Loaded = TypeVar("Loaded")
@@ -51,3 +55,29 @@ class ReadAhead(Generic[Item, Loaded]):
     ) -> None:
         self._stop.set()
         self._pool.shutdown()  # waits: no thread may read on when the run has ended
+
+
+class CompileAhead:
+    """Compiles in a thread of its own.
+
+    A compiler cannot be stopped. Nobody therefore waits for it but who needs the program: a run that fails meanwhile
+    ends, and the command line's process does not stay for the thread (`commands.watched.leave`).
+
+    Attributes:
+      log: of what is compiled here.
+    """
+
+    def __init__(self, prepare: Callable[[], None]) -> None:
+        self.log = CompileLog()
+        self._prepare = prepare
+        self._thread = threading.Thread(target=self._run, name=COMPILING)
+        self._thread.start()
+
+    def _run(self) -> None:
+        # What fails here fails again where the program is needed, and is told there.
+        with contextlib.suppress(Exception), self.log.listening():
+            self._prepare()
+
+    def wait(self) -> None:
+        """Returns when it is through."""
+        self._thread.join()

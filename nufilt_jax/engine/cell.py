@@ -1,6 +1,7 @@
 """One cell of the grid: a window's part of a task is read, and merged by the rule for these layers."""
 
 import contextlib
+import functools
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +13,11 @@ from nufilt_jax import methods
 from nufilt_jax.anatomy import tensor_of
 from nufilt_jax.checkpoints import Checkpoint
 from nufilt_jax.checkpoints.tensors import PassingTensors
+from nufilt_jax.engine.ahead import CompileAhead
 from nufilt_jax.engine.devices import mesh_of
-from nufilt_jax.engine.factors import task_rank, window_ranks
+from nufilt_jax.engine.factors import task_rank, window_ranks, zeros_of
 from nufilt_jax.engine.grid import Window
+from nufilt_jax.engine.hosts import Hosts
 from nufilt_jax.engine.plan import Plan
 from nufilt_jax.engine.timing import Clock, CompileLog
 from nufilt_jax.engine.watching import Watcher
@@ -64,15 +67,37 @@ def load_task(plan: Plan, window: Window, name: str, stop: threading.Event) -> T
     """
     checkpoint, clock, names = plan.tasks[name], Clock(), touched(window)
     theirs = checkpoint.unread(names, stop=stop)
-    number = [source.name for source in plan.sources].index(name)
-    thin = methods.find(plan.settings.method).in_factors
     with clock.spent_on("read"):
         base = PassingTensors(plan.base.read(names))
-        ranks = [task_rank(stack, number, checkpoint, in_factors=thin) for stack in window.stacks]
+        ranks = _ranks(plan, window, name)
         vector = task_vector(base, theirs, tuple(stack.layers for stack in window.stacks), ranks)
     with clock.spent_on("put"):
         jax.block_until_ready(vector.stacks)  # copies run on by themselves: else the solve would pay for them
     return TaskAtHand(name, checkpoint, vector, clock)
+
+
+def _ranks(plan: Plan, window: Window, name: str) -> list[int | None]:
+    """Of each stack, the rank in which τ of a task is formed; None for a dense one."""
+    number = [source.name for source in plan.sources].index(name)
+    thin = methods.find(plan.settings.method).in_factors
+    return [task_rank(stack, number, plan.tasks[name], in_factors=thin) for stack in window.stacks]
+
+
+def compiled_ahead(plan: Plan, hosts: Hosts) -> CompileAhead | None:
+    """Begins to compile what the first solve of a run needs; None where there is none, or more devices than one."""
+    window = next((row for row in plan.rows if row.done < len(plan.sources)), None)
+    number = max(window.done, 1) if window else len(plan.sources)  # the first task is taken as it is
+    if window is None or number >= len(plan.sources) or plan.devices > 1 or not hosts.is_alone:
+        return None
+    return CompileAhead(functools.partial(_prepare, plan, window, plan.sources[number].name))
+
+
+def _prepare(plan: Plan, window: Window, name: str) -> None:
+    rule = rule_of(plan, window)
+    parts = zip(window.stacks, _ranks(plan, window, name), strict=True)
+    vector = TaskVector(tuple(zeros_of(stack, rank) for stack, rank in parts), tuple(x.layers for x in window.stacks))
+    # Headers do where the shapes alone matter.
+    rule.prepare(rule.init(cast(Any, plan.base.tensors)), vector)
 
 
 def touched(window: Window) -> tuple[str, ...]:
@@ -87,8 +112,18 @@ def update(
     watcher: Watcher,
     data: methods.TaskData | None,
     numbers: Numbers,
+    ahead: CompileAhead | None = None,
 ) -> MergeState:
     """The window after one more task; gives up the memory of the state.
+
+    Args:
+      rule: for the window's layers.
+      state: of the window.
+      task: to be merged.
+      watcher: is told of every stack.
+      data: what the rule learns from.
+      numbers: of the whole model.
+      ahead: what compiles the program meanwhile; it is waited for.
 
     Raises:
       NufiltError: the rule refuses the task; the file is named.
@@ -96,6 +131,9 @@ def update(
     how: dict[str, Any] = {"on_stack": watcher.stack, "donate": True, "data": data, "numbers": numbers}
     compiled = CompileLog()
     with naming_files(task.checkpoint), task.clock.spent_on("solve"), compiled.listening():
+        if ahead is not None and state.step:
+            with compiled.waiting():
+                ahead.wait()
         # Waited for in here: until it is through, neither its time nor an error of it is known.
         state = jax.block_until_ready(rule.update(state, task.vector, **how))
     task.clock.add("compile", compiled.seconds)  # a part of "solve"

@@ -86,6 +86,15 @@ def task_rank(stack: Stack, number: int, task: Checkpoint, *, in_factors: bool) 
     return max(ranks) if is_thin else None
 
 
+def zeros_of(stack: Stack, rank: int | None) -> Any:
+    """τ of a stack as `task_vector` forms it, in zeros, which take no memory until they are used."""
+    n_layers = len(stack.layers)
+    if rank is None:
+        return np.zeros((n_layers, *stack.shape), np.float32)
+    m, n = stack.shape
+    return Factored(np.zeros((n_layers, m, rank), np.float32), np.zeros((n_layers, rank, n), np.float32))
+
+
 def restored(found: Mapping[str, Any], like: Stacked) -> Stacked:
     """D on the device as it was kept, in the stacks of `like`, which is zero."""
     stacks = []

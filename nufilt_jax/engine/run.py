@@ -5,6 +5,7 @@ import shutil
 
 from nufilt_jax.checkpoints import write_added, write_checkpoint
 from nufilt_jax.engine.adapter_output import told_of, write_merged_adapter
+from nufilt_jax.engine.cell import compiled_ahead
 from nufilt_jax.engine.coverage import outside_share
 from nufilt_jax.engine.hosts import Hosts, StoppedError
 from nufilt_jax.engine.inspection import Inspection
@@ -58,11 +59,11 @@ def run(
     told = hosts.meet("host", [this_host().to_json(), device_entry()])
     if any(other != told[0] for other in told):
         recipe = dataclasses.replace(recipe, host=dataclasses.replace(recipe.host, is_mixed=True))
-    compiled = CompileLog(watcher.compiling)
+    compiled, ahead = CompileLog(watcher.compiling), compiled_ahead(plan, hosts)
     outside = {name: outside_share(plan.base, plan.selection, moved) for name, moved in inspection.changes.items()}
     try:
         with compiled.listening(), plan.recorded.stored if plan.recorded else Stored() as stored:
-            walk = Walk(plan, recipe, place, stored, watcher, clock, evaluation, outside, hosts)
+            walk = Walk(plan, recipe, place, stored, watcher, clock, evaluation, outside, hosts, ahead)
             walk.go()
             recipe = walk.recipe()
             watcher.merged()
@@ -81,9 +82,8 @@ def run(
             place.discard()
         raise
     memory = dataclasses.replace(plan.memory.told(), peak=peak_memory())
-    recipe = dataclasses.replace(
-        recipe, timings=clock.as_dict(), compiled=Compiled(**compiled.as_dict()), memory=memory
-    )
+    counted = compiled if ahead is None else compiled.with_those_of(ahead.log)
+    recipe = dataclasses.replace(recipe, timings=clock.as_dict(), compiled=Compiled(**counted.as_dict()), memory=memory)
     rule = find(plan.settings.method)
     told = recipe.as_seen_from(place.out)
     card = model_card(told, rule.source, needs_data=rule.needs_data, adds_parameters=rule.adds_parameters)

@@ -1,6 +1,7 @@
 """Where the time of a run goes, and what it compiled."""
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -42,7 +43,7 @@ class Clock:
 
 
 class CompileLog:
-    """The programs that JAX traced and compiled, or found in its cache on disk.
+    """The programs that JAX traced and compiled, or found in its cache on disk, in the thread that listens.
 
     Args:
       tell: is told the name of each before it is compiled.
@@ -50,12 +51,13 @@ class CompileLog:
 
     def __init__(self, tell: Callable[[str], None] = lambda name: None) -> None:
         self._tell = tell
-        self._programs = self._cached = 0
+        self._programs = self._cached = self._thread = 0
         self._spans: list[tuple[float, float]] = []
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Counts what is compiled inside."""
+        self._thread = threading.get_ident()
         monitoring.register_event_duration_secs_listener(self._on_duration)
         monitoring.register_event_listener(self._on_event)  # of the cache: it says hits by events without a length
         try:
@@ -68,7 +70,25 @@ class CompileLog:
         """For the recipe."""
         return {"programs": self._programs, "from_cache": self._cached, "seconds": round(self.seconds, 3)}
 
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time inside, in which another thread compiles, as its own."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._spans.append((start, time.perf_counter()))
+
+    def with_those_of(self, other: "CompileLog") -> "CompileLog":
+        """What both have counted."""
+        both = CompileLog()
+        both._programs, both._cached = self._programs + other._programs, self._cached + other._cached
+        both._spans = self._spans + other._spans
+        return both
+
     def _on_duration(self, event: str, duration_secs: float, **facts: str | int) -> None:
+        if threading.get_ident() != self._thread:
+            return
         if event == _LOWERED_EVENT:
             self._tell(str(facts.get("fun_name", "")).removeprefix("jit(").strip("_()"))
         if event.startswith(_COMPILE_EVENTS):
@@ -77,7 +97,7 @@ class CompileLog:
         self._programs += event == _PROGRAM_EVENT
 
     def _on_event(self, event: str, **_: str | int) -> None:
-        self._cached += event == _HIT_EVENT
+        self._cached += event == _HIT_EVENT and threading.get_ident() == self._thread
 
     @property
     def seconds(self) -> float:

@@ -1,6 +1,7 @@
 """The built-in study: merges the built-in checkpoints by several rules and measures them all."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,8 +21,9 @@ from nufilt_jax.evaluation.ready import OnBatch, ReadyTask, evenly_spread
 from nufilt_jax.evaluation.suite import Suite
 from nufilt_jax.presets import TINY_CONFIG, Preset, shuffled
 from nufilt_jax.zoo import materialise
+from nufilt_jax.zoo.draws import require_originals
 from nufilt_jax.zoo.families import FAMILIES, Family
-from nufilt_jax.zoo.store import evaluation_tasks
+from nufilt_jax.zoo.store import N_IMAGES, evaluation_tasks
 
 COMPARED = ("sum", "weight_average", "task_arithmetic")
 _DTYPE = "torch_dtype"  # which a merge may change
@@ -48,30 +50,34 @@ def built_in_family(config: Mapping[str, Any]) -> Family | None:
 
 @dataclasses.dataclass(frozen=True)
 class _BuiltInTask:
-    """A task whose images are drawn, and stay in memory."""
+    """A task whose images are drawn when it is first scored, and stay in memory."""
 
-    task: Task
+    name: str
+    family: Family
+    limit: int | None
     config: Mapping[str, Any]
     dtype: ComputeType
 
     @property
-    def name(self) -> str:
-        return self.task.name
-
-    @property
     def n_examples(self) -> int:
-        return len(self.task.labels)
+        return len(evenly_spread(N_IMAGES, self.limit))
+
+    @functools.cached_property
+    def _drawn(self) -> Task:
+        (task,) = evaluation_tasks((self.name,), family=self.family)
+        rows = evenly_spread(N_IMAGES, self.limit)
+        return dataclasses.replace(task, images=task.images[rows], labels=task.labels[rows])
 
     def score(self, params: Mapping[str, ArrayLike], *, on_batch: OnBatch | None = None) -> float:
         if on_batch is not None:
             on_batch(self.name, 0, self.n_examples)
-        return evaluate_tasks(params, self.config, [self.task], dtype=self.dtype)[self.name]
+        return evaluate_tasks(params, self.config, [self._drawn], dtype=self.dtype)[self.name]
 
 
 def built_in_tasks(
     names: Sequence[str], config: Mapping[str, Any], *, limit: int | None, dtype: ComputeType
 ) -> dict[str, ReadyTask]:
-    """Draws the test images of a built-in model's tasks.
+    """A built-in model's tasks; their test images are drawn.
 
     Args:
       names: of its tasks.
@@ -84,13 +90,8 @@ def built_in_tasks(
     """
     family = built_in_family(config)
     assert family is not None  # for the type checker: the caller has asked
-    drawn = evaluation_tasks(tuple(names), family=family)
-    return {task.name: _BuiltInTask(_some(task, limit), config, dtype) for task in drawn}
-
-
-def _some(task: Task, limit: int | None) -> Task:
-    rows = evenly_spread(len(task.labels), limit)
-    return dataclasses.replace(task, images=task.images[rows], labels=task.labels[rows])
+    require_originals(names)
+    return {name: _BuiltInTask(name, family, limit, config, dtype) for name in names}
 
 
 class TinyStudy:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # by which a user or a scheduler ends a run in order
+COMPILING = "compile"  # name of threads for which a process that has nothing else to do need not stay
 # Seconds within which a second SIGTERM is the first one's echo: a scheduler strikes all processes of a job, and the one
 # that waits for this one hands on what it got.
 _ECHO = 1.0

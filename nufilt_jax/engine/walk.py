@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, cast
 
-from nufilt_jax.engine.ahead import ReadAhead
+from nufilt_jax.engine.ahead import CompileAhead, ReadAhead
 from nufilt_jax.engine.cell import TaskAtHand, examples, file_entry, load_task, rule_of, touched, update
 from nufilt_jax.engine.factors import kept, restored
 from nufilt_jax.engine.grid import Cell, Window, cells, dealt
@@ -52,8 +52,9 @@ class Walk:
         evaluation: Scorer | None,
         outside: Mapping[str, float],
         hosts: Hosts,
+        ahead: CompileAhead | None,
     ) -> None:
-        self._outside, self._hosts = outside, hosts
+        self._outside, self._hosts, self._ahead = outside, hosts, ahead
         self._plan, self._recipe, self._place, self._stored = plan, recipe, place, stored
         self._watcher, self._clock, self._evaluation = watcher, clock, evaluation
         self._names = [source.name for source in plan.sources]
@@ -238,7 +239,7 @@ class Walk:
             self._tell(name, examples=file_entry(self._plan.examples[name]))
         with uninterrupted():
             state, self._state = cast(MergeState, self._state), None
-            self._state = state = update(self._rule, state, task, self._watcher, data, numbers)
+            self._state = state = update(self._rule, state, task, self._watcher, data, numbers, self._ahead)
             step = step_of(name, time.perf_counter() - start, state.report, task.clock.as_dict())
             row.records.append(CellRecord(step, forecast_entry(state.report)))
         del task, state  # before the next one is read

@@ -3,19 +3,23 @@
 Everything here takes leading batch axes; a batch is one operation.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 # Of the powers of two that `unit_scale` scales by: their squares stay normal float32 numbers, 2⁻¹²⁶ to 2¹²⁷.
 _MOST_EXPONENT = 63
+# Of all products, when they are traced: true float32, where accelerators would round to TF32 or bfloat16.
+PRECISION: Any = jax.lax.Precision.HIGHEST
 # Half the width of a matrix from which on symmetry saves more than two more products cost.
 LEAST_HALF = 192
 
 
 def matmul(a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Matrix product in full float32: accelerators would otherwise round to TF32 or bfloat16."""
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+    """Matrix product in full float32."""
+    return jnp.matmul(a, b, precision=PRECISION)
 
 
 def inner(a: Float[Array, "*batch m i"], b: Float[Array, "*batch m j"]) -> Float[Array, "*batch i j"]:
@@ -25,7 +29,7 @@ def inner(a: Float[Array, "*batch m i"], b: Float[Array, "*batch m j"]) -> Float
     """
     batch = tuple(range(a.ndim - 2))
     rows = ((a.ndim - 2,), (b.ndim - 2,))
-    return jax.lax.dot_general(a, b, (rows, (batch, batch)), precision=jax.lax.Precision.HIGHEST)
+    return jax.lax.dot_general(a, b, (rows, (batch, batch)), precision=PRECISION)
 
 
 def transpose(x: Float[Array, "*batch m n"]) -> Float[Array, "*batch n m"]:

@@ -81,6 +81,10 @@ class Program(Generic[P, R]):
         is_inside = is_traced((args, kwargs)) or get_opaque_trace_state() != _UNTRACED
         return (self._inside if is_inside else self._alone())(*args, **kwargs)
 
+    def prepare(self, *args: P.args, **kwargs: P.kwargs) -> None:
+        """Compiles it for a call alone with arrays of these shapes, in any thread; the numbers are not looked at."""
+        self._alone().lower(*args, **kwargs).compile()
+
     def __getattr__(self, name: str) -> Any:
         """What else a jitted function has, as `lower`: that of the one that runs alone."""
         return getattr(self.__dict__["_alone"](), name)

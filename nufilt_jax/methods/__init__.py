@@ -288,4 +288,8 @@ def get(
         part = rule.looks(state.step)[number].part
         return part(own, task.only(mine), Context(settings, seed, None, None, numbers, mesh))
 
-    return Merger(init, update, look, rule.name, settings, remembers=rule.remembers(settings))
+    def prepare(state: MergeState, task: TaskVector) -> None:
+        mine, _ = choose(state.base)
+        rule.prepare(dataclasses.replace(state, delta=state.delta.only(mine)), task.only(mine), settings)
+
+    return Merger(init, update, look, rule.name, settings, rule.remembers(settings), prepare)

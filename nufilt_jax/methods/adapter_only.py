@@ -30,6 +30,7 @@ RULE = Rule(
     trains_adapter=True,
     config=AdapterOnlyConfig,
     advance=nufilt.advance,  # the settings name I + BA, or B A, instead of P + BA
+    prepare=nufilt.prepare,
     scope=published_layers,
     update="θ + τ (I + BA): BA is trained as NUFILT's, on a loss that does not know of a filter",
     touches=nufilt.RULE.touches,

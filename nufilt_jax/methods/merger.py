@@ -46,6 +46,10 @@ class Update(Protocol):
         ...
 
 
+def _nothing(state: MergeState, task: TaskVector) -> None:
+    """What compiles in no time is not compiled beforehand."""
+
+
 class Merger(NamedTuple):
     """A merging rule, as an optimiser in optax: `state = init(base)`, `state = update(state, task)`.
 
@@ -57,6 +61,7 @@ class Merger(NamedTuple):
       name: of the rule.
       config: its settings.
       remembers: whether the state holds more than D: whether the merged model alone is not enough to go on.
+      prepare: compiles, in any thread, what `update` runs after the first task, of a state and τ of these shapes.
     """
 
     init: Callable[[Params], MergeState]
@@ -65,6 +70,7 @@ class Merger(NamedTuple):
     name: str = ""
     config: MethodConfig | None = None
     remembers: bool = False
+    prepare: Callable[[MergeState, TaskVector], None] = _nothing
 
     def __repr__(self) -> str:
         return f"Merger({self.name}, {self.config})"

@@ -99,14 +99,13 @@ def advance(state: MergeState, task: TaskVector, context: Context[SolveConfig]) 
     for group in groups:
         keys = _starts(group, state.step + 1, context)
         d, t = (part.only(group.stacks).stacks for part in (state.delta, task))
-        is_thin = all(isinstance(x, Factored) for x in d)
-        if all(isinstance(x, Factored) and x.rank == 0 for x in t):  # the task did not adapt any of them
+        if _is_unmoved(t):
             merged[group] = d
             report.update(_unmoved(group, config))
             continue
-        if context.mesh is None or is_inline or is_thin:  # thin layers are through before they could be sent anywhere
-            step = _thin_step if is_thin and config.trained_rank > 0 else _step
-            found = run_alone(functools.partial(step, config=config, until_certified=is_inline), d, t, keys)
+        if context.mesh is None or is_inline or _is_thin(d):  # which are through before they could be sent anywhere
+            step = functools.partial(_program(d, config), config=config, until_certified=is_inline)
+            found = run_alone(step, d, t, keys)
         else:
             found = _spread_step(d, t, keys, config, context.mesh)
         waiting.append(_UnderWay(group, t, keys, found))
@@ -123,6 +122,29 @@ def advance(state: MergeState, task: TaskVector, context: Context[SolveConfig]) 
     raise_all(SolveError, broken)
     stacks = tuple(stack for group in groups for stack in merged[group])
     return Advance(Stacked(stacks, tuple(names for group in groups for names in group.stacks)), report)
+
+
+def prepare(state: MergeState, task: TaskVector, config: SolveConfig) -> None:
+    """Compiles what `advance` runs of such a state and task on one device, of which the shapes alone matter."""
+    for group in groups_of(state.delta):
+        d, t = (part.only(group.stacks).stacks for part in (state.delta, task))
+        if not _is_unmoved(t):
+            keys = np.zeros((len(group.names), 2), np.uint32)
+            _program(d, config).prepare(d, t, keys, config=config, until_certified=False)
+
+
+def _is_unmoved(task: tuple[Any, ...]) -> bool:
+    """Whether a task did not adapt any of these layers."""
+    return all(isinstance(x, Factored) and x.rank == 0 for x in task)
+
+
+def _is_thin(delta: tuple[Any, ...]) -> bool:
+    return all(isinstance(x, Factored) for x in delta)
+
+
+def _program(delta: tuple[Any, ...], config: SolveConfig) -> Program[..., GroupSolution]:
+    """What solves a group on one device."""
+    return _thin_step if _is_thin(delta) and config.trained_rank > 0 else _step
 
 
 def _unmoved(group: Group, config: SolveConfig) -> dict[str, LayerReport]:
@@ -220,6 +242,7 @@ RULE = Rule(
     config=NufiltConfig,
     first=first,
     advance=advance,
+    prepare=prepare,
     scope=published_layers,
     update="θ + τ (P + BA): P removes the input directions that D uses most, BA is trained without data",
     touches="the blocks' linear layers",

@@ -16,10 +16,18 @@ class NullSpaceConfig(FirstTaskConfig):
 
 def advance(state: MergeState, task: TaskVector, context: Context[NullSpaceConfig]) -> Advance:
     """θ^m_t = θ^m_{t−1} + τ P: NUFILT with r_l = r_v = 0."""
-    config = context.config
-    # Without an adapter, what is left of Eq. (10) is τ P.
-    bare = NufiltConfig(**dataclasses.asdict(config), adapter_rank=0, task_rank=0, steps=0)
+    bare = _bare(context.config)
     return nufilt.advance(state, task, Context(bare, context.seed, context.on_stack, context.data, mesh=context.mesh))
+
+
+def prepare(state: MergeState, task: TaskVector, config: NullSpaceConfig) -> None:
+    """Compiles what `advance` runs."""
+    nufilt.prepare(state, task, _bare(config))
+
+
+def _bare(config: NullSpaceConfig) -> NufiltConfig:
+    # Without an adapter, what is left of Eq. (10) is τ P.
+    return NufiltConfig(**dataclasses.asdict(config), adapter_rank=0, task_rank=0, steps=0)
 
 
 RULE = Rule(
@@ -27,6 +35,7 @@ RULE = Rule(
     config=NullSpaceConfig,
     first=nufilt.first,
     advance=advance,
+    prepare=prepare,
     scope=published_layers,
     update="θ + τ P",
     touches=nufilt.RULE.touches,

@@ -167,6 +167,10 @@ def _never(config: MethodConfig) -> bool:
     return False
 
 
+def _nothing(state: MergeState, task: TaskVector, config: MethodConfig) -> None:
+    """What compiles in no time is not compiled beforehand."""
+
+
 class Look(NamedTuple, Generic[C]):
     """One look at all parts of a model, before a task is merged into the first of them.
 
@@ -189,6 +193,7 @@ class Rule(Generic[C]):
       config: class of its settings.
       first: how the first task is taken, from state and τ of the tensors it works on.
       advance: how every later task is merged, from the same; both may take the memory of the state's D.
+      prepare: compiles what `advance` runs on one device of a state and τ of these shapes, if that takes long.
       scope: the tensors it works on.
       update: what it does to θ^m, in a line.
       touches: `scope` in words.
@@ -215,6 +220,7 @@ class Rule(Generic[C]):
     config: type[C]
     first: StepFunction[C] = as_it_is  # Eq. (1) of arXiv:2509.21413v2; not so for half of its baselines
     advance: StepFunction[C]
+    prepare: Callable[[MergeState, TaskVector, C], None] = _nothing
     scope: Scope = published_layers
     update: str = "a rule of your own"
     touches: str = "what its scope says"

@@ -1,6 +1,8 @@
 """Images of the built-in tasks: deterministic draws, disjoint by split."""
 
 import dataclasses
+import importlib.util
+from collections.abc import Iterable
 from typing import Literal
 
 import numpy as np
@@ -109,6 +111,17 @@ def draw(
     return _colour(intensity, rng, nuisance, hues), labels
 
 
+def require_originals(names: Iterable[str]) -> None:
+    """Refuses tasks whose originals are not there.
+
+    Raises:
+      MissingExtraError: `digits` needs scikit-learn.
+    """
+    if "digits" in names and importlib.util.find_spec("sklearn") is None:
+        what = "scikit-learn is not installed and the task `digits` needs it"
+        raise MissingExtraError(Problem("", what, "pip install 'nufilt_jax[eval]'"))
+
+
 def digit_originals(
     split: Split,
 ) -> tuple[Float[np.ndarray, "n 10 10"], Int[np.ndarray, " n"]]:
@@ -117,11 +130,9 @@ def digit_originals(
     Raises:
       MissingExtraError: scikit-learn is not installed.
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        what = "scikit-learn is not installed and the task `digits` needs it"
-        raise MissingExtraError(Problem("", what, "pip install 'nufilt_jax[eval]'")) from error
+    require_originals(["digits"])
+    from sklearn.datasets import load_digits
+
     pixels, classes = load_digits(return_X_y=True)
     glyphs = np.asarray(pixels, np.float32).reshape(-1, 8, 8) / 16
     order = np.random.default_rng(20250921).permutation(len(glyphs))

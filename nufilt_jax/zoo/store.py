@@ -22,6 +22,7 @@ from nufilt_jax.zoo.draws import CLASS_NAMES, TASK_NAMES, Split, draw
 from nufilt_jax.zoo.families import IMAGE_MEAN, IMAGE_STD, PREPROCESSOR, TINY_FAMILY, Family
 
 _HEADS = "heads.safetensors"
+N_IMAGES = 500  # drawn per task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ class TinyZoo:
     tasks: Mapping[str, Path]
 
     def evaluation_tasks(
-        self, names: tuple[str, ...] = TASK_NAMES, *, n_images: int = 500, split: Split = "test"
+        self, names: tuple[str, ...] = TASK_NAMES, *, n_images: int = N_IMAGES, split: Split = "test"
     ) -> tuple[Task, ...]:
         """The tasks' images with their zero-shot heads; see `evaluation_tasks`."""
         return evaluation_tasks(names, n_images=n_images, split=split)
@@ -48,7 +49,7 @@ class TinyZoo:
 def evaluation_tasks(
     names: tuple[str, ...] = TASK_NAMES,
     *,
-    n_images: int = 500,
+    n_images: int = N_IMAGES,
     split: Split = "test",
     family: Family = TINY_FAMILY,
     heads: Mapping[str, Float[np.ndarray, "c d"]] | None = None,

@@ -15,7 +15,9 @@ from benchmarks.speed import (
     lora,
     memory,
     methods,
+    precision,
     products,
+    small_decompositions,
     solve,
     steps,
     tpu_compile,
@@ -25,6 +27,7 @@ from benchmarks.speed import (
 SCRIPTS = {"solve": solve, "decompositions": decompositions, "steps": steps, "methods": methods, "lora": lora}
 SCRIPTS |= {"tpu_compile": tpu_compile, "cold_start": cold_start, "end_to_end": end_to_end, "memory": memory}
 SCRIPTS |= {"accelerator": accelerator, "products": products, "whole_model_out": whole_model_out}
+SCRIPTS |= {"precision": precision, "small_decompositions": small_decompositions}
 TINY = (shapes.Tower("vision_model.encoder.layers.{}.", 2, {"a.weight": (40, 32), "b.weight": (32, 32)}),)
 
 
@@ -166,6 +169,44 @@ def test_products(monkeypatch, tmp_path):
     assert rows[products.HIGHEST]["relative error"] < 1e-6 and rows[products.HIGHEST]["min ms"] > 0
     for row in rows.values():  # each ran, or says why not
         assert (row["relative error"] is None) == bool(row["remark"])
+
+
+def test_precision(monkeypatch, tmp_path):
+    """By stage, an algorithm that a CPU has, and one that it has not."""
+    monkeypatch.setitem(shapes.MODELS, "vit-b32", TINY)
+    monkeypatch.setattr(precision, "STAGES", {name: precision.STAGES[name] for name in ("gram", "adam")})
+    out = tmp_path / "precision.json"
+    algorithms = ("--algorithms", "F32_F32_F32", "TF32_TF32_F32_X3")
+    call("precision", monkeypatch, "--repeats", 1, *algorithms, "--json", out)
+    rows = records.rows(json.loads(out.read_text()), precision.TITLE)
+    told = [(row["products of"], row["algorithm"]) for row in rows]
+    every = [(precision.ALL, name) for name in (products.HIGHEST, *algorithms[1:])]
+    assert told == [*every, *((stage, name) for name in algorithms[1:] for stage in ("gram", "adam"))]
+    for row in rows:
+        if row["algorithm"] in (products.HIGHEST, "F32_F32_F32"):
+            assert row["largest difference"] < 1e-5 and row["certified layers"] == 4 and row["min ms"] > 0
+        else:  # each ran, or says why not
+            assert (row["min ms"] is None) == bool(row["remark"])
+
+
+def test_products_of_a_stage_alone_are_traced_otherwise(monkeypatch):
+    found = []
+    monkeypatch.setattr(precision.solve, "train", lambda: found.append(precision.dense.PRECISION))
+    with precision.products_by("F32_F32_F32", ("adam",)):
+        precision.solve.train()
+        found.append(precision.dense.PRECISION)
+    assert found == [products.precision_of("F32_F32_F32"), products.precision_of(products.HIGHEST)]
+
+
+def test_small_decompositions(monkeypatch, tmp_path):
+    monkeypatch.setattr(small_decompositions, "SIZES", [(2, 8)])
+    out = tmp_path / "small.json"
+    call("small_decompositions", monkeypatch, "--repeats", 1, "--json", out)
+    rows = records.rows(json.loads(out.read_text()), small_decompositions.TITLE)
+    assert {(row["what"], row["algorithm"]) for row in rows} == set(small_decompositions.DECOMPOSITIONS)
+    for row in rows:
+        assert (row["min ms"] is None) == bool(row["remark"])
+        assert row["algorithm"] != "default" or row["min ms"] > 0
 
 
 def test_stages_of_an_accelerator(monkeypatch, capsys, tmp_path):

@@ -77,7 +77,7 @@ def test_unknown_task():
 
 
 def test_digits_without_scikit_learn(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(MissingExtraError, match="scikit-learn is not installed and the task `digits` needs it"):
         draw("digits", "test", 1)
     draw("shapes", "test", 1)
