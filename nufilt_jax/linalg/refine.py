@@ -4,6 +4,7 @@ Forming XᵀX squares the spectrum, and float32 cannot tell its small end from r
 of the first eigenvectors is far off. X V, measured directly, shows how the vectors still couple.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -30,6 +31,9 @@ SWEEPS = 4
 # Directions on either side of the cut that each sweep sorts out exactly: rotations to first order do not sort near
 # ties. Without it, the same couplings grow from 0.65 to 1.0.
 CUT_WINDOW = 32
+# As many on a GPU: up to 32 columns cuSOLVER takes the eigenvectors of all layers in one call, of wider ones layer after
+# layer. Hardly any more layers are then left to the second program.
+CUT_WINDOW_ON_GPU = 16
 # Rotations of one sweep together: more would leave the vectors far from orthonormal.
 MOST_ROTATION = 0.5
 
@@ -112,7 +116,11 @@ def _turned(
     coupling, _ = _coupling(response)
 
     def sweep(_: Int[Array, ""], state: tuple[Array, Array]) -> tuple[Array, Array]:
-        step, coupling = _sweep(state[1], rank, threshold)
+        wide, narrow = (
+            functools.partial(_sweep, rank=rank, threshold=threshold, half=half)
+            for half in (CUT_WINDOW, CUT_WINDOW_ON_GPU)
+        )
+        step, coupling = jax.lax.platform_dependent(state[1], cuda=narrow, default=wide)
         return matmul(state[0], step), coupling
 
     # A loop of the program: written out, each sweep would be compiled anew.
@@ -150,7 +158,7 @@ def _correction(
 
 
 def _sweep(
-    coupling: Float[Array, "b b"], rank: int, threshold: float
+    coupling: Float[Array, "b b"], *, rank: int, threshold: float, half: int
 ) -> tuple[Float[Array, "b b"], Float[Array, "b b"]]:
     """One orthogonal (to first order) turn of the block towards decoupled kept and dropped sets.
 
@@ -160,7 +168,7 @@ def _sweep(
       The turn, and the coupling after it.
     """
     b = coupling.shape[0]
-    width = min(CUT_WINDOW, rank, b - rank)
+    width = min(half, rank, b - rank)
     window = slice(rank - width, rank + width)
     u = jnp.zeros((0, 0), coupling.dtype)
     if width > 0:  # something is cut off

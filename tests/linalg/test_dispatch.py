@@ -280,6 +280,19 @@ def test_on_a_gpu_every_decomposition_is_of_all_layers_at_once():
     assert all("gesvd" in name or "geqrf" in name or "orgqr" in name for name in alone)
 
 
+def test_a_gpu_takes_all_eigenvectors_of_the_main_program_in_one_call():
+    """Which cuSOLVER does up to 32 columns alone: wider ones it takes layer after layer."""
+    shape, start = jax.ShapeDtypeStruct((5, 300, 288), jnp.float32), jax.ShapeDtypeStruct((5, 3, 288), jnp.float32)
+    config = dataclasses.replace(CONFIG, filter_rank=64, task_rank=24)
+
+    def program(d, t, a):
+        return solve.solve_group((d,), (t,), a, config=config, until_certified=False)
+
+    module = jax.export.export(jax.jit(program), platforms=["cuda"])(shape, shape, start).mlir_module()
+    widths = re.findall(r"@cusolver_syevd_ffi.*-> \(?tensor<5x(\d+)x\d+xf32>", module)
+    assert widths and all(int(width) <= 32 for width in widths)
+
+
 def test_layers_on_the_host_keep_their_order_and_have_one_blas_thread_each():
     def threads():
         return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
