@@ -11,6 +11,7 @@ from nufilt_jax.analysis.layers import LAYER_GROUPS
 from nufilt_jax.analysis.pictures import RELATIVE, affinity_picture
 from nufilt_jax.analysis.style import POLICY, STYLE
 from nufilt_jax.analysis.verdict import MEASURES, verdict
+from nufilt_jax.evaluation.metrics import of_examples
 
 # Where a long name may go on in the next line; a number may not.
 _BREAKS = re.compile(r"(?<=[^\W\d])\.(?=\w)|(?<=\w)\.(?=[^\W\d])|/(?=\w)")
@@ -78,7 +79,8 @@ def _summary(document: Mapping[str, Any], recipe: Told) -> str:
     told = [f"Merged one after another into {recipe.inputs[0][1]}: {', '.join(document['tasks'])}."]
     accuracy = document["accuracy"]
     if accuracy and accuracy["acc"] is not None:
-        told.append(f"ACC {100 * accuracy['acc']:.1f} %, BWT {100 * accuracy['bwt']:+.1f} points.")
+        some = f",{found} of each task" if (found := of_examples(document["limit"])) else ""
+        told.append(f"ACC {100 * accuracy['acc']:.1f} %, BWT {100 * accuracy['bwt']:+.1f} points{some}.")
     platform, _, kind = recipe.settings["device"].partition(": ")
     device = platform if kind in ("", platform) else f"{platform} ({kind})"
     compiling = sum(timings.get("compile", 0.0) for _, _, timings in recipe.steps)
@@ -107,7 +109,7 @@ def _comparison(document: Mapping[str, Any], recipe: Told) -> str:
         ]
         for row in recipe.compared
     ]
-    return _section("comparison", title, _table(["test accuracy, %", *tasks, "ACC", "BWT"], rows))
+    return _section("comparison", title, _table([_scores_head(document), *tasks, "ACC", "BWT"], rows))
 
 
 def _accuracy(document: Mapping[str, Any], recipe: Told, pictures: Mapping[str, bytes]) -> str:
@@ -121,8 +123,12 @@ def _accuracy(document: Mapping[str, Any], recipe: Told, pictures: Mapping[str, 
         return _section("accuracy", title, _missing(document, "accuracy", why))
     rows = [[task, *(_percent(x) for x in row)] for task, row in zip(tasks, found["matrix"], strict=True)]
     rows.append(["lost by earlier tasks, points", *(_percent(x) for x in found["lost"])])
-    table = _table(["test accuracy, %", *(f"{t}. {task}" for t, task in enumerate(tasks, 1))], rows)
+    table = _table([_scores_head(document), *(f"{t}. {task}" for t, task in enumerate(tasks, 1))], rows)
     return _section("accuracy", title, _picture(pictures, "accuracy", "Heat map of the table below"), table)
+
+
+def _scores_head(document: Mapping[str, Any]) -> str:
+    return f"test accuracy{of_examples(document['limit'])}, %"
 
 
 def _forecast(document: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:

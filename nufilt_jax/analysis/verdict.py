@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from nufilt_jax.analysis.losses import known_mean
+from nufilt_jax.evaluation.metrics import of_examples
 
 _NOTICED = 0.01  # share of right answers from which a loss is told of
 _LAYERS = 3  # so many are named
@@ -37,6 +38,8 @@ def verdict(document: Mapping[str, Any], compared: Sequence[Mapping[str, Any]] =
     told = kept + _beside(own, rows, is_known=told_above is not None)
     if not kept and len(document["tasks"]) > 1:
         told.append(_LOST_UNKNOWN)
+    if document["limit"] is not None:
+        told.append(f"All scores are{of_examples(document['limit'])} of each task.")
     return told + _conflicts(document)
 
 

@@ -213,6 +213,19 @@ def test_the_verdict_of_a_model_that_was_evaluated_once_merged():
     assert verdict(make_document(**how, accuracies=matrix), [own]) == ["ACC is 60.0 %.", unknown]
 
 
+def test_scores_of_some_examples_are_told_as_such():
+    how = {"tasks": TASKS, "method": "sum", "forecast": [], "measured": None, "missing": {}}
+    document = make_document(**how, accuracies=np.full((3, 3), 0.5), limit=3)
+    found = page(document, build.recipe(TASKS)._replace(compared=[scores("sum", [0.5] * 3, 0.0)]))
+    heads = [row[0] for row in found.rows if row[0].startswith("test accuracy")]
+    assert heads == ["test accuracy of at most 3 examples, %"] * 2
+    assert "All scores are of at most 3 examples of each task." in found.sections["verdict"]
+    content = report_page(document, build.recipe(TASKS), {})
+    assert "ACC 50.0&nbsp;%, BWT +0.0 points, of at most 3 examples of each task." in content
+    whole = report_page(make_document(**how, accuracies=np.full((3, 3), 0.5)), build.recipe(TASKS), {})
+    assert "at most" not in whole and "BWT +0.0 points." in whole
+
+
 def test_arrays_survive_json():
     x = np.array([[1.5, np.nan], [np.nan, -2.0]])
     assert as_json(x) == [[1.5, None], [None, -2.0]]
