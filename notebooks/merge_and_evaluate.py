@@ -161,8 +161,9 @@ print("same weights:", all(np.array_equal(whole[name], grown[name]) for name in 
 # %% [markdown]
 # ## Compare methods
 #
-# `nufilt plan --model tiny --method help` lists all methods with their settings. The built-in checkpoints are small,
-# and so are the differences between merges on so few images; the paper's tables are about the larger ones.
+# `nufilt plan --model tiny --method help` lists all methods, and `--method help=NAME` tells of one with its settings
+# (with `--json`, `help` tells those of all). The built-in checkpoints are small, and so are the differences between
+# merges on so few images; the paper's tables are about the larger ones.
 
 # %%
 METHODS = ("opcm", "task_arithmetic", "nufilt")

@@ -90,8 +90,12 @@ def main() -> None:
     paths = parser.parse_args().results
     if missing := [str(path) for path in paths if not path.is_file()]:
         parser.exit(1, f"{parser.prog}: there is no {', '.join(missing)}\n")
-    for path in paths:
-        Console(highlight=False).print(markdown(json.loads(path.read_text())), soft_wrap=True, markup=False)
+    documents = {path: json.loads(path.read_text()) for path in paths}
+    if others := [str(path) for path, found in documents.items() if not {"tables", "environment"} <= found.keys()]:
+        fix = "python -m benchmarks.study.tiny --markdown prints those of tiny.json"
+        parser.exit(1, f"{parser.prog}: no tables are stored in {', '.join(others)} ({fix})\n")
+    for document in documents.values():
+        Console(highlight=False).print(markdown(document), soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":

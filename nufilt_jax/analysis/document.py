@@ -50,6 +50,7 @@ def make_document(
     accuracies: Float[np.ndarray, "tasks tasks"] | None,
     measured: Measured | None,
     missing: Mapping[str, str],
+    limit: int | None = None,
 ) -> dict[str, Any]:
     """Puts everything together; a part that is not known is None.
 
@@ -60,6 +61,7 @@ def make_document(
       accuracies: a[i, t] on task i after step t; None where nothing was evaluated.
       measured: on images; None where there are none.
       missing: why a part is not known, by its name here.
+      limit: at most so many examples of each task were scored; None for all.
     """
     told = {
         "accuracy": None if accuracies is None else _accuracy(accuracies),
@@ -69,7 +71,8 @@ def make_document(
         "forecast_check": _check(forecast, accuracies, measured, method),
     }
     images = None if measured is None else measured.images
-    return {"tasks": list(tasks), "method": method, "images": images, **told, "missing": dict(missing)}
+    head = {"tasks": list(tasks), "method": method, "images": images, "limit": limit}
+    return {**head, **told, "missing": dict(missing)}
 
 
 def as_json(x: Float[np.ndarray, "..."]) -> Any:

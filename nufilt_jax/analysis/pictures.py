@@ -8,6 +8,7 @@ from nufilt_jax.analysis.document import as_array
 from nufilt_jax.analysis.figures import as_png
 from nufilt_jax.analysis.layers import LAYER_GROUPS, WHOLE_MODEL, in_group
 from nufilt_jax.analysis.losses import StepLosses
+from nufilt_jax.evaluation.metrics import of_examples
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,7 +40,7 @@ def affinity_picture(group: str) -> str:
 def _figures(document: Mapping[str, Any]) -> Iterator[tuple[str, "Figure"]]:
     tasks = document["tasks"]
     if accuracy := document["accuracy"]:
-        title = f"{document['method']}: accuracy after each step"
+        title = f"{document['method']}: accuracy{of_examples(document['limit'])} after each step"
         yield "accuracy", plots.accuracy_figure(as_array(accuracy["matrix"]), tasks, title=title)
     if forecast := document["forecast"]:
         values = {quantity: as_array(cells) for quantity, cells in forecast["values"].items()}

@@ -9,53 +9,12 @@ from typing import Any, NamedTuple
 from nufilt_jax.analysis.forecast import QUANTITIES
 from nufilt_jax.analysis.layers import LAYER_GROUPS
 from nufilt_jax.analysis.pictures import RELATIVE, affinity_picture
+from nufilt_jax.analysis.style import POLICY, STYLE
 from nufilt_jax.analysis.verdict import MEASURES, verdict
+from nufilt_jax.evaluation.metrics import of_examples
 
-_STYLE = """
-:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; --line: #ddd; --rule: #ccc; --dim: #555;
-  --page: #fff; }
-html { color: #1a1a1a; background: var(--page); }
-body { max-width: 64rem; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.6rem; }
-h1, p { overflow-wrap: anywhere; }
-h2 { font-size: 1.2rem; border-bottom: 1px solid var(--rule); margin-top: 2rem; }
-.scroll { overflow-x: auto; }
-.scroll + .scroll { margin-top: 1rem; }
-table { border-collapse: collapse; font-size: 0.875rem; font-variant-numeric: tabular-nums; }
-th, td { border-bottom: 1px solid var(--line); padding: 0.25rem 0.6rem; text-align: right; white-space: nowrap; }
-th { white-space: normal; vertical-align: bottom; min-width: 4rem; }
-th:first-child, td:first-child, .text { text-align: left; }
-th:first-child, td:first-child { position: sticky; left: 0; background: var(--page); }
-td.text { white-space: normal; overflow-wrap: anywhere; min-width: 8rem; vertical-align: top; }
-td.text:last-child { min-width: 16rem; }
-img { display: block; max-width: 100%; height: auto; margin: 0.5rem 0; background: #fff; }
-.missing { color: var(--dim); font-style: italic; }
-#verdict { font-size: 1.05rem; }
-@media screen and (max-width: 40rem) {
-  th:first-child, td:first-child { white-space: normal; overflow-wrap: break-word; min-width: 6.5rem; max-width: 40vw; }
-}
-@media screen and (prefers-color-scheme: dark) {
-  :root { --line: #30363d; --rule: #444c56; --dim: #9da7b3; --page: #0d1117; }
-  html { color: #e6edf3; }
-  img { border-radius: 4px; filter: brightness(0.88); }
-}
-@media print {
-  :root { font-size: 10pt; }
-  body { max-width: none; padding: 0; }
-  .scroll { overflow: visible; }
-  th { min-width: 0; }
-  img { max-height: 22cm; }
-  table { font-size: 7.5pt; }
-  th, td { white-space: normal; padding: 0.15rem 0.3rem; }
-  h2, img, tr { break-inside: avoid; }
-  h2 { break-after: avoid; }
-}
-"""
 # Where a long name may go on in the next line; a number may not.
 _BREAKS = re.compile(r"(?<=[^\W\d])\.(?=\w)|(?<=\w)\.(?=[^\W\d])|/(?=\w)")
-# Whatever a name holds: nothing is loaded and nothing runs.
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-
 # Of settings without a value; others of them are not told.
 _LEFT_OUT = {"layers": "the method's own choice", "format": "the base's", "dtype": "the base's"}
 _LOSSES = {"stability": "stability", "plasticity": "plasticity", "harmonic": "harmonic mean"}
@@ -99,7 +58,7 @@ def report_page(document: Mapping[str, Any], recipe: Told, pictures: Mapping[str
     sections = (
         _verdict(document, recipe),
         _comparison(document, recipe),
-        _accuracy(document, pictures),
+        _accuracy(document, recipe, pictures),
         _forecast(document, pictures),
         _losses(document, pictures),
         _affinity(document, pictures),
@@ -110,8 +69,8 @@ def report_page(document: Mapping[str, Any], recipe: Told, pictures: Mapping[str
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        f"<title>{_text(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        f"<title>{_text(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
         f"<h1>{_text(title)}</h1>\n{_paragraph(_summary(document, recipe))}{''.join(sections)}</body>\n</html>\n"
     )
 
@@ -120,7 +79,8 @@ def _summary(document: Mapping[str, Any], recipe: Told) -> str:
     told = [f"Merged one after another into {recipe.inputs[0][1]}: {', '.join(document['tasks'])}."]
     accuracy = document["accuracy"]
     if accuracy and accuracy["acc"] is not None:
-        told.append(f"ACC {100 * accuracy['acc']:.1f} %, BWT {100 * accuracy['bwt']:+.1f} points.")
+        some = f",{found} of each task" if (found := of_examples(document["limit"])) else ""
+        told.append(f"ACC {100 * accuracy['acc']:.1f} %, BWT {100 * accuracy['bwt']:+.1f} points{some}.")
     platform, _, kind = recipe.settings["device"].partition(": ")
     device = platform if kind in ("", platform) else f"{platform} ({kind})"
     compiling = sum(timings.get("compile", 0.0) for _, _, timings in recipe.steps)
@@ -149,17 +109,26 @@ def _comparison(document: Mapping[str, Any], recipe: Told) -> str:
         ]
         for row in recipe.compared
     ]
-    return _section("comparison", title, _table(["test accuracy, %", *tasks, "ACC", "BWT"], rows))
+    return _section("comparison", title, _table([_scores_head(document), *tasks, "ACC", "BWT"], rows))
 
 
-def _accuracy(document: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
+def _accuracy(document: Mapping[str, Any], recipe: Told, pictures: Mapping[str, bytes]) -> str:
     title, tasks, found = "Accuracy after each step", document["tasks"], document["accuracy"]
     if not found:
-        return _section("accuracy", title, _missing(document, "accuracy", "nothing was evaluated"))
+        why = (
+            "the model was not measured after each step (merge --evaluate)"
+            if recipe.compared
+            else "nothing was evaluated"
+        )
+        return _section("accuracy", title, _missing(document, "accuracy", why))
     rows = [[task, *(_percent(x) for x in row)] for task, row in zip(tasks, found["matrix"], strict=True)]
     rows.append(["lost by earlier tasks, points", *(_percent(x) for x in found["lost"])])
-    table = _table(["test accuracy, %", *(f"{t}. {task}" for t, task in enumerate(tasks, 1))], rows)
+    table = _table([_scores_head(document), *(f"{t}. {task}" for t, task in enumerate(tasks, 1))], rows)
     return _section("accuracy", title, _picture(pictures, "accuracy", "Heat map of the table below"), table)
+
+
+def _scores_head(document: Mapping[str, Any]) -> str:
+    return f"test accuracy{of_examples(document['limit'])}, %"
 
 
 def _forecast(document: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:

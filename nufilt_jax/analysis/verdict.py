@@ -6,10 +6,16 @@ from typing import Any
 import numpy as np
 
 from nufilt_jax.analysis.losses import known_mean
+from nufilt_jax.evaluation.metrics import of_examples
 
 _NOTICED = 0.01  # share of right answers from which a loss is told of
 _LAYERS = 3  # so many are named
 _PLAIN = ("pre-trained", "individual")  # rows of models that are no merges
+# A finished merge is not measured at its earlier steps any more, hence another folder.
+_LOST_UNKNOWN = (
+    "What was lost since each task was merged is not known: the same merge with --evaluate, into another folder, "
+    "measures after every step."
+)
 MEASURES = (
     "ACC is the mean accuracy on all tasks after the last step. BWT is how much the accuracy on earlier tasks changed "
     "since each was merged, on average: what is below 0 was forgotten."
@@ -23,10 +29,17 @@ def verdict(document: Mapping[str, Any], compared: Sequence[Mapping[str, Any]] =
       document: of `document.make_document`.
       compared: rows of `evaluation.json`, of this merge and of other models; may be empty.
     """
-    if not document["accuracy"]:
-        told = ["Nothing was evaluated: nufilt evaluate measures the model on its tasks."]
-    else:
-        told = _kept(document) + _beside(document, compared)
+    rows = {row["name"]: row["acc"] for row in compared}
+    told_above = (document["accuracy"] or {}).get("acc")
+    own = rows.pop(document["method"], told_above)
+    if not document["accuracy"] and own is None:
+        return ["Nothing was evaluated: nufilt evaluate measures the model on its tasks.", *_conflicts(document)]
+    kept = _kept(document) if document["accuracy"] else []
+    told = kept + _beside(own, rows, is_known=told_above is not None)
+    if not kept and len(document["tasks"]) > 1:
+        told.append(_LOST_UNKNOWN)
+    if document["limit"] is not None:
+        told.append(f"All scores are{of_examples(document['limit'])} of each task.")
     return told + _conflicts(document)
 
 
@@ -48,10 +61,14 @@ def _kept(document: Mapping[str, Any]) -> list[str]:
     return told
 
 
-def _beside(document: Mapping[str, Any], compared: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Where the merge stands between the models that it came from, and beside other merges."""
-    rows = {row["name"]: row["acc"] for row in compared}
-    own = rows.pop(document["method"], document["accuracy"]["acc"])
+def _beside(own: float | None, rows: Mapping[str, float], *, is_known: bool) -> list[str]:
+    """Where the merge stands between the models that it came from, and beside other merges.
+
+    Args:
+      own: ACC of the merge; None if that is not known.
+      rows: ACC of other models, by name.
+      is_known: whether the reader knows the merge's own.
+    """
     if own is None:
         return []
     told = []
@@ -63,6 +80,8 @@ def _beside(document: Mapping[str, Any], compared: Sequence[Mapping[str, Any]]) 
         if not 0 <= share <= 1:
             where = f"{'below' if share < 0 else 'above'} both {ends}"
         told.append(f"ACC is {100 * own:.1f} %, {where}.")
+    elif not is_known:
+        told.append(f"ACC is {100 * own:.1f} %.")
     others = {name: acc for name, acc in rows.items() if name not in _PLAIN}
     if others:
         best = max(others, key=lambda name: others[name])

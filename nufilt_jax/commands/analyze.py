@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -35,6 +35,7 @@ from nufilt_jax.errors import (
 )
 from nufilt_jax.evaluation import accuracy_matrix
 from nufilt_jax.evaluation.clip.images import TaskImages, read_task_images
+from nufilt_jax.evaluation.metrics import of_examples
 from nufilt_jax.evaluation.specs import Spec, load_specs
 from nufilt_jax.methods.stacked import Params
 from nufilt_jax.models import parse_vision_config
@@ -63,10 +64,11 @@ def analyze(folder: Path, arguments: AnalyzeArguments, stdout: Console, stderr: 
     with traceback_kept(traceback_beside(place.out)), place.locked(), watcher.progress:
         recipe = read_recipe(read_json(place.out / RECIPE), place.out)
         watcher.phase("measuring on images")
-        document = _document(recipe, place.out, specs, arguments.images)
+        scored = _scored(recipe, place.out)
+        document = _document(recipe, place.out, scored, specs, arguments.images)
         watcher.phase("drawing")
         pictures, warnings = _pictures(document)
-        _write(place.out, document, recipe, pictures)
+        _write(place.out, document, _told(recipe.as_seen_from(place.out), scored.compared), pictures)
     show.show_warnings(stderr, warnings)
     if arguments.json:
         show.show_json(stdout, {"out": str(place.out), **document})
@@ -75,18 +77,54 @@ def analyze(folder: Path, arguments: AnalyzeArguments, stdout: Console, stderr: 
     return 0
 
 
-def _document(recipe: Recipe, folder: Path, specs: Mapping[str, Spec], n_images: int) -> dict[str, Any]:
-    tasks, limit = recipe.task_names, recipe.steps[-1].accuracy_limit  # scores of other examples cannot be compared
-    scores = [step.accuracy or {} if step.accuracy_limit == limit else {} for step in recipe.steps]
+class _Scored(NamedTuple):
+    """What was measured of a merge, all of the same examples.
+
+    Attributes:
+      steps: accuracies by task after every step; empty where there are none.
+      limit: at most so many examples of each task; None for all.
+      compared: the models that were evaluated on the merge's tasks, of `evaluation.json`.
+      left_out: why that file's are not here; empty if they are, or there is no such file.
+    """
+
+    steps: Sequence[Mapping[str, float]]
+    limit: int | None
+    compared: Sequence[Mapping[str, Any]] = ()
+    left_out: str = ""
+
+
+def _scored(recipe: Recipe, folder: Path) -> _Scored:
+    """The scores that can be compared: those of other examples, or in another type, cannot."""
+    limit = recipe.steps[-1].accuracy_limit
+    steps = [step.accuracy or {} if step.accuracy_limit == limit else {} for step in recipe.steps]
+    if not (folder / EVALUATION).is_file():
+        return _Scored(steps, limit)
+    found = read_scores(folder / EVALUATION)
+    if found["tasks"] != recipe.task_names:
+        return _Scored(steps, limit, left_out=f"the scores in {EVALUATION} are of other tasks")
+    if not any(steps):
+        return _Scored(steps, found["limit"], found["models"])
+    if (found["limit"], found["dtype"]) == (limit, "float32"):
+        return _Scored(steps, limit, found["models"])
+    which = of_examples(found["limit"]) or " of all examples"
+    what = f"the scores in {EVALUATION} are{which} in {found['dtype']}, those after each step"
+    return _Scored(steps, limit, left_out=f"{what}{of_examples(limit) or ' of all'} in float32")
+
+
+def _document(
+    recipe: Recipe, folder: Path, scored: _Scored, specs: Mapping[str, Spec], n_images: int
+) -> dict[str, Any]:
+    tasks = recipe.task_names
     forecast = read_forecast(folder / FORECAST) if (folder / FORECAST).is_file() else []
     measured, missing = _measured(recipe, folder, specs, n_images)
     return make_document(
         tasks=tasks,
         method=recipe.settings.method,
         forecast=forecast,
-        accuracies=accuracy_matrix(scores, tasks) if any(scores) else None,
+        accuracies=accuracy_matrix(scored.steps, tasks) if any(scored.steps) else None,
         measured=measured,
-        missing=missing,
+        missing=missing | ({"comparison": scored.left_out} if scored.left_out else {}),
+        limit=scored.limit,
     )
 
 
@@ -158,22 +196,14 @@ def _pictures(document: Mapping[str, Any]) -> tuple[dict[str, bytes], tuple[str,
         return {}, tuple(str(found) for found in error.problems)
 
 
-def _write(out: Path, document: dict[str, Any], recipe: Recipe, pictures: Mapping[str, bytes]) -> None:
+def _write(out: Path, document: dict[str, Any], told: Told, pictures: Mapping[str, bytes]) -> None:
     shutil.rmtree(out / PICTURES, ignore_errors=True)
     (out / PICTURES).mkdir()
     files = {f"{PICTURES}/{name}.png": content for name, content in pictures.items()}
-    files[REPORT] = report_page(document, _told(recipe.as_seen_from(out), _compared(recipe, out)), pictures).encode()
+    files[REPORT] = report_page(document, told, pictures).encode()
     for name, content in files.items():
         atomic_write(out / name, content)
     write_json(out / ANALYSIS, document)
-
-
-def _compared(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
-    """The models that were evaluated on the merge's tasks, from `evaluation.json`; none if there is no such file."""
-    if not (folder / EVALUATION).is_file():
-        return []
-    found = read_scores(folder / EVALUATION)
-    return found["models"] if found["tasks"] == recipe.task_names else []
 
 
 def _told(recipe: Recipe, compared: Sequence[Mapping[str, Any]]) -> Told:
@@ -207,6 +237,8 @@ def _show(console: Console, document: Mapping[str, Any], report: Path) -> None:
     for head, values in columns.items():
         cells[head] = ["" if x is None else f"{x:.1f}" if head == _LOST else f"{x:.4f}" for x in values]
     show.show_table(console, cells, texts=("task",))
+    if document["accuracy"] and (some := of_examples(document["limit"])):
+        show.show_line(console, f"accuracies are{some} of each task")
     if found := document["affinity"]:
         group = found["groups"][WHOLE_MODEL]
         means = np.array([group["own_mean"], group["cross_mean"]], float)

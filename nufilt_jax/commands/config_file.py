@@ -45,19 +45,36 @@ def options_from_file(app: App, commands: tuple[str, ...], arguments: ArgumentCo
     path = Path(os.path.expanduser(file))
     _know_own_rule(arguments)
     values = read_options(path, "evaluate" if commands[-1:] == ("evaluate",) else "merge")
-    _keep_settings(arguments, values.get("method_args", ()), values.get("method"))
+    if _left_out(values, _asked(arguments, "--method")):
+        del values["method_args"]
+    _keep_settings(arguments, values.get("method_args", ()))
     if _asked(arguments, "--output") not in (None, "adapter"):  # of which alone the file says how large
         values.pop("adapter_out_rank", None)
     Dict(values, source=str(path), use_commands_as_keys=False)(app, commands, arguments)
 
 
-def _keep_settings(arguments: ArgumentCollection, pairs: Sequence[str], method: str | None) -> None:
-    """Puts the file's --method-args beside those of the command line, which would hide them all: setting by setting.
+def warnings_of_file(path: Path | None, method: str | None) -> tuple[str, ...]:
+    """What a user should know of the file of `--config`: the settings in it that are of another method.
 
-    Not if the command line names another method, whose settings they are not.
+    Args:
+      path: of the file; None if there is none.
+      method: as it is asked for.
     """
+    values = {} if path is None else read_options(path)
+    names = ", ".join(_left_out(values, method))
+    return (f"--config: no effect: {names}: {method} is not the method of the file",) if names else ()
+
+
+def _left_out(values: Values, asked: str | None) -> list[str]:
+    """The file's settings of a method that is not the one asked for."""
+    pairs = values.get("method_args", ())
+    return [_key(pair) for pair in pairs] if pairs and _is_other_method(asked, values.get("method")) else []
+
+
+def _keep_settings(arguments: ArgumentCollection, pairs: Sequence[str]) -> None:
+    """Puts the file's --method-args beside those of the command line, which would hide them all: setting by setting."""
     given = next((argument.tokens for argument in arguments if "--method-args" in argument.names), [])
-    if not given or not pairs or _is_other_method(_asked(arguments, "--method"), method):
+    if not given or not pairs:
         return
     said = {_key(token.value) for token in given}
     given += [given[-1].evolve(value=pair) for pair in pairs if _key(pair) not in said]

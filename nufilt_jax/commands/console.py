@@ -137,8 +137,9 @@ def show_result(console: Console, recipe: Recipe, out: str, *, is_told: bool = F
 
 def show_scores(console: Console, evaluation: Mapping[str, Any]) -> None:
     """Accuracies of every model on every task, in percent, with ACC, BWT and seconds."""
-    models, limit = evaluation["models"], evaluation.get("limit")
-    some = "" if limit is None else f" of at most {limit} examples"
+    from nufilt_jax.evaluation.metrics import of_examples  # with models, which no other command needs
+
+    models, some = evaluation["models"], of_examples(evaluation.get("limit"))
     ends = {"ACC": True, "BWT": False, "compiling, s": True, "solving, s": True}
     rows = [*evaluation["tasks"], *ends]
     columns = {"": rows}

@@ -8,6 +8,7 @@ from typing import cast
 from nufilt_jax.checkpoints import open_checkpoint, parse_source
 from nufilt_jax.commands import watched
 from nufilt_jax.commands.arguments import Arguments, EvaluateArguments
+from nufilt_jax.commands.config_file import warnings_of_file
 from nufilt_jax.commands.recipe_file import promised
 from nufilt_jax.commands.settings import DEFAULT_METHOD, continued_settings, read_evaluation, read_settings
 from nufilt_jax.config import option, problem
@@ -151,7 +152,11 @@ def new_job(arguments: Arguments, zoo: Path | None = None) -> Job:
         max_memory=asked_memory(arguments.max_memory, problems),
         devices=_devices(arguments, problems),
         strict=arguments.strict,
-        warnings=(*warnings, *_idle_data(arguments, settings.method)),
+        warnings=(
+            *warnings_of_file(arguments.config, arguments.method),
+            *warnings,
+            *_idle_data(arguments, settings.method),
+        ),
         problems=tuple(problems),
     )
 

@@ -23,6 +23,7 @@ from nufilt_jax.errors import (
 )
 from nufilt_jax.evaluation import accuracy_matrix
 from nufilt_jax.evaluation.clip.heads import TextHeads
+from nufilt_jax.evaluation.metrics import of_examples
 from nufilt_jax.evaluation.ready import OnBatch
 from nufilt_jax.evaluation.specs import Spec, load_specs
 from nufilt_jax.evaluation.suite import EvaluatedModel, Suite, open_tasks, spec_problems
@@ -137,7 +138,7 @@ class Evaluation:
         write_json(folder / EVALUATION, _head(self._names, self._options) | {"models": rows})
         self._tell("drawing the accuracies")
         try:
-            title = f"{recipe.settings.method}: accuracy after each step"
+            title = f"{recipe.settings.method}: accuracy{of_examples(self._options.limit)} after each step"
             draw_accuracy_matrix(accuracy_matrix(scores, self._names), self._names, folder / PICTURE, title=title)
         except MissingExtraError as error:
             # The merge is done: that no picture can be drawn is no reason to lose it.

@@ -19,6 +19,7 @@ from nufilt_jax.checkpoints.writer import output_error
 from nufilt_jax.core.settings import SolveConfig
 from nufilt_jax.core.solve import solve_group
 from nufilt_jax.durable import make_folder, move, replacing, sync_tree
+from nufilt_jax.engine.job import lacking_state
 from nufilt_jax.errors import CheckpointError, ConfigError, OutputError, Problem, gathering, raise_all
 from nufilt_jax.methods.stacked import stack_names, task_vector, whole
 from nufilt_jax.output.documents import read_forecast, write_json
@@ -107,10 +108,7 @@ def _changes(model: Model, now: Mapping[str, str], folder: Path) -> list[Problem
 def _state(recipe: Recipe, folder: Path) -> Stored:
     """The state of a merge, with all layers that its recipe tells of."""
     stored = Stored(stored_windows(folder / STATE))
-    if (n_layers := len(stored.layers)) < max(1, recipe.n_layers):
-        what = f"holds {n_layers} of the {max(1, recipe.n_layers)} layers that were merged"
-        fix = "copy it from where the model was merged (push leaves it out without --with-state), or merge again"
-        raise CheckpointError(Problem(str(folder / STATE), what, fix))
+    raise_all(CheckpointError, lacking_state(recipe, stored, folder))
     return stored
 
 

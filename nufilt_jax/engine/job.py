@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from nufilt_jax.config import ComputeType, differing, problem
 from nufilt_jax.errors import ConfigError, OutputError, Problem
 from nufilt_jax.methods import find
-from nufilt_jax.output.place import OutputPlace
+from nufilt_jax.output.place import STATE, OutputPlace
 from nufilt_jax.output.recipe import Model, Recipe, Settings
 from nufilt_jax.output.stored import Stored
 
@@ -90,6 +90,21 @@ def read_recipe(document: Mapping[str, Any], folder: Path) -> Recipe:
             fix = f"it is a rule of your own: say --method {method}"
             raise OutputError(Problem(str(folder), what, fix)) from error
     return Recipe.from_json(document, folder, lambda method: find(method).config)
+
+
+def lacking_state(recipe: Recipe, stored: Stored, folder: Path) -> list[Problem]:
+    """Refuses a state that is not there, or lacks layers of its recipe.
+
+    Args:
+      recipe: of the merge.
+      stored: its state.
+      folder: with both.
+    """
+    there, merged = len(stored.layers), max(1, recipe.n_layers)
+    if there >= merged:
+        return []
+    fix = "copy it from where the model was merged (push leaves it out without --with-state), or merge again"
+    return [Problem(str(folder / STATE), f"holds {there} of the {merged} layers that were merged", fix)]
 
 
 class Agreed(NamedTuple):

@@ -17,7 +17,7 @@ from nufilt_jax.config import MethodConfig, option, problem
 from nufilt_jax.engine.devices import idle_devices
 from nufilt_jax.engine.factors import output_problems
 from nufilt_jax.engine.grid import Direction, Stack, Window
-from nufilt_jax.engine.job import EvaluationOptions, Job, Recorded, other_merge_problems, recorded_in
+from nufilt_jax.engine.job import EvaluationOptions, Job, Recorded, lacking_state, other_merge_problems, recorded_in
 from nufilt_jax.engine.layout import lay_out
 from nufilt_jax.engine.memory import Memory
 from nufilt_jax.engine.readable import fitted, selected
@@ -181,7 +181,9 @@ def _state_problems(recorded: Recorded | None, selection: Selection, n_tasks: in
     if recorded is None or not recorded.is_written or recorded.done == n_tasks:
         return
     stored = recorded.stored
-    if any(stored.done(layer) != recorded.done for layer in selection.layers + selection.other):
+    if lacking := lacking_state(recorded.recipe, stored, recorded.folder):
+        yield from lacking
+    elif any(stored.done(layer) != recorded.done for layer in selection.layers + selection.other):
         what = "the state of the merge does not hold the tensors that the recipe selects"
         yield Problem(str(recorded.folder), what, "merge again from the start")
 

@@ -32,6 +32,15 @@ def accuracy_matrix(
     return np.array(columns, dtype=np.float64).reshape(len(tasks), len(tasks)).T
 
 
+def of_examples(limit: int | None) -> str:
+    """What is said of scores that were not taken on all examples.
+
+    >>> f"accuracy{of_examples(3)}, %"
+    'accuracy of at most 3 examples, %'
+    """
+    return "" if limit is None else f" of at most {limit} examples"
+
+
 def average_accuracy(accuracies: Float[np.ndarray, "n_tasks n_tasks"]) -> float:
     """ACC: the mean over all tasks of the accuracy of the last model.
 

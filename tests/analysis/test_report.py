@@ -187,6 +187,45 @@ def test_the_verdict_says_what_was_kept_lost_and_in_conflict():
     assert all(sentence in found.sections["verdict"] for sentence in verdict(document, compared))
 
 
+def test_the_verdict_of_a_model_that_was_evaluated_once_merged():
+    """Its scores are known, and what each task had when it was merged is not."""
+    document = build.empty_document(TASKS)
+    unknown = (
+        "What was lost since each task was merged is not known: the same merge with --evaluate, into another folder, "
+        "measures after every step."
+    )
+    own = scores("sum", [0.5, 0.6, 0.7])
+    assert verdict(document, [own]) == ["ACC is 60.0 %.", unknown]
+    ends = [scores("pre-trained", [0.5] * 3), scores("individual", [0.9] * 3)]
+    told = (
+        "ACC is 60.0 %, between 50.0 % of the pre-trained model and 90.0 % of each task's own model: 25 % of the way."
+    )
+    assert verdict(document, [*ends, own]) == [told, unknown]
+    found = page(document, build.recipe(TASKS)._replace(compared=[own]))
+    assert "ACC is 60.0 %." in found.sections["verdict"] and "Nothing was evaluated" not in found.sections["verdict"]
+    why = "Not known: the model was not measured after each step (merge --evaluate)."
+    assert why in found.sections["accuracy"]
+    # Of one task nothing can be lost since; of a merge that was evaluated at its last step alone, nothing is known.
+    assert verdict(build.empty_document(TASKS[:1]), [own]) == ["ACC is 60.0 %."]
+    matrix = np.full((3, 3), np.nan)
+    matrix[:, -1] = list(own["accuracy"].values())
+    how = {"tasks": TASKS, "method": "sum", "forecast": [], "measured": None, "missing": {}}
+    assert verdict(make_document(**how, accuracies=matrix), [own]) == ["ACC is 60.0 %.", unknown]
+
+
+def test_scores_of_some_examples_are_told_as_such():
+    how = {"tasks": TASKS, "method": "sum", "forecast": [], "measured": None, "missing": {}}
+    document = make_document(**how, accuracies=np.full((3, 3), 0.5), limit=3)
+    found = page(document, build.recipe(TASKS)._replace(compared=[scores("sum", [0.5] * 3, 0.0)]))
+    heads = [row[0] for row in found.rows if row[0].startswith("test accuracy")]
+    assert heads == ["test accuracy of at most 3 examples, %"] * 2
+    assert "All scores are of at most 3 examples of each task." in found.sections["verdict"]
+    content = report_page(document, build.recipe(TASKS), {})
+    assert "ACC 50.0&nbsp;%, BWT +0.0 points, of at most 3 examples of each task." in content
+    whole = report_page(make_document(**how, accuracies=np.full((3, 3), 0.5)), build.recipe(TASKS), {})
+    assert "at most" not in whole and "BWT +0.0 points." in whole
+
+
 def test_arrays_survive_json():
     x = np.array([[1.5, np.nan], [np.nan, -2.0]])
     assert as_json(x) == [[1.5, None], [None, -2.0]]

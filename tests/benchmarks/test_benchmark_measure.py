@@ -121,3 +121,15 @@ def test_stored_results_are_printed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["records.py", str(tmp_path / "r.json")])
     records.main()
     assert capsys.readouterr().out.startswith("**speed**")
+
+
+@pytest.mark.parametrize("name", ["tiny.json", "tiny_ranks.json"])
+def test_results_without_tables_are_refused(name, tmp_path, monkeypatch, capsys):
+    """As they are stored; nothing is printed of those that have some."""
+    records.write_json(document(), tmp_path / "r.json")
+    monkeypatch.setattr("sys.argv", ["records.py", str(tmp_path / "r.json"), str(records.RESULTS / name)])
+    with pytest.raises(SystemExit) as refused:
+        records.main()
+    shown = capsys.readouterr()
+    assert (refused.value.code, shown.out, shown.err.count("\n")) == (1, "", 1)
+    assert f"no tables are stored in {records.RESULTS / name} (python -m benchmarks.study.tiny --markdown" in shown.err

@@ -124,6 +124,49 @@ def test_output_as_json_and_as_a_table(analyzed, nufilt):
     assert re.search(r"\n +2 +shapes +25\.0 ", table.out)  # points of a percent, as accuracies are shown
 
 
+def evaluation(folder, acc, **head):
+    """Scores as `nufilt evaluate` writes them, of the merge itself."""
+    row = {"name": "nufilt", "accuracy": dict.fromkeys(TASKS, acc), "acc": acc, "bwt": None, "seconds": 1, "compile": 0}
+    content = {"tasks": list(TASKS), "limit": None, "dtype": "float32", "models": [row]} | head
+    (folder / "evaluation.json").write_text(json.dumps(content))
+
+
+def test_scores_of_other_examples_are_not_compared(merged, nufilt):
+    evaluation(merged, 0.625)
+    assert nufilt("analyze", merged, "--images", "1", "--json").json["missing"] == {}
+    assert "62.5" in (merged / "report.html").read_text()
+    one = "the scores in evaluation.json are"
+    for head, why in (
+        ({"limit": 3}, f"{one} of at most 3 examples in float32, those after each step of all in float32"),
+        ({"dtype": "bfloat16"}, f"{one} of all examples in bfloat16, those after each step of all in float32"),
+        ({"tasks": ["letters"]}, f"{one} of other tasks"),
+    ):
+        evaluation(merged, 0.625, **head)
+        assert f"comparison: not known: {why}" in " ".join(nufilt("analyze", merged, "--images", "1").out.split())
+        content = (merged / "report.html").read_text()
+        assert f"Not known: {why}." in content and "62.5" not in content
+        assert document(merged)["limit"] is None and "test accuracy, %" in content
+
+
+def test_scores_of_some_examples(merged, nufilt):
+    """Of a merge with --evaluate --limit, and of one that was evaluated later."""
+    recipe = json.loads((merged / "nufilt.json").read_text())
+    for step in recipe["steps"]:
+        step["accuracy_limit"] = 3
+    (merged / "nufilt.json").write_text(json.dumps(recipe))
+    evaluation(merged, 0.625, limit=3)
+    assert "accuracies are of at most 3 examples of each task" in nufilt("analyze", merged, "--images", "1").out
+    head = '<thead><tr><th scope="col">test accuracy of at most 3 examples, %'
+    assert (merged / "report.html").read_text().count(head) == 2 and document(merged)["limit"] == 3
+    for step in recipe["steps"]:
+        del step["accuracy"], step["accuracy_limit"]
+    (merged / "nufilt.json").write_text(json.dumps(recipe))
+    assert nufilt("analyze", merged, "--images", "1").code == 0
+    content = (merged / "report.html").read_text()
+    assert content.count(head) == 1 and "ACC is 62.5&nbsp;%." in content
+    assert "All scores are of at most 3 examples of each task." in content and document(merged)["accuracy"] is None
+
+
 def test_a_method_that_learns_is_not_merged_again(merged, nufilt):
     recipe = json.loads((merged / "nufilt.json").read_text())
     recipe |= {"method": "adamerging", "config": dataclasses.asdict(AdaMergingConfig())}

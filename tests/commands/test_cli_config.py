@@ -192,6 +192,25 @@ def test_settings_of_the_command_line_leave_the_files_others(models, tmp_path, n
         assert other.code == 0 and other.json["config"]["alpha"] == 0.5, other.err
 
 
+def test_a_method_of_the_command_line_leaves_the_files_settings(models, tmp_path, nufilt, command, written):
+    """They are another's: of a recipe, of a table and of a mergekit file alike, and the run says so."""
+    options = ("--solver", "closed_form", "--method-args", "first_task=authors")
+    assert nufilt(*command(models, tmp_path / "one", *options, n=2)).code == 0
+    table = 'base = "base"\nout = "x"\n[method_args]\nfirst-task = "authors"\n[tasks]\nalpha = "./alpha"\n'
+    for file, left_out in (
+        (tmp_path / "one" / "nufilt.json", "first_task"),
+        (written("merge.toml", table), "first_task"),
+        (written("kit.yml", MERGEKIT["task_arithmetic"][0]), "scale"),
+    ):
+        for method in ("sum", "weight_average"):
+            plan = nufilt("plan", "--config", file, "--out", tmp_path / "out", "--method", method, "--json")
+            assert (plan.code, plan.json["method"]) == (0, method), plan.err
+            [told] = [line for line in plan.json["warnings"] if line.startswith("--config: no effect: ")]
+            assert left_out in told and told.endswith(f": {method} is not the method of the file")
+    same = nufilt("plan", "--config", tmp_path / "one" / "nufilt.json", "--method", "nufilt", "--json")
+    assert (same.json["config"]["first_task"], same.json["warnings"]) == ("authors", [])
+
+
 @pytest.mark.parametrize("settings", ["{filter_rank = 8, ridge = 2.0}", '["filter-rank=8", "ridge=2.0"]'])
 def test_an_option_wins_over_the_files_settings_however_they_are_spelt(settings, written, nufilt):
     text = f'base = "base"\nout = "x"\nmethod_args = {settings}\n[tasks]\nalpha = "alpha"\nbeta = "beta"\n'

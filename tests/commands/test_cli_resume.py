@@ -372,6 +372,11 @@ def test_damaged_state(shared_models, tmp_path, nufilt, command, damage):
     result = nufilt(*add(shared_models, out, "delta"))
     assert (result.code, len(result.lines)) == (1, 1), result.err
     assert str(out) in result.err and "state" in result.err
+    if damage == "removed":  # what others get of a push
+        assert (
+            f"{out / 'state'}: holds 0 of the {len(build.SELECTED)} layers that were merged (copy it from" in result.err
+        )
+        assert "push leaves it out without --with-state" in result.err
     assert build.snapshot(out) == before
     assert not (tmp_path / "out.partial").exists()
 
