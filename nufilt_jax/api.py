@@ -250,9 +250,10 @@ def _merged_in_memory(
     def warn(text: str) -> None:
         _warn_caller(in_python(text))
 
-    merged = merged_in_memory(base, tasks, settings, strict=strict, offline=offline, warn=warn)
-    if out is not None:
-        save(merged, os.fspath(out), like=like, format=settings.format, dtype=settings.dtype, offline=offline)
+    place = None if out is None else Path(os.path.expanduser(out))
+    merged = merged_in_memory(base, tasks, settings, strict=strict, offline=offline, warn=warn, out=place)
+    if place is not None:
+        save(merged, place, like=like, format=settings.format, dtype=settings.dtype, offline=offline)
     return merged
 
 
