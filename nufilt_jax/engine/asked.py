@@ -1,9 +1,9 @@
-"""What a merge may be asked for, on a command line or from Python: every value that is refused, with its sentence."""
+"""What a merge may be asked for, on a command line or from Python: what is refused or idle, with its sentence."""
 
 import math
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar, get_args
 
 from nufilt_jax.checkpoints.dtypes import OUTPUT_DTYPES
@@ -11,6 +11,7 @@ from nufilt_jax.checkpoints.folders import FORMATS
 from nufilt_jax.config import MethodConfig, OtherParams, OutputKind, problem
 from nufilt_jax.engine.memory import parse_size
 from nufilt_jax.errors import Problem, gathering
+from nufilt_jax.methods import find
 from nufilt_jax.output.recipe import Settings
 from nufilt_jax.strict_json import shown
 
@@ -93,6 +94,17 @@ def asked_memory(size: Any, problems: list[Problem]) -> int | None:
     # A product as `0.5 * total` is a float.
     is_finite = isinstance(size, float) and math.isfinite(size)
     return _whole("max_memory", int(size) if is_finite else size, problems)
+
+
+def idle_settings(config: MethodConfig, given: Iterable[str]) -> list[Problem]:
+    """The settings that were given and have no effect beside the others, to be warned about."""
+    names = set(given)
+    return [problem(key, f"has no effect: {why}") for key, why in config.idle.items() if key in names]
+
+
+def idle_data(data: object, method: str) -> tuple[str, ...]:
+    """A warning of examples that were given to a rule that learns from none."""
+    return () if data is None or find(method).needs_data else (f"--data: no effect: {method} learns from no examples",)
 
 
 def is_task_name(name: object) -> bool:

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ def merged_in_memory(
     strict: bool,
     offline: bool,
     warn: Callable[[str], None],
+    warnings: Sequence[str] = (),
     out: Path | None = None,
 ) -> dict[str, np.ndarray]:
     """The merged model, of weights by canonical name or of sources, in any mixture.
@@ -44,6 +45,7 @@ def merged_in_memory(
       strict: refuse tasks of which a head or a table would stay the base's.
       offline: use the local Hub cache alone.
       warn: told of what the command warns of.
+      warnings: what of that is known before.
       out: where the result will be saved like the base, a source; None if it will not.
 
     Raises:
@@ -77,7 +79,7 @@ def merged_in_memory(
         names = left & own[name].keys()
         kept += nonfinite(task.unread(names), names, task.source, are_touched=False)
     changes = {name: _changes(task, own[name], ours, weights) for name, task in opened.items()}
-    for text in (*notices, *map(str, kept), *outside_warnings(ours, selection, settings, changes)):
+    for text in (*warnings, *notices, *map(str, kept), *outside_warnings(ours, selection, settings, changes)):
         warn(text)
     return merged_one_by_one(weights, values, settings, selection)
 

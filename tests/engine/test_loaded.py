@@ -1,5 +1,7 @@
 """Merges of weights in memory: what is refused before them, and what their user is told."""
 
+import warnings
+
 import model_builders as build
 import pytest
 
@@ -37,3 +39,24 @@ def test_a_place_that_cannot_be_written_is_refused_before_weights_in_memory_are_
     with pytest.raises(NufiltError) as caught:
         nj.merge(base, [{}], tmp_path / "full", method="sum")
     assert [text in str(caught.value) for text in ("is missing", "is not an empty folder")] == [True, True]
+
+
+def test_settings_and_examples_without_effect_are_told_wherever_the_models_are(shared_models, tmp_path):
+    """Of settings by name those that were given, of a config those that are not by default; as the command tells."""
+    base, task = shared_models / "base", shared_models / "alpha"
+    ranks = {"filter_rank": 4, "adapter_rank": 2, "task_rank": 2}
+    own = nj.NufiltConfig(solver="closed_form", steps=9, filter_rank=4, task_rank=2)
+    idle = "ridge: has no effect: the solver is adam"
+    for models, out, settings, expected in (
+        ((base, task), None, {"ridge": 0.5}, [idle]),
+        ((nj.load(base), nj.load(task)), None, {"ridge": 1.0}, [idle]),
+        ((base, nj.load(task)), tmp_path / "saved", {"ridge": 0.5}, [idle]),
+        ((base, task), tmp_path / "out", {"data": tmp_path}, ["data: no effect: nufilt learns from no examples"]),
+        ((base, task), None, {"config": own}, ["steps: has no effect: the solver is closed_form"]),
+        ((base, task), None, {"config": nj.NufiltConfig(**ranks)}, []),
+    ):
+        how = settings if "config" in settings else ranks | settings
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            nj.merge(models[0], [models[1]], out, **how)
+        assert [str(found.message) for found in told if "no effect" in str(found.message)] == expected
