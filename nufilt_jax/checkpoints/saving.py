@@ -6,15 +6,17 @@ import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from nufilt_jax.checkpoints.added import added_problems, is_added, read_added, write_added
-from nufilt_jax.checkpoints.dtypes import AnyArray, NumpyArray
+from nufilt_jax.checkpoints.dtypes import NumpyArray
 from nufilt_jax.checkpoints.folders import ADDED
 from nufilt_jax.checkpoints.hub import parse_source
 from nufilt_jax.checkpoints.reader import Checkpoint, open_checkpoint
 from nufilt_jax.checkpoints.writer import output_error, write_checkpoint
 from nufilt_jax.durable import make_folder, move
 from nufilt_jax.errors import CheckpointError, OutputError, Problem, raise_all
+from nufilt_jax.values import array_problems
 
 Source = str | os.PathLike[str]
 
@@ -37,7 +39,7 @@ def load(source: Source, *, offline: bool = False) -> dict[str, NumpyArray]:
 
 
 def save(
-    params: Mapping[str, AnyArray],
+    params: Mapping[str, Any],  # what is no array is refused by name
     out: Source,
     *,
     like: Source | Checkpoint,
@@ -62,6 +64,7 @@ def save(
     """
     out = Path(os.path.expanduser(out))
     check_place(out)
+    raise_all(CheckpointError, array_problems(params, "params"))
     model = like if isinstance(like, Checkpoint) else _opened(os.fspath(like), offline)
     known = {copy.name for info in model.tensors.values() for copy in info.copies}
     own = {name: x for name, x in params.items() if name in known or not is_added(name)}

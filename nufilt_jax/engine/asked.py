@@ -1,7 +1,6 @@
 """What a merge may be asked for, on a command line or from Python: what is refused or idle, with its sentence."""
 
 import math
-import operator
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar, get_args
@@ -14,6 +13,7 @@ from nufilt_jax.errors import Problem, gathering
 from nufilt_jax.methods import find
 from nufilt_jax.output.recipe import Settings
 from nufilt_jax.strict_json import shown
+from nufilt_jax.values import whole_number
 
 T = TypeVar("T")
 
@@ -140,11 +140,7 @@ def _seed(seed: Any, problems: list[Problem]) -> int:
 
 
 def _whole(name: str, value: Any, problems: list[Problem]) -> int | None:
-    """A whole number of any library's type; to Python, True is one too."""
-    try:
-        if not isinstance(value, bool):
-            return operator.index(value)
-    except TypeError:
-        pass
-    problems.append(problem(name, f"must be a whole number, got {value!r}"))
-    return None
+    number = whole_number(value)
+    if number is None:
+        problems.append(problem(name, f"must be a whole number, got {value!r}"))
+    return number
