@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nufilt_jax.anatomy import shape_in, tensor_of
+from nufilt_jax.anatomy import tensor_of
 from nufilt_jax.checkpoints import Checkpoint, open_checkpoint, open_task
-from nufilt_jax.config import MethodConfig, option, problem
+from nufilt_jax.config import problem
 from nufilt_jax.engine.devices import idle_devices
 from nufilt_jax.engine.factors import output_problems
 from nufilt_jax.engine.grid import Direction, Stack, Window
@@ -150,7 +150,6 @@ def make_plan(job: Job, *, offline: bool = False, headers_only: bool = False) ->
             *job.warnings,
             *idle_devices(job.devices, job.settings.method),
             *notices,
-            *_width_warnings(selection, base, job.settings.config),
         ),
     )
 
@@ -229,18 +228,3 @@ def _evaluation_problems(job: Job, base: Checkpoint) -> list[Problem]:
     from nufilt_jax.engine.evaluation import task_problems  # with models, which no other merge needs
 
     return task_problems([source.name for source in job.sources], base.config, job.evaluation.tasks_file)
-
-
-def _width_warnings(selection: Selection, base: Checkpoint, config: MethodConfig) -> list[str]:
-    rank = getattr(config, "filter_rank", 0)
-    narrow: dict[int, list[str]] = {}
-    for name in selection.layers:
-        shape = shape_in(base.tensors, name)
-        if len(shape) == 2 and shape[1] <= rank:
-            narrow.setdefault(shape[1], []).append(name)
-    return [
-        f"{option('filter_rank')}: {rank} directions are all that layers with {width} inputs have, and "
-        f"the filter will remove every direction that the merged model uses: {', '.join(names[:3])}"
-        + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        for width, names in sorted(narrow.items())
-    ]

@@ -60,3 +60,10 @@ def test_settings_and_examples_without_effect_are_told_wherever_the_models_are(s
             warnings.simplefilter("always")
             nj.merge(models[0], [models[1]], out, **how)
         assert [str(found.message) for found in told if "no effect" in str(found.message)] == expected
+
+
+def test_a_filter_as_wide_as_its_layers_is_told_of_weights_in_memory_too():
+    base = {"model.layers.0.mlp.up_proj.weight": build.tower(0)[build.Q0]}
+    told = "filter_rank: 24 directions are all that layers with 16 inputs have, and the filter will remove every direc"
+    with pytest.warns(UserWarning, match=f"^{told}tion"):
+        nj.merge(base, [base], filter_rank=24, adapter_rank=2, task_rank=2)
