@@ -86,7 +86,7 @@ def merge(
     >>> float(merged["model.layers.0.mlp.up_proj.weight"].sum())
     48.0
     """
-    from nufilt_jax.engine.asked import asked_settings, task_name_problems
+    from nufilt_jax.engine.asked import asked_settings, idle_data, idle_settings, task_name_problems
 
     tasks = tasks if isinstance(tasks, Mapping) else list(tasks)
     named = dict(tasks) if isinstance(tasks, Mapping) else dict(zip(task_names(tasks), tasks, strict=True))
@@ -96,6 +96,8 @@ def merge(
     writing = {"format": format, "dtype": dtype, "output": output, "adapter_out_rank": adapter_out_rank}
     asked = asked_settings(rule, chosen, problems, **how, **writing)
     into = {"data": data, "devices": devices, "max_memory": max_memory}
+    given = settings if config is None else _other_than_default(chosen)
+    idle = (*map(str, idle_settings(chosen, given)), *idle_data(data, rule))
     are_places = not any(isinstance(model, Mapping) for model in (base, *named.values()))
     told = {name for name, value in (writing | into).items() if not (value is None or (name, value) in _AS_IT_IS)}
     found = [] if named else [Problem("tasks", "is empty", "give at least one fine-tuned model")]
@@ -106,13 +108,13 @@ def merge(
         found += [Problem(name, "needs folders or Hub ids", "give no weights") for name in sorted(alone)]
     problems += of_kind(ConfigError, found)
     if are_places and named:
-        job = _job(base, named, asked, problems, strict=strict, **(into if out is not None else {}))
+        job = _job(base, named, asked, problems, idle, strict=strict, **(into if out is not None else {}))
         if out is None:
             return _read_and_merged(job, offline=offline)
         return _merged_into(Path(os.path.expanduser(out)), job, offline=offline)
     if problems:
         raise error_of(problems)
-    return _merged_in_memory(base, named, out, asked, strict=strict, offline=offline)
+    return _merged_in_memory(base, named, out, asked, idle, strict=strict, offline=offline)
 
 
 _AS_IT_IS = (("output", "model"),)  # which asks for nothing
@@ -129,6 +131,11 @@ def _rule(
         rule = find(str(method))
         return rule.name, config_of(rule.name, config, settings)
     return rule.name, rule.config()
+
+
+def _other_than_default(config: "MethodConfig") -> list[str]:
+    """The fields that a caller who gave these settings whole must have set."""
+    return [field.name for field in dataclasses.fields(config) if getattr(config, field.name) != field.default]
 
 
 def task_names(sources: Iterable[Any]) -> list[str]:
@@ -151,6 +158,7 @@ def _job(
     tasks: Mapping[str, Any],
     settings: "Settings",
     problems: list[Problem],
+    idle: tuple[str, ...],
     *,
     strict: bool,
     data: Source | None = None,
@@ -176,6 +184,7 @@ def _job(
         max_memory=most,
         devices=n_devices,
         strict=strict,
+        warnings=idle,
         problems=tuple(problems),
     )
 
@@ -235,6 +244,7 @@ def _merged_in_memory(
     tasks: Mapping[str, Any],
     out: Source | None,
     settings: "Settings",
+    idle: tuple[str, ...],
     *,
     strict: bool,
     offline: bool,
@@ -250,9 +260,12 @@ def _merged_in_memory(
     def warn(text: str) -> None:
         _warn_caller(in_python(text))
 
-    merged = merged_in_memory(base, tasks, settings, strict=strict, offline=offline, warn=warn)
-    if out is not None:
-        save(merged, os.fspath(out), like=like, format=settings.format, dtype=settings.dtype, offline=offline)
+    place = None if out is None else Path(os.path.expanduser(out))
+    merged = merged_in_memory(
+        base, tasks, settings, strict=strict, offline=offline, warn=warn, warnings=idle, out=place
+    )
+    if place is not None:
+        save(merged, place, like=like, format=settings.format, dtype=settings.dtype, offline=offline)
     return merged
 
 

@@ -1,12 +1,12 @@
 """What all settings are made of: each rule has one frozen dataclass, each default in one place, citing its table."""
 
 import dataclasses
-import math
 import operator
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 from nufilt_jax.errors import ConfigError, Problem, raise_all
+from nufilt_jax.values import finite_number, whole_number
 
 Decomposition = Literal["auto", "eigh", "svd", "subspace"]
 ComputeType = Literal["float32", "bfloat16"]  # of a forward pass
@@ -47,6 +47,10 @@ class MethodConfig:
 
     def __post_init__(self) -> None:
         raise_all(ConfigError, self.problems())
+        for field in dataclasses.fields(self):
+            number = finite_number(getattr(self, field.name))
+            if number is not None:  # a recipe holds Python's own numbers
+                object.__setattr__(self, field.name, number)
 
     def problems(self) -> list[Problem]:
         """Every field out of range."""
@@ -66,13 +70,13 @@ def _fault(field: dataclasses.Field, value: object) -> str:
         return "" if value in choices else f"one of {', '.join(choices)}, got {value!r}"
     if field.type is bool:
         return "" if isinstance(value, bool) else f"true or false, got {value!r}"
-    # To Python, True is the number 1.
-    if field.type is int and (isinstance(value, bool) or not isinstance(value, int)):
+    if field.type is int and whole_number(value) is None:
         return f"a whole number, got {value!r}"
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    number = finite_number(value)
+    if number is None:
         return f"a finite number, got {value!r}"
     limits = {"at least": 0} if field.type is int else {}
-    broken = [f"{word} {limit}" for word, limit in (limits | field.metadata).items() if not _HOLDS[word](value, limit)]
+    broken = [f"{word} {limit}" for word, limit in (limits | field.metadata).items() if not _HOLDS[word](number, limit)]
     return f"{broken[0]}, got {value}" if broken else ""
 
 

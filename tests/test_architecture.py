@@ -50,9 +50,20 @@ ROOMS = {
     "anatomy": set(),
     "patterns": set(),
     "user_cache": set(),
+    "values": set(),
 }
 SHELLS = {"api", "commands", "cli", "merge", "__init__", "__main__"}
-OPEN_TO_ALL = {"__version__", "anatomy", "config", "durable", "errors", "patterns", "strict_json", "user_cache"}
+OPEN_TO_ALL = {
+    "__version__",
+    "anatomy",
+    "config",
+    "durable",
+    "errors",
+    "patterns",
+    "strict_json",
+    "user_cache",
+    "values",
+}
 CORE_LIBRARIES = {"jax", "optax", "chex", "jaxtyping", "numpy", "scipy", "threadpoolctl"}
 
 

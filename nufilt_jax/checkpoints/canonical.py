@@ -8,6 +8,7 @@ from nufilt_jax.checkpoints.flax_trees import from_flax
 from nufilt_jax.checkpoints.names import canonical_names
 from nufilt_jax.checkpoints.orientation import stored_axes, with_conv1d
 from nufilt_jax.errors import CheckpointError, Problem, raise_all
+from nufilt_jax.values import array_problem
 
 
 def canonical(params: Mapping[Any, Any], config: object = None) -> dict[str, AnyArray]:
@@ -39,8 +40,8 @@ def canonical(params: Mapping[Any, Any], config: object = None) -> dict[str, Any
     names, found, problems = canonical_names(set(params)), dict[str, AnyArray](), list[Problem]()
     for stored, array in params.items():
         name = names[stored]
-        if not hasattr(array, "transpose") or not hasattr(array, "dtype"):
-            problems.append(Problem("params", f"must be arrays, got a {type(array).__name__}", tensor=stored))
+        if fault := array_problem(array, "params", stored):
+            problems.append(fault)
         elif name in found:
             problems.append(Problem("params", f"means the same tensor as another: {name}", "keep one of them", stored))
         else:

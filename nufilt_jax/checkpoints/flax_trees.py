@@ -11,7 +11,8 @@ from nufilt_jax.checkpoints.names import (
     has_flax_form,
     to_flax_name,
 )
-from nufilt_jax.errors import CheckpointError, Problem
+from nufilt_jax.errors import CheckpointError, Problem, raise_all
+from nufilt_jax.values import array_problems
 
 
 def from_flax(params: Mapping[Any, Any], config: object) -> dict[str, AnyArray]:
@@ -22,23 +23,25 @@ def from_flax(params: Mapping[Any, Any], config: object) -> dict[str, AnyArray]:
       config: the model's config, as an object with `to_dict` or as a dict.
 
     Raises:
-      CheckpointError: the model is neither CLIP nor T5, whose Flax names are known.
+      CheckpointError: the model is neither CLIP nor T5, whose Flax names are known, or values are no arrays.
     """
     _checked_config(config)
     arrays = {path.removeprefix("params/"): array for path, array in _flatten(params, ())}
+    raise_all(CheckpointError, array_problems(arrays, "params"))
     canonical = canonical_names({from_flax_name(path) for path in arrays})
     return {
         canonical[from_flax_name(path)]: array.transpose(flax_axes(path, array.ndim)) for path, array in arrays.items()
     }
 
 
-def to_flax(params: Mapping[str, AnyArray], config: object) -> dict[str, Any]:
+def to_flax(params: Mapping[str, Any], config: object) -> dict[str, Any]:
     """Nested tree for an HF Flax model: the inverse of `from_flax`.
 
     Raises:
-      CheckpointError: the model is neither CLIP nor T5, whose Flax names are known.
+      CheckpointError: the model is neither CLIP nor T5, whose Flax names are known, or values are no arrays.
     """
     settings = _checked_config(config)
+    raise_all(CheckpointError, array_problems(params, "params"))
     tree: dict[str, Any] = {}
     for name, array in params.items():
         path = to_flax_name(name, array.ndim, settings)
@@ -61,7 +64,7 @@ def _checked_config(config: object) -> Mapping[str, Any]:
     return settings
 
 
-def _flatten(node: Mapping[Any, Any], path: tuple[str, ...]) -> Iterator[tuple[str, AnyArray]]:
+def _flatten(node: Mapping[Any, Any], path: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
     for key, child in node.items():
         here = (*path, *(key if isinstance(key, tuple) else (str(key),)))
         if isinstance(child, Mapping):

@@ -3,32 +3,41 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from nufilt_jax.checkpoints.dtypes import AnyArray, code_of
 from nufilt_jax.checkpoints.folders import SAFETENSORS
 from nufilt_jax.checkpoints.reader import Checkpoint
 from nufilt_jax.checkpoints.tensors import HeldTensor
 from nufilt_jax.checkpoints.ties import tie
+from nufilt_jax.errors import CheckpointError, raise_all
+from nufilt_jax.values import array_problems
 
 
-def held_base(params: Mapping[str, AnyArray], source: str, where: str) -> Checkpoint:
+def held_base(params: Mapping[Any, Any], source: str, where: str) -> Checkpoint:
     """A base in memory; every name is a tensor of its own.
 
     Args:
       params: its weights by canonical name.
       source: what sentences about other models call it.
       where: what problems of its own tensors begin with.
+
+    Raises:
+      CheckpointError: values that are no arrays, or without a name.
     """
     return _held(params, source, where)
 
 
-def held_task(params: Mapping[str, AnyArray], source: str, base: Checkpoint) -> Checkpoint:
+def held_task(params: Mapping[Any, Any], source: str, base: Checkpoint) -> Checkpoint:
     """A task in memory; of tied tensors only one is listed, unless the base lists more.
 
     Args:
       params: its weights by canonical name.
       source: what messages call it.
       base: from which it was fine-tuned.
+
+    Raises:
+      CheckpointError: values that are no arrays, or without a name.
     """
     task = _held(params, source, source)
     tied = tie(task.tensors, base.config, compare_bytes=True)
@@ -37,7 +46,8 @@ def held_task(params: Mapping[str, AnyArray], source: str, base: Checkpoint) -> 
     return dataclasses.replace(task, tensors=tensors)
 
 
-def _held(params: Mapping[str, AnyArray], source: str, where: str) -> Checkpoint:
+def _held(params: Mapping[Any, Any], source: str, where: str) -> Checkpoint:
+    raise_all(CheckpointError, array_problems(params, where))
     return Checkpoint(
         source=source,
         revision=None,

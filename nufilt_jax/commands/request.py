@@ -12,7 +12,7 @@ from nufilt_jax.commands.config_file import warnings_of_file
 from nufilt_jax.commands.recipe_file import promised
 from nufilt_jax.commands.settings import DEFAULT_METHOD, continued_settings, read_evaluation, read_settings
 from nufilt_jax.config import option, problem
-from nufilt_jax.engine.asked import asked_memory, is_task_name
+from nufilt_jax.engine.asked import asked_memory, idle_data, is_task_name
 from nufilt_jax.engine.devices import count_devices
 from nufilt_jax.engine.hosts import Cluster
 from nufilt_jax.engine.job import EvaluationOptions, Job, recorded_in
@@ -155,7 +155,7 @@ def new_job(arguments: Arguments, zoo: Path | None = None) -> Job:
         warnings=(
             *warnings_of_file(arguments.config, arguments.method),
             *warnings,
-            *_idle_data(arguments, settings.method),
+            *idle_data(arguments.data, settings.method),
         ),
         problems=tuple(problems),
     )
@@ -196,7 +196,7 @@ def continued_job(arguments: Arguments, place: OutputPlace) -> Job:
         devices=_devices(arguments, problems),
         strict=arguments.strict,
         continues=recorded,
-        warnings=_idle_data(arguments, settings.method),
+        warnings=idle_data(arguments.data, settings.method),
         problems=tuple(problems),
     )
 
@@ -241,12 +241,6 @@ def _preset(arguments: Arguments, order: int | None, zoo: Path | None) -> Preset
 def _needs_data(method: str | None) -> bool:
     rule = RULES.get(canonical_name(method or DEFAULT_METHOD))
     return rule is not None and rule.needs_data
-
-
-def _idle_data(arguments: Arguments, method: str) -> tuple[str, ...]:
-    if arguments.data is None or _needs_data(method):
-        return ()
-    return (f"--data: no effect: {method} learns from no examples",)
 
 
 def _default_out(arguments: Arguments, order: int | None) -> Path | None:

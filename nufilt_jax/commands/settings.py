@@ -9,7 +9,7 @@ from nufilt_jax.checkpoints.folders import FORMATS
 from nufilt_jax.commands.arguments import Arguments, EvaluateArguments
 from nufilt_jax.commands.spelling import SPELLINGS
 from nufilt_jax.config import ComputeType, MethodConfig, differing, option, problem
-from nufilt_jax.engine.asked import asked_settings, of_writing, one_of
+from nufilt_jax.engine.asked import asked_settings, idle_settings, of_writing, one_of
 from nufilt_jax.engine.job import EvaluationOptions
 from nufilt_jax.errors import ConfigError, NufiltError, Problem, gathering
 from nufilt_jax.methods import canonical_name, find, load_own
@@ -134,8 +134,7 @@ def _config(
     except ConfigError as error:
         problems += map(_as_given, error.problems)
         return kind(), warnings
-    idle_here = (problem(key, f"has no effect: {why}") for key, why in config.idle.items() if key in given)
-    return config, [*warnings, *(str(_as_given(found)) for found in idle_here)]
+    return config, [*warnings, *(str(_as_given(found)) for found in idle_settings(config, given))]
 
 
 @contextlib.contextmanager

@@ -1,9 +1,8 @@
-"""What a merge may be asked for, on a command line or from Python: every value that is refused, with its sentence."""
+"""What a merge may be asked for, on a command line or from Python: what is refused or idle, with its sentence."""
 
 import math
-import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar, get_args
 
 from nufilt_jax.checkpoints.dtypes import OUTPUT_DTYPES
@@ -11,8 +10,10 @@ from nufilt_jax.checkpoints.folders import FORMATS
 from nufilt_jax.config import MethodConfig, OtherParams, OutputKind, problem
 from nufilt_jax.engine.memory import parse_size
 from nufilt_jax.errors import Problem, gathering
+from nufilt_jax.methods import find
 from nufilt_jax.output.recipe import Settings
 from nufilt_jax.strict_json import shown
+from nufilt_jax.values import whole_number
 
 T = TypeVar("T")
 
@@ -95,6 +96,17 @@ def asked_memory(size: Any, problems: list[Problem]) -> int | None:
     return _whole("max_memory", int(size) if is_finite else size, problems)
 
 
+def idle_settings(config: MethodConfig, given: Iterable[str]) -> list[Problem]:
+    """The settings that were given and have no effect beside the others, to be warned about."""
+    names = set(given)
+    return [problem(key, f"has no effect: {why}") for key, why in config.idle.items() if key in names]
+
+
+def idle_data(data: object, method: str) -> tuple[str, ...]:
+    """A warning of examples that were given to a rule that learns from none."""
+    return () if data is None or find(method).needs_data else (f"--data: no effect: {method} learns from no examples",)
+
+
 def is_task_name(name: object) -> bool:
     """Whether a task can be called so: by any text in which something stands."""
     return isinstance(name, str) and bool(name.strip())
@@ -128,11 +140,7 @@ def _seed(seed: Any, problems: list[Problem]) -> int:
 
 
 def _whole(name: str, value: Any, problems: list[Problem]) -> int | None:
-    """A whole number of any library's type; to Python, True is one too."""
-    try:
-        if not isinstance(value, bool):
-            return operator.index(value)
-    except TypeError:
-        pass
-    problems.append(problem(name, f"must be a whole number, got {value!r}"))
-    return None
+    number = whole_number(value)
+    if number is None:
+        problems.append(problem(name, f"must be a whole number, got {value!r}"))
+    return number

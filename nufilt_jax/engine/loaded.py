@@ -3,7 +3,8 @@
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,11 @@ from nufilt_jax.checkpoints import Checkpoint, TensorInfo, open_checkpoint, open
 from nufilt_jax.checkpoints.dtypes import FLOATS
 from nufilt_jax.checkpoints.folders import PEFT
 from nufilt_jax.checkpoints.held import held_base, held_task
+from nufilt_jax.checkpoints.saving import check_place
 from nufilt_jax.checkpoints.survey import squared_change
 from nufilt_jax.engine.coverage import outside_warnings
 from nufilt_jax.engine.readable import fitted, selected
+from nufilt_jax.engine.writable import writing_problems
 from nufilt_jax.errors import CheckpointError, NufiltError, Problem, error_of, gathering, of_kind
 from nufilt_jax.methods.selection import Selection
 from nufilt_jax.methods.state import nonfinite
@@ -30,6 +33,8 @@ def merged_in_memory(
     strict: bool,
     offline: bool,
     warn: Callable[[str], None],
+    warnings: Sequence[str] = (),
+    out: Path | None = None,
 ) -> dict[str, np.ndarray]:
     """The merged model, of weights by canonical name or of sources, in any mixture.
 
@@ -40,12 +45,19 @@ def merged_in_memory(
       strict: refuse tasks of which a head or a table would stay the base's.
       offline: use the local Hub cache alone.
       warn: told of what the command warns of.
+      warnings: what of that is known before.
+      out: where the result will be saved like the base, a source; None if it will not.
 
     Raises:
       NufiltError: what cannot be merged, all of it at once.
     """
     problems: list[Problem] = []
     ours, opened, selection, notices = _fitted(base, tasks, settings, problems, strict=strict, offline=offline)
+    if out is not None:
+        with gathering(problems):
+            check_place(out)
+        with gathering(problems):
+            problems += writing_problems(ours, settings, out)
     weights = dict(base) if isinstance(base, Mapping) else ours.read()
     touched = selection.touched
     own = {name: _own(task, ours) for name, task in opened.items()}
@@ -67,7 +79,7 @@ def merged_in_memory(
         names = left & own[name].keys()
         kept += nonfinite(task.unread(names), names, task.source, are_touched=False)
     changes = {name: _changes(task, own[name], ours, weights) for name, task in opened.items()}
-    for text in (*notices, *map(str, kept), *outside_warnings(ours, selection, settings, changes)):
+    for text in (*warnings, *notices, *map(str, kept), *outside_warnings(ours, selection, settings, changes)):
         warn(text)
     return merged_one_by_one(weights, values, settings, selection)
 

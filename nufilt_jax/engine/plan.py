@@ -1,19 +1,13 @@
 """What a merge would do, and everything that speaks against it, from headers alone."""
 
 import dataclasses
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nufilt_jax.anatomy import shape_in, tensor_of
+from nufilt_jax.anatomy import tensor_of
 from nufilt_jax.checkpoints import Checkpoint, open_checkpoint, open_task
-from nufilt_jax.checkpoints.beside import not_to_copy
-from nufilt_jax.checkpoints.dtypes import OUTPUT_DTYPES
-from nufilt_jax.checkpoints.folders import FLAX
-from nufilt_jax.checkpoints.names import has_flax_form
-from nufilt_jax.checkpoints.outputs import plan_shards
-from nufilt_jax.config import MethodConfig, option, problem
+from nufilt_jax.config import problem
 from nufilt_jax.engine.devices import idle_devices
 from nufilt_jax.engine.factors import output_problems
 from nufilt_jax.engine.grid import Direction, Stack, Window
@@ -21,7 +15,8 @@ from nufilt_jax.engine.job import EvaluationOptions, Job, Recorded, lacking_stat
 from nufilt_jax.engine.layout import lay_out
 from nufilt_jax.engine.memory import Memory
 from nufilt_jax.engine.readable import fitted, selected
-from nufilt_jax.errors import CheckpointError, ConfigError, OutputError, Problem, error_of, gathering, of_kind
+from nufilt_jax.engine.writable import writing_problems
+from nufilt_jax.errors import ConfigError, OutputError, Problem, error_of, gathering, of_kind
 from nufilt_jax.methods import find
 from nufilt_jax.methods.selection import Selection
 from nufilt_jax.output.place import OutputPlace
@@ -130,7 +125,7 @@ def make_plan(job: Job, *, offline: bool = False, headers_only: bool = False) ->
             problems += of_kind(ConfigError, _evaluation_problems(job, base))
         with gathering(problems):
             problems += output_problems(tasks, job.settings, selection, is_first=recorded is None)
-            problems += _output_problems(base, job.settings, place)
+            problems += writing_problems(base, job.settings, None if place is None else place.out)
         problems += of_kind(OutputError, _state_problems(recorded, selection, len(job.sources)))
         problems += _process_problems(job)
         with gathering(problems):
@@ -155,7 +150,6 @@ def make_plan(job: Job, *, offline: bool = False, headers_only: bool = False) ->
             *job.warnings,
             *idle_devices(job.devices, job.settings.method),
             *notices,
-            *_width_warnings(selection, base, job.settings.config),
         ),
     )
 
@@ -236,34 +230,3 @@ def _evaluation_problems(job: Job, base: Checkpoint) -> list[Problem]:
     from nufilt_jax.engine.evaluation import task_problems  # with models, which no other merge needs
 
     return task_problems([source.name for source in job.sources], base.config, job.evaluation.tasks_file)
-
-
-def _output_problems(base: Checkpoint, settings: Settings, place: OutputPlace | None) -> list[Problem]:
-    """What would keep the result from being written, found before any work."""
-    kind = settings.format or base.format
-    if kind == FLAX != base.format and not has_flax_form(base.config):
-        what = f"{base.source} is a {base.config.get('model_type')!r} model, which has no Flax form"
-        return [problem("format", what, "use safetensors")]
-    if base.is_local and settings.output != "adapter" and (kept_out := not_to_copy(base.path)):
-        raise CheckpointError(*kept_out)
-    plan_shards(base, kind, OUTPUT_DTYPES[settings.dtype] if settings.dtype else None)
-    root = os.path.realpath(base.path)
-    if place is not None and base.is_local and os.path.realpath(place.out).startswith(root + os.sep):
-        what = f"{place.out} lies inside the base's folder, whose files are copied"
-        return [problem("out", what, "choose a folder beside it")]
-    return []
-
-
-def _width_warnings(selection: Selection, base: Checkpoint, config: MethodConfig) -> list[str]:
-    rank = getattr(config, "filter_rank", 0)
-    narrow: dict[int, list[str]] = {}
-    for name in selection.layers:
-        shape = shape_in(base.tensors, name)
-        if len(shape) == 2 and shape[1] <= rank:
-            narrow.setdefault(shape[1], []).append(name)
-    return [
-        f"{option('filter_rank')}: {rank} directions are all that layers with {width} inputs have, and "
-        f"the filter will remove every direction that the merged model uses: {', '.join(names[:3])}"
-        + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        for width, names in sorted(narrow.items())
-    ]

@@ -5,9 +5,10 @@ from collections.abc import Iterable, Mapping, Sequence
 import jax
 import numpy as np
 
+from nufilt_jax.anatomy import shape_in
 from nufilt_jax.checkpoints import Checkpoint, fit, quantised_problems
 from nufilt_jax.checkpoints.dtypes import numpy_dtype
-from nufilt_jax.config import OtherParams
+from nufilt_jax.config import MethodConfig, OtherParams, option
 from nufilt_jax.errors import CheckpointError, Problem, error_of, gathering, of_kind, raise_all
 from nufilt_jax.methods import find
 from nufilt_jax.methods.selection import Scope, Selection, published_layers, reach_of, select, wanted_by
@@ -76,4 +77,19 @@ def fitted(
         fitting[name] = found.task
         problems += of_kind(CheckpointError, found.problems)
         notices += (*task.notices, *found.notices)
-    return fitting, notices
+    return fitting, (*notices, *_width_warnings(selection, base, settings.config))
+
+
+def _width_warnings(selection: Selection, base: Checkpoint, config: MethodConfig) -> list[str]:
+    rank = getattr(config, "filter_rank", 0)
+    narrow: dict[int, list[str]] = {}
+    for name in selection.layers:
+        shape = shape_in(base.tensors, name)
+        if len(shape) == 2 and shape[1] <= rank:
+            narrow.setdefault(shape[1], []).append(name)
+    return [
+        f"{option('filter_rank')}: {rank} directions are all that layers with {width} inputs have, and "
+        f"the filter will remove every direction that the merged model uses: {', '.join(names[:3])}"
+        + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        for width, names in sorted(narrow.items())
+    ]

@@ -16,7 +16,7 @@ from nufilt_jax.anatomy import shape_in
 from nufilt_jax.config import ENTRY_POINTS, OtherParams, problem
 from nufilt_jax.config import MethodConfig as MethodConfig
 from nufilt_jax.config import number as number
-from nufilt_jax.errors import ConfigError, Problem, SolveError, raise_all
+from nufilt_jax.errors import CheckpointError, ConfigError, Problem, SolveError, raise_all
 from nufilt_jax.methods import (
     adamerging,
     adapter_only,
@@ -49,6 +49,7 @@ from nufilt_jax.methods.state import Context as Context
 from nufilt_jax.methods.state import MergeState as MergeState
 from nufilt_jax.methods.state import Numbers, OnStack, check_task, nonfinite
 from nufilt_jax.methods.state import Rule as Rule
+from nufilt_jax.values import array_problems
 
 __all__ = [
     "ALIASES",
@@ -240,6 +241,8 @@ def get(
         return stack_names(shapes, chosen.layers, ranks), stack_names(shapes, chosen.other, ranks)
 
     def init(base: Params) -> MergeState:
+        if selection is None:  # else it comes from where the base was looked at
+            raise_all(CheckpointError, array_problems(base, "base"))
         mine, others = choose(base)
         shapes = {members[0]: shape_in(base, members[0]) for members in mine + others}
         return MergeState(dict(base), zeros(shapes, mine + others, ranks))

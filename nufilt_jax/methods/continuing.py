@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 
-from nufilt_jax.errors import ConfigError, Problem
+from nufilt_jax.errors import CheckpointError, ConfigError, Problem, raise_all
 from nufilt_jax.methods.merger import Merger
 from nufilt_jax.methods.stacked import TaskVector, Tensor, task_vector
-from nufilt_jax.methods.state import MergeState, check_task
+from nufilt_jax.methods.state import MergeState, check_task, nonfinite
+from nufilt_jax.values import whole_number
 
 
 def continue_from(
@@ -22,8 +23,8 @@ def continue_from(
       step: number of tasks merged so far; a running mean weighs by it, and an adapter's start is drawn by it.
 
     Raises:
-      ConfigError: the rule remembers more than the merged model, or `step` is below 1.
-      CheckpointError: tensors that are missing or of another shape, all listed.
+      ConfigError: the rule remembers more than the merged model, or `step` is no whole number from 1.
+      CheckpointError: tensors that are missing, of another shape or not finite, all listed.
 
     >>> import numpy as np
     >>> base = {"model.layers.0.self_attn.q_proj.weight": np.zeros((4, 4), np.float32)}
@@ -35,12 +36,16 @@ def continue_from(
         from nufilt_jax.methods import get
 
         rule = get("nufilt")
-    if step < 1:
+    n_merged = whole_number(step)
+    if n_merged is None:
+        raise ConfigError(Problem("step", f"must be a whole number, got {step!r}"))
+    if n_merged < 1:
         raise ConfigError(Problem("step", f"must be at least 1, got {step}", "begin with rule.init(base)"))
     if rule.remembers:
         what = f"{rule.name} remembers more of a merge than the merged model"
         raise ConfigError(Problem("rule", what, "continue it from its state, or from its output folder with --add"))
     state = rule.init(base)
     check_task(state.base, merged, state.touched)
+    raise_all(CheckpointError, nonfinite(merged, state.touched, "merged"))
     found: TaskVector = task_vector(base, merged, state.delta.names)
-    return MergeState(state.base, type(state.delta)(found.stacks, found.names), step)
+    return MergeState(state.base, type(state.delta)(found.stacks, found.names), n_merged)

@@ -19,6 +19,7 @@ from nufilt_jax.methods.data import TaskData
 from nufilt_jax.methods.elementwise import blend
 from nufilt_jax.methods.selection import Scope, is_float, published_layers
 from nufilt_jax.methods.stacked import Params, Stacked, TaskVector, Tensor
+from nufilt_jax.values import array_problem
 
 C = TypeVar("C", bound=MethodConfig)
 # What is only read: a rule's context serves every function that asks for less of it.
@@ -275,6 +276,8 @@ def check_task(base: Params, task: Params, touched: Iterable[str]) -> None:
         theirs = task.get(name)  # once: of a file it is read
         if theirs is None:
             problems.append(Problem("task", "is missing", "all models must be fine-tuned from this base", name))
+        elif fault := array_problem(theirs, "task", name):
+            problems.append(fault)
         elif theirs.shape != base[name].shape:
             what = f"has shape {list(theirs.shape)}, but {list(base[name].shape)} in the base"
             problems.append(Problem("task", what, "all models must be fine-tuned from this base", name))

@@ -276,6 +276,15 @@ def test_what_cannot_be_continued_from():
         nj.continue_from(BASE, BASE, step=0)
     with pytest.raises(CheckpointError, match="and 9 more: is missing"):
         nj.continue_from(BASE, {}, rule_for("sum"))
+    for step in (2.5, "2", True, None):
+        with pytest.raises(
+            ConfigError, match=f"step must be a whole number, got {step!r}|step: must be a whole number"
+        ):
+            nj.continue_from(BASE, TASKS[0], rule_for("sum"), step=step)
+    state = nj.continue_from(BASE, TASKS[0] | {KEPT: TASKS[0][KEPT] * np.nan}, rule_for("sum"), step=np.int64(2))
+    assert state.step == 2 and type(state.step) is int
+    with pytest.raises(CheckpointError, match=f"^merged: {SELECTED[0]}: has NaN or infinite numbers"):
+        nj.continue_from(BASE, with_nan(TASKS[0], SELECTED[0]), rule_for("sum"))
 
 
 def test_canonical_names_of_live_parameters():
@@ -286,7 +295,7 @@ def test_canonical_names_of_live_parameters():
     }
     [(name, array)] = nj.canonical(nested, {"model_type": "clip_vision_model"}).items()
     assert (name, array.shape) == ("vision_model.encoder.layers.0.mlp.fc1.weight", (8, 4))
-    with pytest.raises(CheckpointError, match="x: must be arrays, got a int"):
+    with pytest.raises(CheckpointError, match=r"params: x: must be an array of NumPy or JAX, got int$"):
         nj.canonical({"x": 3})
     with pytest.raises(CheckpointError, match="config: must be a model's config or a dict"):
         nj.canonical({"x": np.zeros(3)}, config=3)

@@ -1,0 +1,64 @@
+"""What callers in Python give: numbers and arrays of any library, told from what is none."""
+
+import math
+import numbers
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from nufilt_jax.errors import Problem
+
+
+def whole_number(value: Any) -> int | None:
+    """A whole number of any library's type; None for all else, as for True, which to Python is one too.
+
+    >>> whole_number(np.int64(3)), whole_number(3.0), whole_number(True)
+    (3, None, None)
+    """
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def finite_number(value: Any) -> int | float | None:
+    """A finite number of any library's type; None for all else.
+
+    >>> finite_number(np.float32(0.5)), finite_number(2), finite_number(math.nan), finite_number("2")
+    (0.5, 2, None, None)
+    """
+    number = whole_number(value)
+    if number is not None or isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return number
+    return float(value) if math.isfinite(value) else None
+
+
+def array_problem(value: object, where: str, name: str) -> Problem | None:
+    """Says that a value cannot be a tensor, since it is neither NumPy's nor JAX's; None if it can.
+
+    Args:
+      value: that a caller gave.
+      where: what messages call the place.
+      name: of the tensor.
+    """
+    # torch has shapes and types too, but types of its own.
+    if isinstance(getattr(value, "dtype", None), np.dtype) and isinstance(getattr(value, "shape", None), tuple):
+        return None
+    kind, fix = type(value), ""
+    told = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    if isinstance(value, Mapping):
+        fix = "nufilt_jax.canonical makes nested parameters flat"
+    elif hasattr(value, "numpy"):
+        fix = "call .numpy(), or .float().numpy() of bfloat16"
+    return Problem(where, f"must be an array of NumPy or JAX, got {told}", fix, name)
+
+
+def array_problems(params: Mapping[Any, object], where: str) -> list[Problem]:
+    """What of a mapping cannot be tensors by name."""
+    unnamed = [
+        Problem(where, f"{name!r} is no name: it must be a text") for name in params if not isinstance(name, str)
+    ]
+    found = (array_problem(value, where, str(name)) for name, value in params.items())
+    return [*unnamed, *filter(None, found)]
