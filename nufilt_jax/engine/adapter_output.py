@@ -82,7 +82,7 @@ def write_merged_adapter(plan: Plan, delta: Mapping[str, Any], told: MergedAdapt
         if layer not in told.modules:
             continue  # no task changed it
         module, shape, known = told.modules[layer], shape_in(plan.base.tensors, layer), ranks.get(layer)
-        if not _is_adapted(plan, layer, shape, known):
+        if not _is_adapted(layer, module, shape, known):
             whole.append(layer)
             continue
         rank = _dense_rank(plan, layer, module, shape) if known is None else max(1, len(_used(delta[layer].rows)))
@@ -142,13 +142,9 @@ def _lost(held: float, of_all: float) -> float:
     return max(1 - held / of_all, 0.0) if of_all > 0 else 0.0
 
 
-def _is_adapted(plan: Plan, layer: str, shape: tuple[int, ...], ranks: tuple[int, ...] | None) -> bool:
+def _is_adapted(layer: str, module: str, shape: tuple[int, ...], ranks: tuple[int, ...] | None) -> bool:
     """Whether a layer goes out in factors; what some task holds whole stands in place of the base's."""
-    if ranks is not None:
-        return True
-    tasks = [task for task in plan.tasks.values() if isinstance(task, AdaptedCheckpoint)]
-    is_whole = any(layer not in t.factors and t.tensors[layer] is not plan.base.tensors[layer] for t in tasks)
-    return len(shape) == 2 and layer.endswith(".weight") and not is_whole
+    return ranks is not None or (len(shape) == 2 and layer.endswith(".weight") and not is_whole(layer, module))
 
 
 def _dense_rank(plan: Plan, layer: str, module: str, shape: tuple[int, ...]) -> int:

@@ -1,0 +1,54 @@
+"""`--output adapter` of modules that one adapter holds whole, and others in factors or not at all."""
+
+import json
+
+import adapter_builders as adapters
+import model_builders as build
+import numpy as np
+import pytest
+
+from nufilt_jax.checkpoints import open_checkpoint, open_task
+
+Q, K, V = (f"vision_model.encoder.layers.0.self_attn.{name}_proj" for name in "qkv")
+
+
+@pytest.fixture(scope="module")
+def stream(tmp_path_factory):
+    """A base and adapters: `saved` holds K whole, `beside` leaves it alone, `factors` adapts it; all adapt Q."""
+    folder = tmp_path_factory.mktemp("whole")
+    base = build.tower(0)
+    build.write(folder / "base", base)
+    extra = {f"{adapters.PREFIX}{K}.weight": base[f"{K}.weight"] + build.tower(7)[f"{K}.weight"]}
+    adapters.write(
+        folder / "saved", adapters.factors(base, 1, 2, (Q,)), extra=extra, modules_to_save=[K], target_modules=[Q]
+    )
+    for seed, (name, modules) in enumerate({"beside": (Q,), "factors": (Q, K, V)}.items(), 2):
+        adapters.write(folder / name, adapters.factors(base, seed, 2, modules), target_modules=[*modules])
+    return folder
+
+
+def given(stream, *tasks):
+    return ("--base", stream / "base", *(part for task in tasks for part in ("--task", f"{task}={stream / task}")))
+
+
+def assert_same_as_the_model(nufilt, stream, tasks, out, method):
+    """The adapter, read again, is the whole merge; K is whole in it, under its own name."""
+    whole = out.parent / "model"
+    assert nufilt("merge", *given(stream, *tasks), "--out", whole, "--method", method).code == 0
+    names = {name.removeprefix(adapters.PREFIX) for name in build.weights(out)}
+    assert {name for name in names if K in name} == {f"{K}.weight"}
+    assert json.loads((out / "adapter_config.json").read_text())["modules_to_save"] == [K]
+    read = open_task(str(out), open_checkpoint(str(stream / "base"), role="base")).read()
+    for name, value in build.weights(whole).items():
+        np.testing.assert_allclose(read[name], value, atol=1e-5, err_msg=name)
+    verified = nufilt("verify", out)
+    assert verified.code == 0, verified.err
+
+
+def test_a_module_that_an_earlier_adapter_holds_whole_stays_so(nufilt, stream, tmp_path):
+    """Of the adapters at hand, which are all that a merge is gone on with, none holds it."""
+    options = ("--out", tmp_path / "out", "--method", "task_arithmetic", "--output", "adapter")
+    assert nufilt("merge", *given(stream, "saved"), *options).code == 0
+    added = nufilt("add", tmp_path / "out", "--task", f"beside={stream / 'beside'}")
+    assert added.code == 0 and "0.00% of the merge's energy is lost" in added.out, added.err
+    assert_same_as_the_model(nufilt, stream, ("saved", "beside"), tmp_path / "out", "task_arithmetic")
