@@ -38,7 +38,9 @@ def told_of(plan: Plan) -> MergedAdapter:
         theirs = in_series_of(theirs, modules, task.base.config)
         old, new = _prefixes(theirs, modules)
         renamed = {name: new + module.removeprefix(old) if old or new else module for name, module in theirs.items()}
-        modules = renamed | modules
+        # Where one holds whole what others adapt, it goes out whole, and is called as a tensor.
+        held = {n: called for n, called in renamed.items() if is_whole(n, called)}
+        modules = renamed | modules | {n: held[n] for n in held if not is_whole(n, modules.get(n, ""))}
         config = config or {key: task.config[key] for key in _CARRIED if task.config.get(key) is not None}
     return MergedAdapter(modules=modules, config=config)
 
@@ -51,6 +53,8 @@ def _recorded(plan: Plan) -> MergedAdapter:
 def _prefixes(theirs: Mapping[str, str], ours: Mapping[str, str]) -> tuple[str, str]:
     """In what the names of two adapters differ, which may have been trained with different classes of one model."""
     for name in sorted(theirs.keys() & ours.keys()):  # a set's own order is another in every process
+        if is_whole(name, theirs[name]) != is_whole(name, ours[name]):
+            continue  # a tensor and its module end differently, whatever they begin with
         reversed_names = theirs[name][::-1], ours[name][::-1]
         alike = len(os.path.commonprefix(reversed_names))  # noqa: RUF071  characters are meant
         return theirs[name][: len(theirs[name]) - alike], ours[name][: len(ours[name]) - alike]

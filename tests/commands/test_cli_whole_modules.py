@@ -52,3 +52,12 @@ def test_a_module_that_an_earlier_adapter_holds_whole_stays_so(nufilt, stream, t
     added = nufilt("add", tmp_path / "out", "--task", f"beside={stream / 'beside'}")
     assert added.code == 0 and "0.00% of the merge's energy is lost" in added.out, added.err
     assert_same_as_the_model(nufilt, stream, ("saved", "beside"), tmp_path / "out", "task_arithmetic")
+
+
+@pytest.mark.parametrize("tasks", [("factors", "saved"), ("saved", "factors")], ids=" then ".join)
+def test_a_module_that_one_holds_whole_and_another_adapts_goes_out_whole(nufilt, stream, tmp_path, tasks):
+    """And what the adapters call their other modules stays as it is."""
+    options = ("--out", tmp_path / "out", "--method", "weight_average", "--output", "adapter")
+    assert nufilt("merge", *given(stream, *tasks), *options).code == 0
+    assert_same_as_the_model(nufilt, stream, tasks, tmp_path / "out", "weight_average")
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["target_modules"] == [Q, V]
