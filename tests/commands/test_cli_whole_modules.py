@@ -61,3 +61,27 @@ def test_a_module_that_one_holds_whole_and_another_adapts_goes_out_whole(nufilt,
     assert nufilt("merge", *given(stream, *tasks), *options).code == 0
     assert_same_as_the_model(nufilt, stream, tasks, tmp_path / "out", "weight_average")
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["target_modules"] == [Q, V]
+
+
+HEADS = {"SEQ_CLS": "score", "TOKEN_CLS": "classifier", "QUESTION_ANS": "qa_outputs"}
+
+
+def headed(tmp_path, task_type, *, base_has_it):
+    """A base, and an adapter as peft saves one of a type of task: with a head that nobody asked for."""
+    base, head = build.tower(0), HEADS[task_type]
+    weight = {f"{head}.weight": np.ones((3, build.WIDTH), np.float32)}
+    build.write(tmp_path / "base", base | (weight if base_has_it else {}))
+    extra = {f"{adapters.PREFIX}{head}.weight": 2 * weight[f"{head}.weight"]}
+    adapters.write(tmp_path / "a", adapters.factors(base, 1), extra=extra, task_type=task_type)
+    return ("--base", tmp_path / "base", "--task", f"a={tmp_path / 'a'}", "--method", "sum", "--output", "adapter")
+
+
+@pytest.mark.parametrize("task_type", HEADS)
+def test_the_head_of_a_type_of_task_goes_out_as_the_base_has_it(nufilt, tmp_path, task_type):
+    """peft looks for it, though no rule for selected layers touches it."""
+    made = nufilt("merge", *headed(tmp_path, task_type, base_has_it=True), "--out", tmp_path / "out")
+    assert made.code == 0, made.err
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["task_type"], config["modules_to_save"]) == (task_type, None)
+    head = build.weights(tmp_path / "out")[f"{adapters.PREFIX}{HEADS[task_type]}.weight"]
+    np.testing.assert_array_equal(head, np.ones((3, build.WIDTH), np.float32))

@@ -8,6 +8,8 @@ import pytest
 import torch
 from peft_helpers import assert_same, draw_factors, nufilt, weights
 from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -159,6 +161,24 @@ def test_a_classifier_s_adapters_are_read_and_made(tmp_path, bias):
         ours = weights(peft.PeftModel.from_pretrained(roberta(), tmp_path / f"{name}-adapter").merge_and_unload())
         whole = weights(RobertaForSequenceClassification.from_pretrained(tmp_path / name))
         assert_same(ours, whole, weights(roberta()))
+
+
+def test_question_answering_s_adapters_are_made(tmp_path):
+    """Of which peft saves the head as well."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 3}
+    BertForQuestionAnswering(BertConfig(vocab_size=30, **sizes)).save_pretrained(tmp_path / "base")
+    settings = peft.LoraConfig(target_modules=["query", "value"], r=2, task_type="QUESTION_ANS")
+
+    def model(name="base"):
+        return BertForQuestionAnswering.from_pretrained(tmp_path / name)
+
+    drawn(peft.get_peft_model(model(), settings), tmp_path / "a", 1)
+    given = ("--base", tmp_path / "base", "--task", f"a={tmp_path / 'a'}", "--method", "sum")
+    nufilt("merge", *given, "--out", tmp_path / "model")
+    nufilt("merge", *given, "--out", tmp_path / "adapter", "--output", "adapter")
+    ours = weights(peft.PeftModel.from_pretrained(model(), tmp_path / "adapter").merge_and_unload())
+    assert_same(ours, weights(model("model")), weights(model()))
 
 
 @pytest.mark.parametrize("base", [llama(), llama().model], ids=["whole", "headless"])

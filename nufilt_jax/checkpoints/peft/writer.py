@@ -21,8 +21,9 @@ from nufilt_jax.checkpoints.writer import output_error
 from nufilt_jax.durable import atomic_write, make_folder
 from nufilt_jax.errors import OutputError, Problem, raise_all
 
-_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS")  # types of task for which peft trains and saves a head by itself
-_HEADS = ("classifier", "score")  # how it knows one: by the end of the module's name
+_CLASSIFIERS = ("classifier", "score")
+# The heads that peft trains and saves by itself, by type of task; it knows one by the end of the module's name.
+_HEADS = {"SEQ_CLS": _CLASSIFIERS, "TOKEN_CLS": _CLASSIFIERS, "QUESTION_ANS": ("qa_outputs",)}
 FactorPair = tuple[Float[np.ndarray, "r d_in"], Float[np.ndarray, "d_out r"]]
 
 
@@ -43,7 +44,7 @@ class NewPair:
 
 def saved_by_type(module: str, task_type: str | None) -> bool:
     """Whether peft keeps a module whole because of its adapter's type of task, without being told to."""
-    return task_type in _WITH_HEAD and any(part.endswith(_HEADS) for part in module.split("."))
+    return any(part.endswith(_HEADS.get(str(task_type), ())) for part in module.split("."))
 
 
 def stored_module(base: Checkpoint, name: str) -> str:
