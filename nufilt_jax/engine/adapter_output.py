@@ -16,7 +16,7 @@ from nufilt_jax.checkpoints.folders import FLAX
 from nufilt_jax.checkpoints.orientation import stored_axes
 from nufilt_jax.checkpoints.peft.keys import parse_key
 from nufilt_jax.checkpoints.peft.spelling import in_series_of, is_whole
-from nufilt_jax.checkpoints.peft.writer import NewPair, saved_by_type, write_adapter
+from nufilt_jax.checkpoints.peft.writer import NewPair, lacking_head, saved_by_type, write_adapter
 from nufilt_jax.checkpoints.prefixes import without_wrappers
 from nufilt_jax.engine.merged import merged_tensors
 from nufilt_jax.engine.plan import Plan
@@ -42,6 +42,8 @@ def told_of(plan: Plan) -> MergedAdapter:
         held = {n: called for n, called in renamed.items() if is_whole(n, called)}
         modules = renamed | modules | {n: held[n] for n in held if not is_whole(n, modules.get(n, ""))}
         config = config or {key: task.config[key] for key in _CARRIED if task.config.get(key) is not None}
+    if lacking_head(plan.base, config.get("task_type")):
+        del config["task_type"]  # peft would not load the adapter; `engine.factors` tells of it
     return MergedAdapter(modules=modules, config=config)
 
 

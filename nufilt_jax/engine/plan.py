@@ -15,7 +15,7 @@ from nufilt_jax.checkpoints.names import has_flax_form
 from nufilt_jax.checkpoints.outputs import plan_shards
 from nufilt_jax.config import MethodConfig, option, problem
 from nufilt_jax.engine.devices import idle_devices
-from nufilt_jax.engine.factors import output_problems
+from nufilt_jax.engine.factors import output_problems, output_warnings
 from nufilt_jax.engine.grid import Direction, Stack, Window
 from nufilt_jax.engine.job import EvaluationOptions, Job, Recorded, other_merge_problems, recorded_in
 from nufilt_jax.engine.layout import lay_out
@@ -155,6 +155,7 @@ def make_plan(job: Job, *, offline: bool = False, headers_only: bool = False) ->
             *job.warnings,
             *idle_devices(job.devices, job.settings.method),
             *notices,
+            *output_warnings(base, tasks, job.settings),
             *_width_warnings(selection, base, job.settings.config),
         ),
     )

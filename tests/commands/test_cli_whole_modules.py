@@ -85,3 +85,14 @@ def test_the_head_of_a_type_of_task_goes_out_as_the_base_has_it(nufilt, tmp_path
     assert (config["task_type"], config["modules_to_save"]) == (task_type, None)
     head = build.weights(tmp_path / "out")[f"{adapters.PREFIX}{HEADS[task_type]}.weight"]
     np.testing.assert_array_equal(head, np.ones((3, build.WIDTH), np.float32))
+
+
+def test_a_type_of_task_whose_head_the_base_lacks_is_left_out(nufilt, tmp_path):
+    """peft would not load an adapter that says it and holds no head; what was left out is told."""
+    made = nufilt("merge", *headed(tmp_path, "SEQ_CLS", base_has_it=False), "--out", tmp_path / "out")
+    assert made.code == 0, made.err
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["task_type"] is None
+    told = "a: is of task type SEQ_CLS, with which peft looks for a classifier or score that the base"
+    assert told in made.err and "the merged adapter is of no type" in made.err
+    verified = nufilt("verify", tmp_path / "out")
+    assert verified.code == 0, verified.err

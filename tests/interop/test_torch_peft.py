@@ -16,6 +16,7 @@ from transformers import (
     LlamaForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
+    RobertaModel,
 )
 
 # What peft and transformers say of each other's next versions is theirs.
@@ -179,6 +180,20 @@ def test_question_answering_s_adapters_are_made(tmp_path):
     nufilt("merge", *given, "--out", tmp_path / "adapter", "--output", "adapter")
     ours = weights(peft.PeftModel.from_pretrained(model(), tmp_path / "adapter").merge_and_unload())
     assert_same(ours, weights(model("model")), weights(model()))
+
+
+def test_adapters_of_a_classifier_on_a_base_without_one_are_made(tmp_path):
+    """Each has a head of its own, which the merge leaves out; so peft must not look for one."""
+    roberta().roberta.save_pretrained(tmp_path / "base")
+    settings = peft.LoraConfig(target_modules=["query", "value"], r=2, task_type="SEQ_CLS")
+    drawn(peft.get_peft_model(roberta(), settings), tmp_path / "a", 1)
+    given = ("--base", tmp_path / "base", "--task", f"a={tmp_path / 'a'}", "--method", "sum")
+    nufilt("merge", *given, "--out", tmp_path / "model")
+    nufilt("merge", *given, "--out", tmp_path / "adapter", "--output", "adapter")
+    ours = weights(peft.PeftModel.from_pretrained(roberta(), tmp_path / "adapter").merge_and_unload())
+    whole = RobertaModel.from_pretrained(tmp_path / "model", add_pooling_layer=False)
+    theirs = weights(roberta()) | {f"roberta.{name}": x for name, x in weights(whole).items()}
+    assert_same(ours, theirs, weights(roberta()))
 
 
 @pytest.mark.parametrize("base", [llama(), llama().model], ids=["whole", "headless"])

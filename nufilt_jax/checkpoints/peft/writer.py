@@ -47,6 +47,12 @@ def saved_by_type(module: str, task_type: str | None) -> bool:
     return any(part.endswith(_HEADS.get(str(task_type), ())) for part in module.split("."))
 
 
+def lacking_head(base: Checkpoint, task_type: str | None) -> str:
+    """What peft looks for beside an adapter of a type of task and a base does not store; empty if it lacks nothing."""
+    modules = (name.rpartition(".")[0] for name in base.tensors)
+    return "" if any(saved_by_type(x, task_type) for x in modules) else " or ".join(_HEADS.get(str(task_type), ()))
+
+
 def stored_module(base: Checkpoint, name: str) -> str:
     """What the base's file calls the module of a weight."""
     stored = name if base.format == FLAX else base.tensors[name].stored_name
