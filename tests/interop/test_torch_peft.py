@@ -14,6 +14,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
     RobertaModel,
@@ -209,3 +211,24 @@ def test_peft_loads_what_was_extracted(tmp_path, base):
     assert json.loads((out / "extract.json").read_text())["kept"] > 0.999999
     with_ours = peft.PeftModel.from_pretrained(llama(), out)
     assert_same(weights(with_ours.merge_and_unload()), weights(whole), weights(llama()))
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")  # which peft made itself
+@pytest.mark.parametrize("rank", [3, 12])
+def test_peft_loads_experts_that_were_extracted(tmp_path, rank):
+    """Of which one alone changed, and which have fewer rows than the rank that is asked for."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "moe_intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"num_experts": 3, "num_experts_per_tok": 1, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 30}
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes)).save_pretrained(tmp_path / "base")
+    base, full = (Qwen3MoeForCausalLM.from_pretrained(tmp_path / "base") for _ in range(2))
+    with torch.no_grad():
+        for name, parameter in full.named_parameters():
+            if name.endswith(("q_proj.weight", "experts.gate_up_proj", "experts.down_proj")):
+                changed = parameter if parameter.dim() == 2 else parameter[1]
+                changed.add_(0.2 * torch.randn(changed.shape[0], rank) @ torch.randn(rank, changed.shape[1]))
+    full.save_pretrained(tmp_path / "full")
+    out = tmp_path / "out"
+    nufilt("extract", tmp_path / "full", "--base", tmp_path / "base", "--rank", rank, "--out", out)
+    wanted = weights(base)
+    assert_same(weights(peft.PeftModel.from_pretrained(base, out).merge_and_unload()), weights(full), wanted)

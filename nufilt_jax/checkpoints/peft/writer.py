@@ -1,6 +1,7 @@
 """Writing an adapter as a PEFT folder."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from nufilt_jax.checkpoints.dtypes import OUTPUT_DTYPES, AnyArray, cast, numpy_d
 from nufilt_jax.checkpoints.folders import ADAPTER, FLAX
 from nufilt_jax.checkpoints.newer_names import is_saved_by_newer, newer_names
 from nufilt_jax.checkpoints.peft.config import CONFIG
+from nufilt_jax.checkpoints.peft.experts import is_expert, missing_experts
 from nufilt_jax.checkpoints.peft.keys import PREFIX
 from nufilt_jax.checkpoints.reader import Checkpoint
 from nufilt_jax.checkpoints.safetensors_files import Piece
@@ -90,6 +92,7 @@ def write_adapter(
     code = OUTPUT_DTYPES[dtype or "float32"]
     lost: list[Problem] = []
     pieces = []
+    pairs = _of_even_experts(pairs, base)
     for module, pair in pairs.items():
         (m, n), r = pair.shape, pair.rank
         # A and B come from one call: the pieces of a file are written in the order of this list.
@@ -109,6 +112,32 @@ def write_adapter(
     except OSError as error:
         raise output_error(out, error) from error
     raise_all(OutputError, lost)
+
+
+def _of_even_experts(pairs: Mapping[str, NewPair], base: Checkpoint) -> dict[str, NewPair]:
+    """All experts of a block in the config's rank, filled up with zeros: peft stacks them for transformers 5."""
+    if not is_saved_by_newer(base.config):
+        return dict(pairs)
+    most = max((pair.rank for pair in pairs.values()), default=1)
+    every = {**pairs, **{module: _none(pairs[one].shape) for module, one in missing_experts(pairs, base).items()}}
+    return {
+        module: NewPair(most, pair.shape, functools.partial(_filled, pair.made, most))
+        if is_expert(module) and pair.rank < most
+        else pair
+        for module, pair in every.items()
+    }
+
+
+def _none(shape: tuple[int, ...]) -> NewPair:
+    """No change."""
+    m, n = shape
+    return NewPair(0, shape, lambda: (np.zeros((0, n), np.float32), np.zeros((m, 0), np.float32)))
+
+
+def _filled(made: Callable[[], FactorPair], rank: int) -> FactorPair:
+    a, b = made()
+    more = rank - a.shape[0]
+    return np.pad(a, ((0, more), (0, 0))), np.pad(b, ((0, 0), (0, more)))
 
 
 def _half(pair: NewPair, kept: list[np.ndarray]) -> np.ndarray:
