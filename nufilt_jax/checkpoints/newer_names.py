@@ -1,7 +1,7 @@
 """How transformers 5 calls the modules of models whose files keep the names of the 4.x series.
 
 It renames tensors as it reads them, by its own `conversion_mapping.py`; here is what that says in 5.23 of modules that
-are renamed one by one. Those that it joins or splits, as experts, are not told of.
+are renamed one by one, as routers. Those that it joins or splits, as experts, are not told of.
 """
 
 import re
@@ -73,6 +73,12 @@ _KINDS: tuple[tuple[str, _Rules], ...] = (
     ("audioflamingo3 glmasr musicflamingo qwen2_audio voxtral", _AUDIO),
     ("granite_speech granite_speech_plus", _around("language_model", "encoder", "projector")),
     ("qwen2_vl qwen2_5_vl", _QWEN_VL),
+    ("minimax minimax_m2 mixtral", ((r"\bblock_sparse_moe\.(gate|e_score_correction_bias)\b", r"mlp.\1"),)),
+    (
+        "granitemoe granitemoehybrid granitemoeshared",
+        ((r"\bblock_sparse_moe\.router\.layer\b", "block_sparse_moe.router"),),
+    ),
+    ("phimoe", ((r"\bblock_sparse_moe\.gate\b", "mlp.router"),)),
     ("gpt_neox", ((r"^embed_out\b", "lm_head"),)),
 )
 _BY_TYPE = {model: rules for models, rules in _KINDS for model in models.split()}

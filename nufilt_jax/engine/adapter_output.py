@@ -16,7 +16,7 @@ from nufilt_jax.checkpoints.folders import FLAX
 from nufilt_jax.checkpoints.orientation import stored_axes
 from nufilt_jax.checkpoints.peft.keys import parse_key
 from nufilt_jax.checkpoints.peft.spelling import in_series_of, is_whole
-from nufilt_jax.checkpoints.peft.writer import NewPair, saved_by_type, write_adapter
+from nufilt_jax.checkpoints.peft.writer import NewPair, lacking_head, saved_by_type, write_adapter
 from nufilt_jax.checkpoints.prefixes import without_wrappers
 from nufilt_jax.engine.merged import merged_tensors
 from nufilt_jax.engine.plan import Plan
@@ -38,8 +38,12 @@ def told_of(plan: Plan) -> MergedAdapter:
         theirs = in_series_of(theirs, modules, task.base.config)
         old, new = _prefixes(theirs, modules)
         renamed = {name: new + module.removeprefix(old) if old or new else module for name, module in theirs.items()}
-        modules = renamed | modules
+        # Where one holds whole what others adapt, it goes out whole, and is called as a tensor.
+        held = {n: called for n, called in renamed.items() if is_whole(n, called)}
+        modules = renamed | modules | {n: held[n] for n in held if not is_whole(n, modules.get(n, ""))}
         config = config or {key: task.config[key] for key in _CARRIED if task.config.get(key) is not None}
+    if lacking_head(plan.base, config.get("task_type")):
+        del config["task_type"]  # peft would not load the adapter; `engine.factors` tells of it
     return MergedAdapter(modules=modules, config=config)
 
 
@@ -51,6 +55,8 @@ def _recorded(plan: Plan) -> MergedAdapter:
 def _prefixes(theirs: Mapping[str, str], ours: Mapping[str, str]) -> tuple[str, str]:
     """In what the names of two adapters differ, which may have been trained with different classes of one model."""
     for name in sorted(theirs.keys() & ours.keys()):  # a set's own order is another in every process
+        if is_whole(name, theirs[name]) != is_whole(name, ours[name]):
+            continue  # a tensor and its module end differently, whatever they begin with
         reversed_names = theirs[name][::-1], ours[name][::-1]
         alike = len(os.path.commonprefix(reversed_names))  # noqa: RUF071  characters are meant
         return theirs[name][: len(theirs[name]) - alike], ours[name][: len(ours[name]) - alike]
@@ -82,7 +88,7 @@ def write_merged_adapter(plan: Plan, delta: Mapping[str, Any], told: MergedAdapt
         if layer not in told.modules:
             continue  # no task changed it
         module, shape, known = told.modules[layer], shape_in(plan.base.tensors, layer), ranks.get(layer)
-        if not _is_adapted(plan, layer, shape, known):
+        if not _is_adapted(layer, module, shape, known):
             whole.append(layer)
             continue
         rank = _dense_rank(plan, layer, module, shape) if known is None else max(1, len(_used(delta[layer].rows)))
@@ -142,13 +148,9 @@ def _lost(held: float, of_all: float) -> float:
     return max(1 - held / of_all, 0.0) if of_all > 0 else 0.0
 
 
-def _is_adapted(plan: Plan, layer: str, shape: tuple[int, ...], ranks: tuple[int, ...] | None) -> bool:
+def _is_adapted(layer: str, module: str, shape: tuple[int, ...], ranks: tuple[int, ...] | None) -> bool:
     """Whether a layer goes out in factors; what some task holds whole stands in place of the base's."""
-    if ranks is not None:
-        return True
-    tasks = [task for task in plan.tasks.values() if isinstance(task, AdaptedCheckpoint)]
-    is_whole = any(layer not in t.factors and t.tensors[layer] is not plan.base.tensors[layer] for t in tasks)
-    return len(shape) == 2 and layer.endswith(".weight") and not is_whole
+    return ranks is not None or (len(shape) == 2 and layer.endswith(".weight") and not is_whole(layer, module))
 
 
 def _dense_rank(plan: Plan, layer: str, module: str, shape: tuple[int, ...]) -> int:

@@ -18,6 +18,7 @@ from nufilt_jax.checkpoints import Checkpoint, fit, open_checkpoint, open_task, 
 from nufilt_jax.checkpoints.dtypes import FLOATS
 from nufilt_jax.checkpoints.newer_names import is_saved_by_newer, newer_names
 from nufilt_jax.checkpoints.partners import Fitted, listed
+from nufilt_jax.checkpoints.peft.experts import called_as_experts, is_expert
 from nufilt_jax.checkpoints.peft.writer import NewPair, module_of, stored_module, write_adapter
 from nufilt_jax.checkpoints.survey import squared_change
 from nufilt_jax.checkpoints.writer import output_error
@@ -31,6 +32,7 @@ from nufilt_jax.linalg.dispatch import Program, after, chunk_size, layers_by_pro
 from nufilt_jax.linalg.subspace import leading_of
 from nufilt_jax.methods.stacked import stack_names, task_vector
 from nufilt_jax.output.documents import write_json
+from nufilt_jax.patterns import patterns
 
 REPORT = "extract.json"
 
@@ -145,11 +147,21 @@ def _notices(base: Checkpoint, fitted: Fitted, tables: tuple[str, ...], names: t
     stored = [stored_module(base, name) for name in names]
     if any(new != module for module, new in newer_names(stored, base.config).items()):
         yield f"{source}: modules are called as {_series(base)} may not find them"
+    if is_saved_by_newer(base.config) and any(map(is_expert, stored)):
+        what = "peft joins the experts of a block for transformers 5, and may load only a part"
+        yield f"{source}: {what}{_mistaken(stored)}"
     yield from (f"{source}: {name} is a lookup table, and has no place in the adapter" for name in tables)
     yield from (f"{source}: {notice}" for notice in fitted.renamed)
     if fitted.kept:
         tensors = "1 tensor has" if len(fitted.kept) == 1 else f"{len(fitted.kept)} tensors have"
         yield f"{source}: {tensors} no place in the adapter: {listed(fitted.kept)}"
+
+
+def _mistaken(stored: Sequence[str]) -> str:
+    """What is most likely left out."""
+    alike = called_as_experts(stored)
+    named = ", ".join(group.pattern for group in patterns(alike))
+    return f": it takes for experts what is called as they are, {named}" if alike else ""
 
 
 def _series(base: Checkpoint) -> str:

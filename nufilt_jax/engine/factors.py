@@ -8,6 +8,7 @@ import numpy as np
 
 from nufilt_jax.anatomy import shape_in, tensor_of
 from nufilt_jax.checkpoints import AdaptedCheckpoint, Checkpoint
+from nufilt_jax.checkpoints.peft.writer import lacking_head
 from nufilt_jax.config import problem
 from nufilt_jax.engine.grid import Stack
 from nufilt_jax.engine.job import Job
@@ -156,3 +157,14 @@ def output_problems(
         yield problem("output", what, "select others with --layers, or leave that out")
     if settings.format is not None:
         yield problem("format", "does not go with --output adapter, which peft reads as safetensors", "leave it out")
+
+
+def output_warnings(base: Checkpoint, tasks: Mapping[str, Checkpoint], settings: Settings) -> Iterator[str]:
+    """What a merge that is written as an adapter leaves out of the first one's config."""
+    first = next(iter(tasks.values()), None)
+    if settings.output != "adapter" or not isinstance(first, AdaptedCheckpoint):
+        return
+    task_type = first.config.get("task_type")
+    if head := lacking_head(base, task_type):
+        what = f"is of task type {task_type}, with which peft looks for a {head} that the base {base.source} lacks"
+        yield f"{first.source}: {what}: the merged adapter is of no type, and the head is for its user to add"

@@ -9,7 +9,7 @@ from nufilt_jax.anatomy import tensor_of
 from nufilt_jax.checkpoints import Checkpoint, open_checkpoint, open_task
 from nufilt_jax.config import problem
 from nufilt_jax.engine.devices import idle_devices
-from nufilt_jax.engine.factors import output_problems
+from nufilt_jax.engine.factors import output_problems, output_warnings
 from nufilt_jax.engine.grid import Direction, Stack, Window
 from nufilt_jax.engine.job import EvaluationOptions, Job, Recorded, lacking_state, other_merge_problems, recorded_in
 from nufilt_jax.engine.layout import lay_out
@@ -150,6 +150,7 @@ def make_plan(job: Job, *, offline: bool = False, headers_only: bool = False) ->
             *job.warnings,
             *idle_devices(job.devices, job.settings.method),
             *notices,
+            *output_warnings(base, tasks, job.settings),
         ),
     )
 

@@ -31,8 +31,8 @@ SWEEPS = 4
 # Directions on either side of the cut that each sweep sorts out exactly: rotations to first order do not sort near
 # ties. Without it, the same couplings grow from 0.65 to 1.0.
 CUT_WINDOW = 32
-# As many on a GPU: up to 32 columns cuSOLVER takes the eigenvectors of all layers in one call, of wider ones layer after
-# layer. Hardly any more layers are then left to the second program.
+# As many on a GPU: cuSOLVER takes the eigenvectors of all layers in one call, if they have at most 32 columns, and else
+# layer after layer. Hardly any more layers are then left to the second program.
 CUT_WINDOW_ON_GPU = 16
 # Rotations of one sweep together: more would leave the vectors far from orthonormal.
 MOST_ROTATION = 0.5

@@ -29,6 +29,9 @@ SAME = [
     ("gemma3", "vision_tower.vision_model.encoder.layers.0.mlp.fc1", "model.vision_tower.encoder.layers.0.mlp.fc1"),
     ("mllama", "vision_model.transformer.layers.0.mlp.fc1", "model.vision_model.transformer.layers.0.mlp.fc1"),
     ("llava", "language_model.model.layers.0.mlp.up_proj", "model.language_model.layers.0.mlp.up_proj"),
+    ("mixtral", "model.layers.0.block_sparse_moe.gate", "model.layers.0.mlp.gate"),
+    ("granitemoe", "model.layers.0.block_sparse_moe.router.layer", "model.layers.0.block_sparse_moe.router"),
+    ("phimoe", "model.layers.1.block_sparse_moe.gate", "model.layers.1.mlp.router"),
     ("gpt_neox", "embed_out", "lm_head"),
 ]
 

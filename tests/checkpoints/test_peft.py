@@ -172,6 +172,7 @@ KEYS = {
     "lokr": (f"base_model.model.{Q0}.lokr_w1", "LoKr"),
     "ia3": (f"base_model.model.{Q0}.ia3_l", "IA³"),
     "prompt": ("prompt_embeddings", "prompt tuning"),
+    "prompts": ("prompt_encoder.default.embedding.weight", "prompt tuning"),
     "unknown": (f"base_model.model.{Q0}.lora_C.weight", "a variant of LoRA"),
     "bias": (f"base_model.model.{Q0}.lora_B.bias", "LoRA with biases of its own"),
 }
@@ -185,6 +186,23 @@ def test_keys_that_are_refused(tmp_path, base, pairs, case):
         open_task(str(folder), base)
     [problem] = error.value.problems
     assert problem.tensor == key and f"belongs to {what}" in problem.what
+
+
+@pytest.mark.parametrize("class_prefix", ["", "model."])
+@pytest.mark.parametrize("module", ["vision_model.adapter.proj", "prompt_encoder.embed", "prompt_encoder.embedding"])
+def test_modules_of_the_model_that_are_called_as_what_others_store(tmp_path, base_tensors, pairs, module, class_prefix):
+    """Saved whole, or their biases: the base knows them, whatever the class calls them within."""
+    whole = {f"{module}.weight": np.ones((2, build.WIDTH), np.float32), f"{module}.bias": np.ones(2, np.float32)}
+    base = open_checkpoint(str(build.write(tmp_path / "base", base_tensors | whole)), role="base")
+    extra = {
+        f"{adapters.PREFIX}{class_prefix}{module}.weight": 2 * whole[f"{module}.weight"],
+        f"{adapters.PREFIX}{class_prefix}{module}.base_layer.bias": 3 * whole[f"{module}.bias"],
+    }
+    named = {class_prefix + name: pair for name, pair in pairs.items()}
+    read = open_task(str(adapters.write(tmp_path / "a", named, extra=extra, bias="all")), base).read()
+    assert read.keys() == base.tensors.keys()
+    np.testing.assert_array_equal(read[f"{module}.weight"], 2 * whole[f"{module}.weight"])
+    np.testing.assert_array_equal(read[f"{module}.bias"], 3 * whole[f"{module}.bias"])
 
 
 def test_factors_that_do_not_fit(tmp_path, base, pairs):

@@ -171,3 +171,31 @@ def test_refusals(refused, models, tmp_path, case):
 def test_what_is_missing(refused, models):
     [line] = refused("extract", models / "full", "--base", models / "base", code=2)
     assert "--rank, --out: missing" in line
+
+
+@pytest.mark.parametrize("version", ["4.57.0", "5.1.0"])
+def test_experts_come_out_as_peft_joins_them(nufilt, tmp_path, version):
+    """For transformers 5 it stacks those of a block, also where not all of them changed, or have the rank."""
+    block, rng = "model.layers.0.mlp", np.random.default_rng(0)
+    modules = [f"{block}.experts.{i}.{name}_proj" for i in (0, 1, 10) for name in ("gate", "up")]
+    base = {f"{m}.weight": rng.standard_normal((4, 16)).astype(np.float32) for m in modules}
+    q, shared = "model.layers.0.self_attn.q_proj", f"{block}.shared_experts.up_proj"
+    base |= {f"{m}.weight": rng.standard_normal((16, 16)).astype(np.float32) for m in (q, shared)}
+    changed = [f"{m}.weight" for m in (modules[0], modules[3], q, shared)]
+    full = base | {name: base[name] + rng.standard_normal(base[name].shape).astype(np.float32) for name in changed}
+    build.write(tmp_path / "base", base, transformers_version=version)
+    build.write(tmp_path / "full", full)
+    given = (tmp_path / "full", "--base", tmp_path / "base", "--rank", 6, "--out", tmp_path / "out")
+    result = nufilt("extract", *given, "--layers", r".*\.weight")
+    assert result.code == 0, result.err
+    stored = build.weights(tmp_path / "out")
+    ranks = {m: stored.get(f"{adapters.PREFIX}{m}.lora_A.weight", np.zeros((0, 1))).shape[0] for m in modules}
+    is_newer = version.startswith("5")
+    assert ranks == {m: 6 if is_newer else 4 * (f"{m}.weight" in changed) for m in modules}
+    told = "full: peft joins the experts of a block for transformers 5, and may load only a part: it takes for experts"
+    assert (
+        told in result.err and f"what is called as they are, {shared}".replace(".0.", ".*.") in result.err
+    ) == is_newer
+    read = open_task(str(tmp_path / "out"), open_checkpoint(str(tmp_path / "base"), role="base")).read()
+    for name in {*base} - {f"{q}.weight", f"{shared}.weight"}:
+        np.testing.assert_allclose(read[name], full[name], atol=1e-5)

@@ -8,12 +8,17 @@ import pytest
 import torch
 from peft_helpers import assert_same, draw_factors, nufilt, weights
 from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
+    RobertaModel,
 )
 
 # What peft and transformers say of each other's next versions is theirs.
@@ -161,6 +166,38 @@ def test_a_classifier_s_adapters_are_read_and_made(tmp_path, bias):
         assert_same(ours, whole, weights(roberta()))
 
 
+def test_question_answering_s_adapters_are_made(tmp_path):
+    """Of which peft saves the head as well."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 3}
+    BertForQuestionAnswering(BertConfig(vocab_size=30, **sizes)).save_pretrained(tmp_path / "base")
+    settings = peft.LoraConfig(target_modules=["query", "value"], r=2, task_type="QUESTION_ANS")
+
+    def model(name="base"):
+        return BertForQuestionAnswering.from_pretrained(tmp_path / name)
+
+    drawn(peft.get_peft_model(model(), settings), tmp_path / "a", 1)
+    given = ("--base", tmp_path / "base", "--task", f"a={tmp_path / 'a'}", "--method", "sum")
+    nufilt("merge", *given, "--out", tmp_path / "model")
+    nufilt("merge", *given, "--out", tmp_path / "adapter", "--output", "adapter")
+    ours = weights(peft.PeftModel.from_pretrained(model(), tmp_path / "adapter").merge_and_unload())
+    assert_same(ours, weights(model("model")), weights(model()))
+
+
+def test_adapters_of_a_classifier_on_a_base_without_one_are_made(tmp_path):
+    """Each has a head of its own, which the merge leaves out; so peft must not look for one."""
+    roberta().roberta.save_pretrained(tmp_path / "base")
+    settings = peft.LoraConfig(target_modules=["query", "value"], r=2, task_type="SEQ_CLS")
+    drawn(peft.get_peft_model(roberta(), settings), tmp_path / "a", 1)
+    given = ("--base", tmp_path / "base", "--task", f"a={tmp_path / 'a'}", "--method", "sum")
+    nufilt("merge", *given, "--out", tmp_path / "model")
+    nufilt("merge", *given, "--out", tmp_path / "adapter", "--output", "adapter")
+    ours = weights(peft.PeftModel.from_pretrained(roberta(), tmp_path / "adapter").merge_and_unload())
+    whole = RobertaModel.from_pretrained(tmp_path / "model", add_pooling_layer=False)
+    theirs = weights(roberta()) | {f"roberta.{name}": x for name, x in weights(whole).items()}
+    assert_same(ours, theirs, weights(roberta()))
+
+
 @pytest.mark.parametrize("base", [llama(), llama().model], ids=["whole", "headless"])
 def test_peft_loads_what_was_extracted(tmp_path, base):
     """Of a fine-tune whose changes have the rank that is asked for: all of it comes back, on the fine-tune's class."""
@@ -174,3 +211,24 @@ def test_peft_loads_what_was_extracted(tmp_path, base):
     assert json.loads((out / "extract.json").read_text())["kept"] > 0.999999
     with_ours = peft.PeftModel.from_pretrained(llama(), out)
     assert_same(weights(with_ours.merge_and_unload()), weights(whole), weights(llama()))
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")  # which peft made itself
+@pytest.mark.parametrize("rank", [3, 12])
+def test_peft_loads_experts_that_were_extracted(tmp_path, rank):
+    """Of which one alone changed, and which have fewer rows than the rank that is asked for."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "moe_intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"num_experts": 3, "num_experts_per_tok": 1, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 30}
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes)).save_pretrained(tmp_path / "base")
+    base, full = (Qwen3MoeForCausalLM.from_pretrained(tmp_path / "base") for _ in range(2))
+    with torch.no_grad():
+        for name, parameter in full.named_parameters():
+            if name.endswith(("q_proj.weight", "experts.gate_up_proj", "experts.down_proj")):
+                changed = parameter if parameter.dim() == 2 else parameter[1]
+                changed.add_(0.2 * torch.randn(changed.shape[0], rank) @ torch.randn(rank, changed.shape[1]))
+    full.save_pretrained(tmp_path / "full")
+    out = tmp_path / "out"
+    nufilt("extract", tmp_path / "full", "--base", tmp_path / "base", "--rank", rank, "--out", out)
+    wanted = weights(base)
+    assert_same(weights(peft.PeftModel.from_pretrained(base, out).merge_and_unload()), weights(full), wanted)

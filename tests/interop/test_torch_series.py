@@ -137,6 +137,43 @@ def test_peft_loads_what_was_extracted(base, tmp_path):
     assert_loaded(base, out, tmp_path / "a-full")
 
 
+MOE = LAYERS | {"num_key_value_heads": 2, "num_local_experts": 2, "vocab_size": 30}
+ROUTERS = {
+    "mixtral": (lambda: T.MixtralForCausalLM(T.MixtralConfig(**MOE)), {"modules_to_save": ["gate"]}),
+    "minimax": (lambda: T.MiniMaxForCausalLM(T.MiniMaxConfig(**MOE)), {"modules_to_save": ["gate"]}),
+    "minimax m2": (
+        lambda: T.MiniMaxM2ForCausalLM(T.MiniMaxM2Config(**MOE, head_dim=8)),
+        {"modules_to_save": ["gate"]},
+    ),
+    "granite": (lambda: T.GraniteMoeForCausalLM(T.GraniteMoeConfig(**MOE)), {"modules_to_save": ["router"]}),
+    "phimoe": (lambda: T.PhimoeForCausalLM(T.PhimoeConfig(**MOE)), {"modules_to_save": ["router"]}),
+    "phimoe adapted": (lambda: T.PhimoeForCausalLM(T.PhimoeConfig(**MOE)), {"target_modules": ["q_proj", "router"]}),
+}
+
+
+@pytest.mark.parametrize("case", ROUTERS)
+def test_routers_are_read_and_made(tmp_path, case):
+    """Which alone of a mixture's modules are renamed one by one."""
+    make, how = ROUTERS[case]
+    torch.manual_seed(0)
+    model = make()
+    model.save_pretrained(tmp_path / "base")
+    base = type(model), tmp_path / "base"
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**{"r": 2, "target_modules": ["q_proj"]} | how))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    adapted.save_pretrained(tmp_path / "a")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "a-full")
+    given = ("--base", base[1], "--task", f"a={tmp_path / 'a'}", "--layers", r".*\.weight")
+    for output in ("model", "adapter"):
+        out = ("--out", tmp_path / output, "--output", output)
+        nufilt("merge", *given, "--method", "task_arithmetic", "--method-args", "scale=1", *out)
+    assert_same(stored(tmp_path / "model"), stored(tmp_path / "a-full"), stored(base[1]))
+    assert_loaded(base, tmp_path / "adapter", tmp_path / "a-full")
+
+
 def assert_loaded(base, adapter, full):
     """peft makes the same model of our adapter as of its own, and our reader too."""
     kind, path = base

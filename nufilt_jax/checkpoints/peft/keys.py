@@ -20,7 +20,7 @@ _FOREIGN = {
     r"\.hada_(w\d|t\d)": "LoHa",
     r"\.lokr_(w\d|t\d)": "LoKr",
     r"\.ia3_l\b": "IA³",
-    r"(^|\.)prompt_embeddings\b|(^|\.)prompt_encoder\b": "prompt tuning",
+    r"(^|\.)prompt_embeddings\b|(^|\.)prompt_encoder(\.\w+)?\.(embedding|(mlp|lstm)_head)\b": "prompt tuning",
     r"\.vera_(lambda|A|B)": "VeRA",
     r"\.(oft|boft)_": "OFT",
     r"\.trainable_tokens_delta\b": "trained tokens",
@@ -33,8 +33,9 @@ class Key(NamedTuple):
     """What a stored tensor is.
 
     Attributes:
-      kind: a factor `a` or `b`, a `full` tensor in place of the base's, a `copy` of the base's, or `foreign`.
-      name: the module of a factor, as the model's class calls it; of a full tensor its whole name.
+      kind: a factor `a` or `b`, a `full` tensor in place of the base's, a `copy` of the base's, or `foreign`, unless
+        that is what the base calls a tensor of its own.
+      name: the module of a factor, as the model's class calls it; of another tensor its whole name.
       what: of a foreign one, the method that it belongs to.
     """
 
@@ -58,7 +59,8 @@ def parse_key(stored: str) -> Key:
         return Key("full", f"{found['module']}.{found['leaf']}")
     if _COPY.fullmatch(name):
         return Key("copy", name)
+    whole = name.replace(".base_layer.", ".")
     for pattern, what in _FOREIGN.items():
         if re.search(pattern, name):
-            return Key("foreign", name, what)
-    return Key("full", name.replace(".base_layer.", "."))
+            return Key("foreign", whole, what)
+    return Key("full", whole)

@@ -114,7 +114,7 @@ def _sorted(base: Checkpoint, adapter: Checkpoint) -> tuple[Pairs, dict[str, Ten
         key = parse_key(info.stored_name)
         if key.kind in ("a", "b"):
             twice = pairs.setdefault(key.name, {}).setdefault(key.kind, info)
-        elif key.kind == "full":
+        elif key.kind == "full" or (key.kind == "foreign" and _is_of(base, without_wrappers(key.name, base))):
             name = without_wrappers(key.name, base)
             info = _laid_as(info, name, model)
             twice = full.setdefault(name, info)
@@ -122,7 +122,8 @@ def _sorted(base: Checkpoint, adapter: Checkpoint) -> tuple[Pairs, dict[str, Ten
             problems += _foreign(info, key)
             continue
         if twice is not info and not (
-            key.kind == "full" and is_copy(twice, info, compare_bytes=adapter.is_local)  # peft writes some heads twice
+            key.kind not in ("a", "b")
+            and is_copy(twice, info, compare_bytes=adapter.is_local)  # peft writes some heads twice
         ):
             what = f"means the same as {twice.stored_name}"
             problems.append(Problem(str(info.file), what, "keep one of the two", info.stored_name))
@@ -130,6 +131,16 @@ def _sorted(base: Checkpoint, adapter: Checkpoint) -> tuple[Pairs, dict[str, Ten
         what = "holds no LoRA factors" if adapter.tensors else "holds no tensors"
         problems.append(Problem(str(adapter.weight_files[0]), what, _SAVE))
     return pairs, full, problems
+
+
+def _is_of(base: Checkpoint, name: str) -> bool:
+    """Whether the base has a tensor that is called so in either series, with the prefix of a class or without."""
+    ours = {*base.tensors, *newer_names(base.tensors, base.config).values()}
+    return not ours.isdisjoint((name, _headless(name))) or name in map(_headless, ours)
+
+
+def _headless(name: str) -> str:
+    return name.partition(".")[2] or name
 
 
 def _laid_as(info: TensorInfo, name: str, model: Mapping[str, Any]) -> TensorInfo:

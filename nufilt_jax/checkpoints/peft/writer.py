@@ -1,6 +1,7 @@
 """Writing an adapter as a PEFT folder."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from nufilt_jax.checkpoints.dtypes import OUTPUT_DTYPES, AnyArray, cast, numpy_d
 from nufilt_jax.checkpoints.folders import ADAPTER, FLAX
 from nufilt_jax.checkpoints.newer_names import is_saved_by_newer, newer_names
 from nufilt_jax.checkpoints.peft.config import CONFIG
+from nufilt_jax.checkpoints.peft.experts import is_expert, missing_experts
 from nufilt_jax.checkpoints.peft.keys import PREFIX
 from nufilt_jax.checkpoints.reader import Checkpoint
 from nufilt_jax.checkpoints.safetensors_files import Piece
@@ -21,8 +23,9 @@ from nufilt_jax.checkpoints.writer import output_error
 from nufilt_jax.durable import atomic_write, make_folder
 from nufilt_jax.errors import OutputError, Problem, raise_all
 
-_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS")  # types of task for which peft trains and saves a head by itself
-_HEADS = ("classifier", "score")  # how it knows one: by the end of the module's name
+_CLASSIFIERS = ("classifier", "score")
+# The heads that peft trains and saves by itself, by type of task; it knows one by the end of the module's name.
+_HEADS = {"SEQ_CLS": _CLASSIFIERS, "TOKEN_CLS": _CLASSIFIERS, "QUESTION_ANS": ("qa_outputs",)}
 FactorPair = tuple[Float[np.ndarray, "r d_in"], Float[np.ndarray, "d_out r"]]
 
 
@@ -43,7 +46,13 @@ class NewPair:
 
 def saved_by_type(module: str, task_type: str | None) -> bool:
     """Whether peft keeps a module whole because of its adapter's type of task, without being told to."""
-    return task_type in _WITH_HEAD and any(part.endswith(_HEADS) for part in module.split("."))
+    return any(part.endswith(_HEADS.get(str(task_type), ())) for part in module.split("."))
+
+
+def lacking_head(base: Checkpoint, task_type: str | None) -> str:
+    """What peft looks for beside an adapter of a type of task and a base does not store; empty if it lacks nothing."""
+    modules = (name.rpartition(".")[0] for name in base.tensors)
+    return "" if any(saved_by_type(x, task_type) for x in modules) else " or ".join(_HEADS.get(str(task_type), ()))
 
 
 def stored_module(base: Checkpoint, name: str) -> str:
@@ -83,6 +92,7 @@ def write_adapter(
     code = OUTPUT_DTYPES[dtype or "float32"]
     lost: list[Problem] = []
     pieces = []
+    pairs = _of_even_experts(pairs, base)
     for module, pair in pairs.items():
         (m, n), r = pair.shape, pair.rank
         # A and B come from one call: the pieces of a file are written in the order of this list.
@@ -102,6 +112,32 @@ def write_adapter(
     except OSError as error:
         raise output_error(out, error) from error
     raise_all(OutputError, lost)
+
+
+def _of_even_experts(pairs: Mapping[str, NewPair], base: Checkpoint) -> dict[str, NewPair]:
+    """All experts of a block in the config's rank, filled up with zeros: peft stacks them for transformers 5."""
+    if not is_saved_by_newer(base.config):
+        return dict(pairs)
+    most = max((pair.rank for pair in pairs.values()), default=1)
+    every = {**pairs, **{module: _none(pairs[one].shape) for module, one in missing_experts(pairs, base).items()}}
+    return {
+        module: NewPair(most, pair.shape, functools.partial(_filled, pair.made, most))
+        if is_expert(module) and pair.rank < most
+        else pair
+        for module, pair in every.items()
+    }
+
+
+def _none(shape: tuple[int, ...]) -> NewPair:
+    """No change."""
+    m, n = shape
+    return NewPair(0, shape, lambda: (np.zeros((0, n), np.float32), np.zeros((m, 0), np.float32)))
+
+
+def _filled(made: Callable[[], FactorPair], rank: int) -> FactorPair:
+    a, b = made()
+    more = rank - a.shape[0]
+    return np.pad(a, ((0, more), (0, 0))), np.pad(b, ((0, 0), (0, more)))
 
 
 def _half(pair: NewPair, kept: list[np.ndarray]) -> np.ndarray:
