@@ -4,6 +4,7 @@ import itertools
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -33,10 +34,17 @@ def carry_over(old: Path, new: Path, recorded: Mapping[str, str], card: str) -> 
     """
     if not recorded:
         return
+    made = list[str]()
     for name in _added(old, recorded):
-        if not os.path.lexists(new / name):
-            (new / name).parent.mkdir(parents=True, exist_ok=True)
+        if os.path.lexists(new / name):
+            continue
+        if _is_folder(old / name):
+            (new / name).mkdir()
+            made.append(name)
+        else:
             _link(old / name, new / name)
+    for name in reversed(made):  # only now: nothing can be put into a folder that its user has protected
+        _same_mode(old / name, new / name)
     if card in recorded and (old / card).is_file() and file_sha256(old / card) != recorded[card]:
         stem, suffix = os.path.splitext(card)
         names = (f"{stem}.old{number or ''}{suffix}" for number in itertools.count())
@@ -44,13 +52,23 @@ def carry_over(old: Path, new: Path, recorded: Mapping[str, str], card: str) -> 
 
 
 def _added(folder: Path, recorded: Mapping[str, str]) -> Iterator[str]:
-    """Names of the files that no command of this program wrote."""
-    for here, folders, names in os.walk(folder):
-        for name in (*names, *(name for name in folders if Path(here, name).is_symlink())):
-            path = Path(here, name).relative_to(folder)
-            is_own = path.as_posix() in OWN_FILES or path.parts[0] in OWN_FOLDERS or _DRAFT.fullmatch(name)
-            if not is_own and path.as_posix() not in recorded:
-                yield path.as_posix()
+    """Names of the files that no command of this program wrote, and of all folders, each before what is in it."""
+    for path, folders, names in os.walk(folder):
+        here = Path(path).relative_to(folder)
+        folders[:] = [name for name in folders if here.parts or name not in OWN_FOLDERS]
+        yield from ((here / name).as_posix() for name in folders)
+        files = ((here / name).as_posix() for name in names if not _DRAFT.fullmatch(name))
+        yield from (name for name in files if name not in OWN_FILES and name not in recorded)
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _same_mode(source: Path, target: Path) -> None:
+    there, here = (stat.S_IMODE(path.stat().st_mode) for path in (source, target))
+    if there != here:  # some file systems know none, and refuse to be asked
+        target.chmod(there)
 
 
 def _link(source: Path, target: Path) -> None:

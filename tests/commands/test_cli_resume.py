@@ -444,3 +444,18 @@ def test_what_a_user_adds_to_a_merge_stays(shared_models, tmp_path, nufilt, comm
     assert nufilt("verify", out, "--quick").code == 0
     assert nufilt(*add(shared_models, out, "gamma")).code == 0
     assert (out / "README.old.md").read_text() == "edited" and not (out / "README.old1.md").exists()
+
+
+def test_folders_of_a_user_stay_though_nothing_is_in_them(shared_models, tmp_path, nufilt, command):
+    """Without `.git/refs` git knows no repository."""
+    out = tmp_path / "out"
+    assert nufilt(*command(shared_models, out, "--method", "sum", n=1)).code == 0
+    mine = {".git/refs/heads": 0o755, ".git/objects": 0o700, "runs/.old.0123abcd": 0o2775, "state/mine": 0o755}
+    for name, mode in mine.items():
+        (out / name).mkdir(parents=True)
+        (out / name).chmod(mode)
+    assert nufilt(*add(shared_models, out, "beta")).code == 0
+    assert not (out / "state" / "mine").exists()
+    stay = [name for name in mine if not name.startswith("state")]
+    assert {name: (out / name).stat().st_mode & 0o7777 for name in stay} == {name: mine[name] for name in stay}
+    assert beside(out) == set()
