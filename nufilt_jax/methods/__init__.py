@@ -13,7 +13,7 @@ from typing import Any, get_args
 from jax.sharding import Mesh
 
 from nufilt_jax.anatomy import shape_in
-from nufilt_jax.config import ENTRY_POINTS, OtherParams, problem
+from nufilt_jax.config import ENTRY_POINTS, OtherParams, kind_problems, problem
 from nufilt_jax.config import MethodConfig as MethodConfig
 from nufilt_jax.config import number as number
 from nufilt_jax.errors import ConfigError, Problem, SolveError, raise_all
@@ -107,8 +107,9 @@ def register(rule: Rule[Any]) -> Rule[Any]:
     An installed package does the same without being imported, by an entry point of the group `nufilt_jax.methods`.
 
     Raises:
-      ConfigError: another rule has that name.
+      ConfigError: another rule has that name, or a setting has a type that none can have.
     """
+    raise_all(ConfigError, kind_problems(rule.config))
     if rule.name in ALIASES or RULES.setdefault(rule.name, rule) is not rule:
         raise ConfigError(problem("method", f"there is a method {rule.name!r} already", "choose another name"))
     return rule

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from typing import Literal
 
 import adapter_builders as adapters
 import jax
@@ -313,6 +314,77 @@ def test_own_rules(registry):
     assert "iso" not in nj.methods.RULES
     with pytest.raises(ConfigError, match=r"it is a rule of your own: say method my:RULE"):
         nj.methods.find("my:RULE")
+
+
+OF_TEXTS = """
+from __future__ import annotations
+import dataclasses
+from typing import Literal
+from nufilt_jax.methods import MethodConfig, Rule, number
+from nufilt_jax.methods.state import as_it_is
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextConfig(MethodConfig):
+    keep: float = number(0.5, at_least=0, at_most=1)
+    n: int = 3
+    fast: bool = False
+    mode: Literal["x", "y"] = "x"
+    label: str = "a"
+
+RULE = Rule(name="texts", config=TextConfig, advance=as_it_is)
+"""
+
+
+def test_types_of_settings_may_be_written_as_texts(shared_models, tmp_path, nufilt, registry, monkeypatch):
+    """As an import from `__future__` makes of all annotations."""
+    (tmp_path / "rule_of_texts.py").write_text(OF_TEXTS)
+    monkeypatch.chdir(tmp_path)
+
+    def planned(*pairs):
+        given = ("--base", shared_models / "base", "--task", f"a={shared_models / 'alpha'}", "--json")
+        return nufilt("plan", *given, "--method", "rule_of_texts:RULE", "--method-args", *pairs)
+
+    told = planned("keep=0.2", "n=4", "fast=true", "mode=y", "label=b").json["config"]
+    assert told == {"keep": 0.2, "n": 4, "fast": True, "mode": "y", "label": "b"}
+    assert planned("keep=2", "n=-1", "fast=2", "mode=z", "label=").err.splitlines() == [
+        "nufilt: --method-args: fast must be true or false, got '2'",
+        "nufilt: --method-args: keep must be at most 1, got 2.0",
+        "nufilt: --method-args: n must be at least 0, got -1",
+        "nufilt: --method-args: mode must be one of x, y, got 'z'",
+    ]
+    own = nj.methods.find("rule_of_texts:RULE").config
+    with pytest.raises(ConfigError, match="label must be a text, got 3"):
+        own(label=3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        (float | None, "float | None"),
+        (tuple[float, ...], "tuple[float, ...]"),
+        (Literal[1, 2], "Literal[1, 2]"),
+        (list, "list"),
+        ("float | None", "float | None"),
+    ],
+)
+def test_settings_of_types_that_none_can_have_are_refused(registry, kind, told):
+    own = dataclasses.make_dataclass(
+        "OwnConfig", [("w", kind, None)], bases=(nj.methods.MethodConfig,), frozen=True, kw_only=True
+    )
+    message = (
+        rf"method: OwnConfig.w is declared as {re.escape(told)}, which no setting can be \(declare it as bool, int"
+    )
+    with pytest.raises(ConfigError, match=message):
+        nj.methods.register(dataclasses.replace(nj.methods.RULES["sum"], name="mine", config=own))
+    with pytest.raises(ConfigError, match=message):
+        own()
+    assert "mine" not in nj.methods.RULES
+
+
+def test_a_type_of_a_setting_that_is_nowhere_is_told(registry):
+    own = dataclasses.make_dataclass("OwnConfig", [("w", "Nowhere", 1)], bases=(nj.methods.MethodConfig,), frozen=True)
+    with pytest.raises(ConfigError, match="OwnConfig has settings whose types cannot be found: name 'Nowhere' is not"):
+        nj.methods.register(dataclasses.replace(nj.methods.RULES["sum"], name="mine", config=own))
 
 
 OWN = """
