@@ -38,6 +38,7 @@ from nufilt_jax.methods.data import TaskData as TaskData
 from nufilt_jax.methods.elementwise import move_others
 from nufilt_jax.methods.matrices import require_finite
 from nufilt_jax.methods.merger import Merger as Merger
+from nufilt_jax.methods.returned import checked
 from nufilt_jax.methods.selection import Selection, select
 from nufilt_jax.methods.selection import every_tensor as every_tensor
 from nufilt_jax.methods.selection import is_linear_layer as is_linear_layer
@@ -270,7 +271,8 @@ def get(
         own = dataclasses.replace(state, delta=delta.only(mine))
         take = rule.first if state.step == 0 else rule.advance
         try:
-            done = take(own, task.only(mine), Context(settings, seed, on_stack, data, numbers, mesh, adapter_start))
+            context = Context(settings, seed, on_stack, data, numbers, mesh, adapter_start)
+            done = checked(rule.name, own.delta, take(own, task.only(mine), context))
             moved = move_others(delta.only(others), task.only(others), state.step, other_params)
             # For all rules alike; those that know a remedy have refused before.
             require_finite(done.delta + moved)
