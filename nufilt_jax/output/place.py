@@ -280,7 +280,7 @@ class OutputPlace:
                 link_tree(window.folder, target)
             recipe = dataclasses.replace(recipe, files=folder_sha256(self.staging, without=REWRITTEN))
             write_json(self.staging / RECIPE, recipe.as_seen_from(self.out).to_json())
-            carry_over(self.out, self.staging, replaced.get("files", {}), CARD)
+            self.warnings = carry_over(self.out, self.staging, replaced.get("files", {}), recipe.files)
             sync_tree(self.staging)
             if self.out.exists():
                 move(self.out, self._previous)  # no folder that holds something is replaced by a rename

@@ -492,3 +492,22 @@ def test_what_cannot_be_removed_when_all_is_done_is_told(shared_models, tmp_path
     what = "cannot be removed: it holds what may not be listed or changed"
     assert (result.code, result.err.count(f"nufilt: warning: {tmp_path / 'out.partial'}: {what}")) == (0, 1)
     assert nufilt(*argv).code == 0 and beside(tmp_path / "out") == set()
+
+
+def test_what_a_user_has_edited_of_a_merge_is_kept_beside_and_told(shared_models, tmp_path, nufilt, command):
+    out = tmp_path / "out"
+    assert nufilt(*command(shared_models, out, "--method", "sum", n=1)).code == 0
+    config = (out / "config.json").read_text()
+    (out / "config.json").write_text("{}")
+    (out / "README.md").write_text("edited")
+    result = nufilt(*add(shared_models, out, "beta"))
+    told = "edited since the merge, and written anew: README.md, config.json"
+    assert (
+        f"nufilt: warning: {out}: {told} (yours is kept as README.old.md, config.old.json)" in result.err.splitlines()
+    )
+    texts = {name: (out / name).read_text() for name in ("config.json", "config.old.json", "README.old.md")}
+    assert texts == {"config.json": config, "config.old.json": "{}", "README.old.md": "edited"}
+    result = nufilt(*add(shared_models, out, "gamma"))
+    assert (result.code, "edited since" in result.err) == (0, False)
+    assert (out / "config.old.json").read_text() == "{}" and not (out / "config.old1.json").exists()
+    assert nufilt("verify", out, "--quick").code == 0
