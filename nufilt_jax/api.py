@@ -205,6 +205,8 @@ def _merged_into(out: Path, job: "Job", *, offline: bool) -> "dict[str, np.ndarr
         inspection = inspect(plan)
         _warn(plan, inspection)
         run(plan, inspection, place, _Nobody(), Clock())
+    for text in place.warnings:
+        _warn_caller(text)
     is_adapter = plan.settings.output == "adapter"
     return open_task(str(place.out), plan.base).read() if is_adapter else load(str(place.out), offline=True)
 

@@ -1,9 +1,10 @@
 """What all settings are made of: each rule has one frozen dataclass, each default in one place, citing its table."""
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from nufilt_jax.errors import ConfigError, Problem, raise_all
 from nufilt_jax.values import finite_number, whole_number
@@ -29,6 +30,7 @@ def number(
     return dataclasses.field(default=default, metadata={k: v for k, v in limits.items() if v is not None})
 
 
+_KINDS = (bool, int, float, str)  # of settings, beside choices
 _HOLDS: dict[str, Callable[[float, float], bool]] = {
     "above": operator.gt,
     "at least": operator.ge,
@@ -53,9 +55,12 @@ class MethodConfig:
                 object.__setattr__(self, field.name, number)
 
     def problems(self) -> list[Problem]:
-        """Every field out of range."""
+        """Every field out of range, or of a type that no setting has."""
+        if undeclared := kind_problems(type(self)):
+            return undeclared
+        kinds = kinds_of(type(self))
         fields = dataclasses.fields(self)
-        found = ((field.name, _fault(field, getattr(self, field.name))) for field in fields)
+        found = ((field.name, _fault(kinds[field.name], field, getattr(self, field.name))) for field in fields)
         return [problem(name, f"must be {fault}") for name, fault in found if fault]
 
     @property
@@ -64,18 +69,56 @@ class MethodConfig:
         return {}
 
 
-def _fault(field: dataclasses.Field, value: object) -> str:
+@functools.cache
+def kinds_of(settings: type[MethodConfig]) -> dict[str, Any]:
+    """The type of each field; a text, as `from __future__ import annotations` makes of every one, is looked up.
+
+    Raises:
+      ConfigError: what a text names is not in the module.
+    """
+    kinds = {field.name: field.type for field in dataclasses.fields(settings)}
+    if any(isinstance(kind, str) for kind in kinds.values()):
+        try:
+            hints = get_type_hints(settings)
+        except (NameError, AttributeError, TypeError) as error:
+            what = f"{settings.__name__} has settings whose types cannot be found: {error}"
+            raise ConfigError(problem("method", what, "import or define them at the top of its module")) from error
+        kinds = {name: hints[name] for name in kinds}
+    return kinds
+
+
+def kind_problems(settings: type[MethodConfig]) -> list[Problem]:
+    """The fields of a type that no setting has."""
+    fix = "declare it as bool, int, float, str or a Literal of texts"
+    return [
+        problem("method", f"{settings.__name__}.{name} is declared as {_told(kind)}, which no setting can be", fix)
+        for name, kind in kinds_of(settings).items()
+        if kind not in _KINDS and not _is_choice(kind)
+    ]
+
+
+def _is_choice(kind: Any) -> bool:
+    return get_origin(kind) is Literal and all(isinstance(choice, str) for choice in get_args(kind))
+
+
+def _told(kind: Any) -> str:
+    return kind.__name__ if type(kind) is type else str(kind).replace("typing.", "")
+
+
+def _fault(kind: Any, field: dataclasses.Field, value: object) -> str:
     """What a field's value must be and is not, with the value; empty if all is well."""
-    if choices := get_args(field.type):
+    if choices := get_args(kind):
         return "" if value in choices else f"one of {', '.join(choices)}, got {value!r}"
-    if field.type is bool:
+    if kind is bool:
         return "" if isinstance(value, bool) else f"true or false, got {value!r}"
-    if field.type is int and whole_number(value) is None:
+    if kind is str:
+        return "" if isinstance(value, str) else f"a text, got {value!r}"
+    if kind is int and whole_number(value) is None:
         return f"a whole number, got {value!r}"
     number = finite_number(value)
     if number is None:
         return f"a finite number, got {value!r}"
-    limits = {"at least": 0} if field.type is int else {}
+    limits = {"at least": 0} if kind is int else {}
     broken = [f"{word} {limit}" for word, limit in (limits | field.metadata).items() if not _HOLDS[word](number, limit)]
     return f"{broken[0]}, got {value}" if broken else ""
 

@@ -98,7 +98,7 @@ def _merge(arguments: Arguments, hosts: Hosts, stdout: Console, stderr: Console)
         watcher.head(plan, *coverage(plan, inspection.changes))
         recipe = run(plan, inspection, place, watcher, clock, evaluation=evaluation, hosts=hosts)
         scores = _scores(plan, place, watcher)
-    show.show_warnings(stderr, tuple(evaluation.warnings) if evaluation else ())
+    show.show_warnings(stderr, (*place.warnings, *(evaluation.warnings if evaluation else ())))
     if arguments.json:
         # With full paths, where nufilt.json has them relative to its folder: what reads this stands anywhere.
         told = {"out": str(place.out), **recipe.to_json()}

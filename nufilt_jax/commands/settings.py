@@ -8,7 +8,7 @@ from typing import Any, get_args
 from nufilt_jax.checkpoints.folders import FORMATS
 from nufilt_jax.commands.arguments import Arguments, EvaluateArguments
 from nufilt_jax.commands.spelling import SPELLINGS
-from nufilt_jax.config import ComputeType, MethodConfig, differing, option, problem
+from nufilt_jax.config import ComputeType, MethodConfig, differing, kinds_of, option, problem
 from nufilt_jax.engine.asked import asked_settings, idle_settings, of_writing, one_of
 from nufilt_jax.engine.job import EvaluationOptions
 from nufilt_jax.errors import ConfigError, NufiltError, Problem, gathering
@@ -158,21 +158,21 @@ def _as_given(found: Problem) -> Problem:
 
 def _parsed(method: str, pairs: tuple[str, ...], problems: list[Problem]) -> dict[str, Any]:
     """KEY=VALUE pairs, each value read as its field's type."""
-    fields = {field.name: field for field in dataclasses.fields(find(method).config)}
+    kinds = kinds_of(find(method).config)
     values: dict[str, Any] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         key = key.replace("-", "_")
         if not equals:
             problems.append(problem("method_args", f"{pair!r} is not of the form KEY=VALUE"))
-        elif key not in fields:
-            known = f"its settings: {', '.join(fields)}" if fields else "it has none"
+        elif key not in kinds:
+            known = f"its settings: {', '.join(kinds)}" if kinds else "it has none"
             problems.append(problem("method_args", f"{method} has no setting {key!r}", known))
         else:
             try:
-                values[key] = _read(fields[key].type, text)
+                values[key] = _read(kinds[key], text)
             except ValueError:
-                wanted = SPELLINGS[fields[key].type]
+                wanted = SPELLINGS[kinds[key]]
                 problems.append(problem("method_args", f"{key} must be {wanted}, got {shown(text)}"))
     return values
 

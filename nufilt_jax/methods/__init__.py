@@ -13,7 +13,7 @@ from typing import Any, get_args
 from jax.sharding import Mesh
 
 from nufilt_jax.anatomy import shape_in
-from nufilt_jax.config import ENTRY_POINTS, OtherParams, problem
+from nufilt_jax.config import ENTRY_POINTS, OtherParams, kind_problems, problem
 from nufilt_jax.config import MethodConfig as MethodConfig
 from nufilt_jax.config import number as number
 from nufilt_jax.errors import CheckpointError, ConfigError, Problem, SolveError, raise_all
@@ -38,6 +38,7 @@ from nufilt_jax.methods.data import TaskData as TaskData
 from nufilt_jax.methods.elementwise import move_others
 from nufilt_jax.methods.matrices import require_finite
 from nufilt_jax.methods.merger import Merger as Merger
+from nufilt_jax.methods.returned import checked
 from nufilt_jax.methods.selection import Selection, select
 from nufilt_jax.methods.selection import every_tensor as every_tensor
 from nufilt_jax.methods.selection import is_linear_layer as is_linear_layer
@@ -108,8 +109,9 @@ def register(rule: Rule[Any]) -> Rule[Any]:
     An installed package does the same without being imported, by an entry point of the group `nufilt_jax.methods`.
 
     Raises:
-      ConfigError: another rule has that name.
+      ConfigError: another rule has that name, or a setting has a type that none can have.
     """
+    raise_all(ConfigError, kind_problems(rule.config))
     if rule.name in ALIASES or RULES.setdefault(rule.name, rule) is not rule:
         raise ConfigError(problem("method", f"there is a method {rule.name!r} already", "choose another name"))
     return rule
@@ -272,7 +274,8 @@ def get(
         own = dataclasses.replace(state, delta=delta.only(mine))
         take = rule.first if state.step == 0 else rule.advance
         try:
-            done = take(own, task.only(mine), Context(settings, seed, on_stack, data, numbers, mesh, adapter_start))
+            context = Context(settings, seed, on_stack, data, numbers, mesh, adapter_start)
+            done = checked(rule.name, own.delta, take(own, task.only(mine), context))
             moved = move_others(delta.only(others), task.only(others), state.step, other_params)
             # For all rules alike; those that know a remedy have refused before.
             require_finite(done.delta + moved)

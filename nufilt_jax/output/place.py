@@ -5,7 +5,6 @@ import dataclasses
 import errno
 import fcntl
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -15,7 +14,7 @@ from nufilt_jax.durable import atomic_write, make_folder, move, sync, sync_tree
 from nufilt_jax.errors import OutputError, Problem
 from nufilt_jax.output.documents import read_json, write_json
 from nufilt_jax.output.hashes import folder_sha256
-from nufilt_jax.output.links import carry_over, link_tree
+from nufilt_jax.output.links import carry_over, link_tree, remove
 from nufilt_jax.output.recipe import Recipe
 from nufilt_jax.output.state import Groups, StoredWindow, save_window, stored_windows
 
@@ -43,9 +42,9 @@ class OutputPlace:
         if not self.out.name:
             raise OutputError(Problem(str(out), "cannot be an output folder", "name a folder inside it"))
         self.partial = self.out.with_name(self.out.name + ".partial")
-        self.staging, self.state = self.partial / "output", self.partial / STATE
-        self._previous = self.partial / "previous"
+        self.staging, self.state, self._previous = (self.partial / name for name in ("output", STATE, "previous"))
         self._lock = self.out.with_name(self.out.name + ".lock")
+        self.warnings: list[str] = []  # of what publishing has found
         try:
             os.lstat(self.partial)  # the longest of the names
         except OSError as error:
@@ -62,8 +61,7 @@ class OutputPlace:
         Raises:
           OutputError: another run holds it, or the folder's place cannot be written.
         """
-        parents = [self.out.parent, *self.out.parent.parents]
-        missing = [folder for folder in parents if not folder.exists()]
+        missing = [folder for folder in self.out.parents if not folder.exists()]
         try:
             make_folder(self.out.parent)
             lock = self._acquire()
@@ -152,8 +150,8 @@ class OutputPlace:
             raise OutputError(Problem(str(self.partial), what, "move it, or choose another --out"))
         if self._previous.exists() and not self.out.exists():
             move(self._previous, self.out)
-        shutil.rmtree(self._previous, ignore_errors=True)
-        shutil.rmtree(self.staging, ignore_errors=True)
+        for folder in (self._previous, self.staging):
+            remove(folder)
         self._tidy()
 
     def _tidy(self) -> None:
@@ -172,12 +170,16 @@ class OutputPlace:
         parts = {path.name for path in (self.state, self.staging, self._previous)}
         return RECIPE in names or all(name in parts or name.startswith(f".{RECIPE}.") for name in names)
 
-    def discard(self) -> None:
-        """Gives up the merge under way; what stands in the output folder stays."""
+    def discard(self) -> tuple[Problem, ...]:
+        """Gives up the merge under way, and says what cannot be removed; what stands in the output folder stays."""
         with contextlib.suppress(OSError):
             (self.partial / RECIPE).unlink(missing_ok=True)  # first: without it, what remains counts for nothing
             sync(self.partial)
-        shutil.rmtree(self.partial, ignore_errors=True)
+        try:
+            remove(self.partial)
+        except OutputError as error:
+            return error.problems
+        return ()
 
     def finished(self) -> dict[str, Any] | None:
         """The recipe of the merge that stands in the folder; None if there is no folder.
@@ -278,14 +280,14 @@ class OutputPlace:
                 link_tree(window.folder, target)
             recipe = dataclasses.replace(recipe, files=folder_sha256(self.staging, without=REWRITTEN))
             write_json(self.staging / RECIPE, recipe.as_seen_from(self.out).to_json())
-            carry_over(self.out, self.staging, replaced.get("files", {}), CARD)
+            self.warnings = carry_over(self.out, self.staging, replaced.get("files", {}), recipe.files)
             sync_tree(self.staging)
             if self.out.exists():
                 move(self.out, self._previous)  # no folder that holds something is replaced by a rename
             move(self.staging, self.out)
         except OSError as error:
             raise output_error(self.out, error) from error
-        self.discard()
+        self.warnings += map(str, self.discard())
         return recipe
 
 

@@ -449,3 +449,70 @@ def test_what_a_user_adds_to_a_merge_stays(shared_models, tmp_path, nufilt, comm
     assert nufilt("verify", out, "--quick").code == 0
     assert nufilt(*add(shared_models, out, "gamma")).code == 0
     assert (out / "README.old.md").read_text() == "edited" and not (out / "README.old1.md").exists()
+
+
+def test_folders_of_a_user_stay_though_nothing_is_in_them(shared_models, tmp_path, nufilt, command):
+    """Without `.git/refs` git knows no repository."""
+    out = tmp_path / "out"
+    assert nufilt(*command(shared_models, out, "--method", "sum", n=1)).code == 0
+    mine = {".git/refs/heads": 0o755, ".git/objects": 0o700, "runs/.old.0123abcd": 0o2775, "state/mine": 0o755}
+    for name, mode in mine.items():
+        (out / name).mkdir(parents=True)
+        (out / name).chmod(mode)
+    assert nufilt(*add(shared_models, out, "beta")).code == 0
+    assert not (out / "state" / "mine").exists()
+    stay = [name for name in mine if not name.startswith("state")]
+    assert {name: (out / name).stat().st_mode & 0o7777 for name in stay} == {name: mine[name] for name in stay}
+    assert beside(out) == set()
+
+
+def test_a_folder_of_a_user_that_cannot_be_listed_stays(shared_models, tmp_path, nufilt, command, monkeypatch):
+    """Until it can be, no task is added: what is in it would be lost."""
+    out, scandir = tmp_path / "out", os.scandir
+    assert nufilt(*command(shared_models, out, "--method", "sum", n=1)).code == 0
+    (out / "private").mkdir()
+    (out / "private" / "notes.txt").write_text("mine")
+
+    def refuse(path):
+        if str(path).endswith("private"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    before = build.snapshot(out)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "scandir", refuse)
+        result = nufilt(*add(shared_models, out, "beta"))
+    fix = "check the folder and its permissions"
+    assert result.err.splitlines() == [f"nufilt: {out / 'private'}: cannot be read: Permission denied ({fix})"]
+    assert (result.code, build.snapshot(out)) == (1, before)
+    assert resumed(nufilt(*add(shared_models, out, "beta", options=("--json",)))) == [True, True]
+    assert (out / "private" / "notes.txt").read_text() == "mine" and beside(out) == set()
+
+
+def test_what_cannot_be_removed_when_all_is_done_is_told(shared_models, tmp_path, nufilt, command, monkeypatch):
+    argv = command(shared_models, tmp_path / "out", "--method", "sum", n=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", lambda *_, **__: None)
+        result = nufilt(*argv)
+    what = "cannot be removed: it holds what may not be listed or changed"
+    assert (result.code, result.err.count(f"nufilt: warning: {tmp_path / 'out.partial'}: {what}")) == (0, 1)
+    assert nufilt(*argv).code == 0 and beside(tmp_path / "out") == set()
+
+
+def test_what_a_user_has_edited_of_a_merge_is_kept_beside_and_told(shared_models, tmp_path, nufilt, command):
+    out = tmp_path / "out"
+    assert nufilt(*command(shared_models, out, "--method", "sum", n=1)).code == 0
+    config = (out / "config.json").read_text()
+    (out / "config.json").write_text("{}")
+    (out / "README.md").write_text("edited")
+    result = nufilt(*add(shared_models, out, "beta"))
+    told = "edited since the merge, and written anew: README.md, config.json"
+    assert (
+        f"nufilt: warning: {out}: {told} (yours is kept as README.old.md, config.old.json)" in result.err.splitlines()
+    )
+    texts = {name: (out / name).read_text() for name in ("config.json", "config.old.json", "README.old.md")}
+    assert texts == {"config.json": config, "config.old.json": "{}", "README.old.md": "edited"}
+    result = nufilt(*add(shared_models, out, "gamma"))
+    assert (result.code, "edited since" in result.err) == (0, False)
+    assert (out / "config.old.json").read_text() == "{}" and not (out / "config.old1.json").exists()
+    assert nufilt("verify", out, "--quick").code == 0

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from typing import Literal
 
 import adapter_builders as adapters
 import jax
@@ -322,6 +323,159 @@ def test_own_rules(registry):
     assert "iso" not in nj.methods.RULES
     with pytest.raises(ConfigError, match=r"it is a rule of your own: say method my:RULE"):
         nj.methods.find("my:RULE")
+
+
+OF_TEXTS = """
+from __future__ import annotations
+import dataclasses
+from typing import Literal
+from nufilt_jax.methods import MethodConfig, Rule, number
+from nufilt_jax.methods.state import as_it_is
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextConfig(MethodConfig):
+    keep: float = number(0.5, at_least=0, at_most=1)
+    n: int = 3
+    fast: bool = False
+    mode: Literal["x", "y"] = "x"
+    label: str = "a"
+
+RULE = Rule(name="texts", config=TextConfig, advance=as_it_is)
+"""
+
+
+def test_types_of_settings_may_be_written_as_texts(shared_models, tmp_path, nufilt, registry, monkeypatch):
+    """As an import from `__future__` makes of all annotations."""
+    (tmp_path / "rule_of_texts.py").write_text(OF_TEXTS)
+    monkeypatch.chdir(tmp_path)
+
+    def planned(*pairs):
+        given = ("--base", shared_models / "base", "--task", f"a={shared_models / 'alpha'}", "--json")
+        return nufilt("plan", *given, "--method", "rule_of_texts:RULE", "--method-args", *pairs)
+
+    told = planned("keep=0.2", "n=4", "fast=true", "mode=y", "label=b").json["config"]
+    assert told == {"keep": 0.2, "n": 4, "fast": True, "mode": "y", "label": "b"}
+    assert planned("keep=2", "n=-1", "fast=2", "mode=z", "label=").err.splitlines() == [
+        "nufilt: --method-args: fast must be true or false, got '2'",
+        "nufilt: --method-args: keep must be at most 1, got 2.0",
+        "nufilt: --method-args: n must be at least 0, got -1",
+        "nufilt: --method-args: mode must be one of x, y, got 'z'",
+    ]
+    own = nj.methods.find("rule_of_texts:RULE").config
+    with pytest.raises(ConfigError, match="label must be a text, got 3"):
+        own(label=3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        (float | None, "float | None"),
+        (tuple[float, ...], "tuple[float, ...]"),
+        (Literal[1, 2], "Literal[1, 2]"),
+        (list, "list"),
+        ("float | None", "float | None"),
+    ],
+)
+def test_settings_of_types_that_none_can_have_are_refused(registry, kind, told):
+    own = dataclasses.make_dataclass(
+        "OwnConfig", [("w", kind, None)], bases=(nj.methods.MethodConfig,), frozen=True, kw_only=True
+    )
+    message = (
+        rf"method: OwnConfig.w is declared as {re.escape(told)}, which no setting can be \(declare it as bool, int"
+    )
+    with pytest.raises(ConfigError, match=message):
+        nj.methods.register(dataclasses.replace(nj.methods.RULES["sum"], name="mine", config=own))
+    with pytest.raises(ConfigError, match=message):
+        own()
+    assert "mine" not in nj.methods.RULES
+
+
+def test_a_type_of_a_setting_that_is_nowhere_is_told(registry):
+    own = dataclasses.make_dataclass("OwnConfig", [("w", "Nowhere", 1)], bases=(nj.methods.MethodConfig,), frozen=True)
+    with pytest.raises(ConfigError, match="OwnConfig has settings whose types cannot be found: name 'Nowhere' is not"):
+        nj.methods.register(dataclasses.replace(nj.methods.RULES["sum"], name="mine", config=own))
+
+
+def own_rule(advance):
+    """A merger of a rule of one's own, after its first task."""
+    rule = nj.methods.register(nj.methods.Rule(name="mine", config=nj.methods.MethodConfig, advance=advance))
+    merger = nj.methods.get(rule.name)
+    return merger, merger.update(merger.init(BASE), TASKS[0])
+
+
+def with_stacks(change):
+    """An update that returns D + τ with every stack changed."""
+    return lambda state, task, context: nj.methods.Advance(
+        nj.methods.Stacked(
+            tuple(change(d + t) for d, t in zip(state.delta.stacks, task.stacks, strict=True)), task.names
+        )
+    )
+
+
+def beside_d(**others):
+    return lambda state, task, context: nj.methods.Advance(state.delta, **others)
+
+
+@pytest.mark.parametrize(
+    ("advance", "message"),
+    [
+        (
+            with_stacks(lambda d: d.mean(2, keepdims=True)),
+            r"mine returned D of .* and its like as \[\d, \d+, 1\] float32, and",
+        ),
+        (with_stacks(lambda d: d.astype(jnp.bfloat16)), r"and its like as .*\] bfloat16, and was given .*\] float32"),
+        (with_stacks(lambda d: None), "and its like as a NoneType, and was given"),
+        (
+            lambda state, task, context: nj.methods.Advance(
+                nj.methods.Stacked(state.delta.stacks[:-1], state.delta.names[:-1])
+            ),
+            "mine returned D with other layers than it was given, or in another order",
+        ),
+        (
+            lambda state, task, context: nj.methods.Advance(
+                nj.methods.Stacked(state.delta.stacks, tuple(names[::-1] for names in state.delta.names))
+            ),
+            "mine returned D with other layers than it was given, or in another order",
+        ),
+        (
+            lambda state, task, context: state.delta,
+            "mine returned a Stacked, and must return a nufilt_jax.methods.Advance",
+        ),
+        (
+            lambda state, task, context: nj.methods.Advance(dict(state.delta)),
+            "mine returned a dict, and must return a nufilt_jax.methods.Stacked for D",
+        ),
+        (beside_d(extra={"seen": {"a": 1}}), "mine returned 'seen' in extra, which is no array of numbers"),
+        (beside_d(added={"word": "abc"}), "mine returned 'word' in added, which is no array of numbers"),
+    ],
+)
+def test_what_a_rule_returns_is_held_against_what_it_was_given(registry, advance, message):
+    merger, state = own_rule(advance)
+    with pytest.raises(ConfigError, match=message) as caught:
+        merger.update(state, TASKS[1])
+    assert str(caught.value).startswith("method: mine returned")
+    with pytest.raises(ConfigError, match=message):  # tracers have shapes and types too
+        jax.jit(merger.update)(state, TASKS[1])
+
+
+def test_numbers_beside_d_are_kept_as_arrays(shared_models, tmp_path, registry):
+    """Those of Python too, and what NumPy computed in float64 is rounded as the state is."""
+
+    def advance(state, task, context):
+        stacks = tuple(
+            np.asarray(d) + np.float64(2) * np.asarray(t) for d, t in zip(state.delta.stacks, task.stacks, strict=True)
+        )
+        count = state.extra.get("count", 0) + 1
+        return nj.methods.Advance(nj.methods.Stacked(stacks, task.names), extra={"count": count})
+
+    merger, state = own_rule(advance)
+    for task in (TASKS[1], TASKS[2]):
+        state = merger.update(state, task)
+    assert state.extra["count"] == 2 and {stack.dtype for stack in state.delta.stacks} == {np.dtype(np.float32)}
+    tasks = {name: shared_models / name for name in ("alpha", "beta", "gamma")}
+    merged = nj.merge(shared_models / "base", tasks, tmp_path / "out", method="mine")
+    in_memory = nj.merge(shared_models / "base", tasks, method="mine")
+    np.testing.assert_array_equal(merged[build.Q0], in_memory[build.Q0])
 
 
 OWN = """

@@ -1,7 +1,9 @@
-"""The lock of an output folder: one that writes, or several that read."""
+"""The lock of an output folder: one that writes, or several that read; and what is removed beside it."""
 
 import errno
 import fcntl
+import subprocess
+import sys
 
 import pytest
 
@@ -97,3 +99,47 @@ def test_places_that_can_be_none(tmp_path):
     (tmp_path / "mine").write_text("")
     with pytest.raises(OutputError, match="exists and is not the output of a merge: nothing is overwritten"):
         OutputPlace(tmp_path).finished()
+
+
+# A program that is bound by permissions, whoever runs it: without CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH.
+BOUND = """
+import ctypes, os, sys
+for capability in (1, 2):
+    ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
+os.execv(sys.executable, [sys.executable, "-c", *sys.argv[1:]])
+"""
+RECOVER = """
+import sys
+from nufilt_jax.output.place import OutputPlace
+with OutputPlace(sys.argv[1]).locked():
+    pass
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="capabilities")
+def test_what_a_user_has_protected_goes_with_the_earlier_folder(out):
+    """But for what cannot be listed, as an earlier version may have left it behind: the only place it has."""
+    previous = out.with_name("out.partial") / "previous"
+    modes = {"mine/deep": 0o555, "mine": 0o555, "private": 0o000}
+    for name in modes:
+        (previous / name).mkdir(parents=True, exist_ok=True)
+        (previous / name / "notes.txt").write_text("mine")
+    for name, mode in modes.items():
+        (previous / name).chmod(mode)
+
+    def recover():
+        return subprocess.run([sys.executable, "-c", BOUND, RECOVER, out], capture_output=True, text=True, check=False)
+
+    assert (
+        recover()
+        .stderr.splitlines()[-1]
+        .endswith(
+            f"{previous}: cannot be removed: it holds what may not be listed or changed "
+            "(take out what is yours, and remove the rest)"
+        )
+    )
+    assert [path.name for path in previous.iterdir()] == ["private"]
+    (previous / "private").chmod(0o555)
+    assert (previous / "private" / "notes.txt").read_text() == "mine"
+    assert recover().returncode == 0
+    assert not previous.parent.exists() and out.is_dir()
