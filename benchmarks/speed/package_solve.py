@@ -15,7 +15,7 @@ from benchmarks.common.shapes import Inputs
 from nufilt_jax.core import solve
 from nufilt_jax.engine import counts
 from nufilt_jax.engine.counts import Work
-from nufilt_jax.linalg import dispatch
+from nufilt_jax.linalg import programs
 from nufilt_jax.linalg.dispatch import in_chunks, layers_by_products, run_alone
 from nufilt_jax.linalg.grams import GramFactor, gram_of
 from nufilt_jax.linalg.stacks import bounds
@@ -72,7 +72,7 @@ class Merge:
         first, *later = (to_device(inputs) for inputs in tasks)
         self._first = [task.merged for task in first]
         self._tasks = [[task._replace(merged=()) for task in groups] for groups in (first, *later)]
-        function = dispatch.Program(
+        function = programs.Program(
             solve.solve_group, static_argnames=("config", "add", "until_certified"), donate_argnums=0
         )
         how = {"config": config, "add": True}

@@ -24,7 +24,7 @@ from benchmarks.common import measure, records, script, shapes
 from nufilt_jax import NufiltConfig
 from nufilt_jax.core.solve import solve_group
 from nufilt_jax.engine.estimate import solve_flops
-from nufilt_jax.linalg.dispatch import options
+from nufilt_jax.linalg.programs import options
 from nufilt_jax.methods.stacked import Group
 
 # 2 x 2 chips of each generation, the smallest that libtpu describes; one is compiled for.

@@ -10,8 +10,9 @@ from jaxtyping import Array, Bool, Float
 from nufilt_jax.core.settings import SolveConfig
 from nufilt_jax.core.solve import mended, solve_group
 from nufilt_jax.errors import ConfigError, Problem, raise_all
-from nufilt_jax.linalg.dispatch import Program, is_traced, run_alone
+from nufilt_jax.linalg.dispatch import run_alone
 from nufilt_jax.linalg.factored import rows_of
+from nufilt_jax.linalg.programs import Program, is_traced
 
 
 class LayerSolution(NamedTuple):

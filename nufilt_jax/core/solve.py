@@ -21,6 +21,7 @@ from nufilt_jax.linalg.directions import first_of
 from nufilt_jax.linalg.dispatch import in_chunks, layers_at_once, layers_by_products, run_alone
 from nufilt_jax.linalg.factored import Factored, Matrix, after_all, all_finite, chosen, plus, rows_of
 from nufilt_jax.linalg.grams import gram_of
+from nufilt_jax.linalg.programs import by_platform
 from nufilt_jax.linalg.stacks import MatrixStacks, bounds, joined
 from nufilt_jax.linalg.subspace import leading_of
 
@@ -70,8 +71,7 @@ def solve_group(
     """
     _assert_one_group(merged, task, start, config)
     solve = functools.partial(_solve_at_once, config=config, ranks=ranks, add=add, until_certified=until_certified)
-    # Chosen when lowered: while tracing, nobody knows where the arrays of a caller's `jit` will be.
-    return jax.lax.platform_dependent(merged, task, start, cpu=functools.partial(_solve_in_turn, solve), default=solve)
+    return by_platform(merged, task, start, cpu=functools.partial(_solve_in_turn, solve), default=solve)
 
 
 def _assert_one_group(merged: MatrixStacks, task: MatrixStacks, start: Array, config: SolveConfig) -> None:

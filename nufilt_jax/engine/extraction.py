@@ -28,7 +28,8 @@ from nufilt_jax.engine.readable import select_readable
 from nufilt_jax.errors import CheckpointError, ConfigError, OutputError, Problem, raise_all
 from nufilt_jax.linalg.dense import matmul, norm
 from nufilt_jax.linalg.directions import rank_mask
-from nufilt_jax.linalg.dispatch import Program, after, chunk_size, layers_by_products, run_alone
+from nufilt_jax.linalg.dispatch import after, chunk_size, layers_by_products, run_alone
+from nufilt_jax.linalg.programs import Program
 from nufilt_jax.linalg.subspace import leading_of
 from nufilt_jax.methods.stacked import stack_names, task_vector
 from nufilt_jax.output.documents import write_json

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from nufilt_jax.linalg.programs import by_platform
+
 # Of the powers of two that `unit_scale` scales by: their squares stay normal float32 numbers, 2⁻¹²⁶ to 2¹²⁷.
 _MOST_EXPONENT = 63
 # Of all products, when they are traced: true float32, where accelerators would round to TF32 or bfloat16.
@@ -42,7 +44,7 @@ def gram(x: Float[Array, "*batch m n"]) -> Float[Array, "*batch n n"]:
     if x.shape[-1] // 2 < LEAST_HALF:
         return _whole_gram(x)
     # On a TPU every product in a program takes seconds to compile.
-    return jax.lax.platform_dependent(x, cpu=_gram_by_halves, default=_whole_gram)
+    return by_platform(x, cpu=_gram_by_halves, default=_whole_gram)
 
 
 def _whole_gram(x: Float[Array, "*batch m n"]) -> Float[Array, "*batch n n"]:

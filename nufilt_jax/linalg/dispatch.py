@@ -16,7 +16,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,20 +28,7 @@ from jaxtyping import Array, Float
 from threadpoolctl import ThreadpoolController
 
 from nufilt_jax.errors import ConfigError, Problem
-
-P = ParamSpec("P")
-R = TypeVar("R")
-Options = dict[str, Any]
-
-# One module for all code of a program, in place of one for each of its hundreds of fusions: XLA's CPU compiler is
-# through in two thirds of the time. Its loops over elements are several times slower: products hardly notice. LLVM's
-# level 1 of 3 takes a quarter less time again, and runs as fast; at level 0 one layer has other bits than two.
-_SOONER_ON_CPU: Options = {"xla_cpu_use_fusion_emitters": False, "xla_backend_optimization_level": 1}
-_LAST_WITH_IT = (0, 11, 0)  # the jax whose XLA still has the option
-# Level 1 of 3 (the default is 2): a refinement of 12 x 768 x 768 takes the TPU's compiler 11 s of processor time in
-# place of 48, its code 7 MB in place of 19 (v5e). A merge waits for a program once and runs it a few times.
-_SOONER_ON_TPU: Options = {"optimization_level": 19}  # O1, as XLA numbers it: jax has no public name for it
-_UNTRACED = get_opaque_trace_state()
+from nufilt_jax.linalg.programs import platforms_of
 
 # Most matrices in one LAPACK call: large batches have corrupted the heap on many cores (jax issue 39292).
 LAPACK_BATCH = 64
@@ -55,64 +42,9 @@ _last_traced: list[tuple[object, weakref.ref]] = []
 _as_then: list[int] = []  # how many layers at a time, where a merge of another machine is done again
 
 
-class Program(Generic[P, R]):
-    """A jitted function; alone, it is compiled with `options`, inside a caller's `jax.jit` as it is.
-
-    Args:
-      function: to be compiled.
-      by_elements: whether loops over elements are a large part of it.
-      **how: as for `jax.jit`.
-    """
-
-    def __init__(self, function: Callable[P, R], *, by_elements: bool = False, **how: Any) -> None:
-        functools.update_wrapper(self, function)
-
-        @functools.cache
-        def alone() -> Any:
-            told = options(jax.default_backend(), by_elements=by_elements)
-            return jax.jit(function, compiler_options=told, **how)
-
-        self._alone = alone
-        self._inside = jax.jit(function, **how)
-
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """The function's result."""
-        # JAX takes options for a whole program only.
-        is_inside = is_traced((args, kwargs)) or get_opaque_trace_state() != _UNTRACED
-        return (self._inside if is_inside else self._alone())(*args, **kwargs)
-
-    def prepare(self, *args: P.args, **kwargs: P.kwargs) -> None:
-        """Compiles it for a call alone with arrays of these shapes, in any thread; the numbers are not looked at."""
-        self._alone().lower(*args, **kwargs).compile()
-
-    def __getattr__(self, name: str) -> Any:
-        """What else a jitted function has, as `lower`: that of the one that runs alone."""
-        return getattr(self.__dict__["_alone"](), name)
-
-
-def options(platform: str, *, by_elements: bool = False) -> Options:
-    """What the compiler of `cpu`, `gpu` or `tpu` is told, as far as this version of it understands that.
-
-    What the user's XLA_FLAGS say is left to them.
-    """
-    told: Options = {}
-    if platform == "cpu" and not by_elements and jax.__version_info__ <= _LAST_WITH_IT:
-        told = _SOONER_ON_CPU
-    elif platform == "tpu":
-        told = _SOONER_ON_TPU
-    theirs = {flag.partition("=")[0].lstrip("-") for flag in os.environ.get("XLA_FLAGS", "").split()}
-    return {name: value for name, value in told.items() if name not in theirs}
-
-
 def on_cpu(tree: Any) -> bool:
     """Whether any array of `tree` lives on a CPU device."""
-    leaves = jax.tree.leaves(tree)
-    return any(d.platform == "cpu" for x in leaves if isinstance(x, jax.Array) for d in x.devices())
-
-
-def is_traced(tree: Any) -> bool:
-    """Whether a caller's `jax.jit` is being traced, so that no array has numbers yet."""
-    return any(isinstance(x, Tracer) for x in jax.tree.leaves(tree))
+    return "cpu" in platforms_of(tree)
 
 
 @functools.cache

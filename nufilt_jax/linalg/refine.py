@@ -24,6 +24,7 @@ from nufilt_jax.linalg.certificate import (
     spectrum_of,
 )
 from nufilt_jax.linalg.dense import eigh_descending, gram, inner, matmul, orthonormalize, unit_scale
+from nufilt_jax.linalg.programs import by_platform
 
 # Sweeps of rotations within the block. Between 64 directions of `eigh` and the next 32 of σ ∝ k^-1.5, n = 300, they
 # measure 8e-3, 4e-5 and 3e-6: the last is rounding. Between 8 and 24 of a flatter one the third was 5e-5 still.
@@ -120,7 +121,7 @@ def _turned(
             functools.partial(_sweep, rank=rank, threshold=threshold, half=half)
             for half in (CUT_WINDOW, CUT_WINDOW_ON_GPU)
         )
-        step, coupling = jax.lax.platform_dependent(state[1], cuda=narrow, default=wide)
+        step, coupling = by_platform(state[1], cuda=narrow, default=wide)
         return matmul(state[0], step), coupling
 
     # A loop of the program: written out, each sweep would be compiled anew.

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Shaped
 
-from nufilt_jax.linalg.dispatch import Program, run_alone
+from nufilt_jax.linalg.dispatch import run_alone
+from nufilt_jax.linalg.programs import Program
 
 AXIS = "layers"
 

@@ -98,8 +98,6 @@ RULES: dict[str, Rule[Any]] = {
         wemoe,
     )
 }
-
-
 ALIASES = {"iso": "iso_c", "tsvm": "tsv_m"}  # the names in their authors' programs
 
 

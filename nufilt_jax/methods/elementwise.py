@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from nufilt_jax.config import OtherParams
-from nufilt_jax.linalg.dispatch import Program, in_chunks, layers_at_once, run_alone
+from nufilt_jax.linalg.dispatch import in_chunks, layers_at_once, run_alone
 from nufilt_jax.linalg.factored import Factored, Matrix, dense, plus, with_rows
+from nufilt_jax.linalg.programs import Program
 from nufilt_jax.methods.stacked import Stacked, TaskVector, Tensor, TensorStacks
 
 

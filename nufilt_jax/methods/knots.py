@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, UInt32
 from nufilt_jax.config import number
 from nufilt_jax.errors import ConfigError, Problem
 from nufilt_jax.linalg.dense import matmul
-from nufilt_jax.linalg.dispatch import each_on_host, is_traced
+from nufilt_jax.linalg.dispatch import each_on_host
+from nufilt_jax.linalg.programs import is_traced
 from nufilt_jax.methods.selection import is_linear_layer
 from nufilt_jax.methods.stacked import Stacked, TaskVector
 from nufilt_jax.methods.state import Advance, Context, MergeState, Rule, ScaledConfig, scaled

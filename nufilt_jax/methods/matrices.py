@@ -9,8 +9,9 @@ from jax.sharding import Mesh
 
 from nufilt_jax.config import MethodConfig
 from nufilt_jax.errors import Problem, SolveError, raise_all
-from nufilt_jax.linalg.dispatch import LAPACK_BATCH, Program, in_chunks, is_traced, layers_at_once, run_alone
+from nufilt_jax.linalg.dispatch import LAPACK_BATCH, in_chunks, layers_at_once, run_alone
 from nufilt_jax.linalg.factored import all_finite
+from nufilt_jax.linalg.programs import Program, by_platform, is_traced
 from nufilt_jax.linalg.spread import spread
 from nufilt_jax.methods.elementwise import blend
 from nufilt_jax.methods.stacked import Names, Stacked, TaskVector, Tensor, TensorStacks
@@ -55,7 +56,7 @@ def _program(*stacks: Tensor, rule: LayerRule, config: MethodConfig) -> Any:
     def chunked(size: Callable[[], int]) -> Callable[..., Any]:
         return lambda *arrays: in_chunks(layer, arrays, size())
 
-    return jax.lax.platform_dependent(*stacks, cpu=chunked(layers_at_once), default=chunked(lambda: LAPACK_BATCH))
+    return by_platform(*stacks, cpu=chunked(layers_at_once), default=chunked(lambda: LAPACK_BATCH))
 
 
 def require_finite(merged: Stacked, fix: str = "") -> None:

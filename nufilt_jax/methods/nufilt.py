@@ -17,8 +17,9 @@ from nufilt_jax.core.filter import authors_first_filter
 from nufilt_jax.core.settings import DirectionsConfig, SolveConfig
 from nufilt_jax.core.solve import GroupSolution, mended, solve_group
 from nufilt_jax.errors import Problem, SolveError, raise_all
-from nufilt_jax.linalg.dispatch import Program, is_traced, run_alone
+from nufilt_jax.linalg.dispatch import run_alone
 from nufilt_jax.linalg.factored import Factored
+from nufilt_jax.linalg.programs import Program, is_traced
 from nufilt_jax.linalg.spread import spread
 from nufilt_jax.linalg.stacks import MatrixStacks, bounds, joined, rows
 from nufilt_jax.methods.selection import published_layers

@@ -23,8 +23,8 @@ from jaxtyping import Array, Bool, Float
 
 from nufilt_jax.config import MethodConfig, Variant, number
 from nufilt_jax.linalg.dense import gram, norm
-from nufilt_jax.linalg.dispatch import is_traced
 from nufilt_jax.linalg.grams import Gram, GramFactor, GramMatrix
+from nufilt_jax.linalg.programs import is_traced
 from nufilt_jax.methods.elementwise import blend
 from nufilt_jax.methods.matrices import each_layer, is_matrix, require_finite, split
 from nufilt_jax.methods.selection import every_tensor, is_linear_layer

@@ -11,7 +11,8 @@ import pytest
 from nufilt_jax import NufiltConfig, solve_layer, solve_stack
 from nufilt_jax.core import layers, solve
 from nufilt_jax.errors import ConfigError
-from nufilt_jax.linalg.dispatch import Program, run_alone
+from nufilt_jax.linalg.dispatch import run_alone
+from nufilt_jax.linalg.programs import Program
 from nufilt_jax.methods.adapter_only import AdapterOnlyConfig
 
 # Parity asked for by the specification: float32 against float64, same start, relative to the update.

@@ -66,17 +66,6 @@ print("alive")
 """
 
 
-def test_what_the_user_tells_xla_is_left_to_them(monkeypatch):
-    monkeypatch.setattr(dispatch, "_SOONER_ON_CPU", {"xla_one": 1, "xla_two": False})
-    monkeypatch.setattr(dispatch, "_LAST_WITH_IT", jax.__version_info__)
-    monkeypatch.setenv("XLA_FLAGS", "--xla_two_more=1")
-    assert dispatch.options("cpu") == {"xla_one": 1, "xla_two": False}
-    monkeypatch.setenv("XLA_FLAGS", "--xla_other --xla_one=3")
-    assert dispatch.options("cpu") == {"xla_two": False} and dispatch.options("cpu", by_elements=True) == {}
-    monkeypatch.delenv("XLA_FLAGS")
-    assert dispatch.options("tpu") == {"optimization_level": 19}
-
-
 def test_callers_cannot_make_it_hang():
     found = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(CALLER)],
