@@ -6,14 +6,13 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from nufilt_jax.errors import Problem
 
 
 def whole_number(value: Any) -> int | None:
     """A whole number of any library's type; None for all else, as for True, which to Python is one too.
 
+    >>> import numpy as np
     >>> whole_number(np.int64(3)), whole_number(3.0), whole_number(True)
     (3, None, None)
     """
@@ -26,6 +25,7 @@ def whole_number(value: Any) -> int | None:
 def finite_number(value: Any) -> int | float | None:
     """A finite number of any library's type; None for all else.
 
+    >>> import numpy as np
     >>> finite_number(np.float32(0.5)), finite_number(2), finite_number(math.nan), finite_number("2")
     (0.5, 2, None, None)
     """
@@ -43,6 +43,8 @@ def array_problem(value: object, where: str, name: str) -> Problem | None:
       where: what messages call the place.
       name: of the tensor.
     """
+    import numpy as np  # with arrays, which settings and help have none of
+
     # torch has shapes and types too, but types of its own.
     if isinstance(getattr(value, "dtype", None), np.dtype) and isinstance(getattr(value, "shape", None), tuple):
         return None
