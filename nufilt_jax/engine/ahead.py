@@ -68,8 +68,8 @@ class CompileAhead:
     """
 
     def __init__(self, prepare: Callable[[], None]) -> None:
-        self.log = CompileLog()
-        self._prepare = prepare
+        self.log = CompileLog(self._note)
+        self._prepare, self._program = prepare, "the solve"
         self._thread = threading.Thread(target=self._run, name=COMPILING)
         self._thread.start()
 
@@ -78,6 +78,11 @@ class CompileAhead:
         with contextlib.suppress(Exception), self.log.listening():
             self._prepare()
 
-    def wait(self) -> None:
-        """Returns when it is through."""
+    def _note(self, program: str) -> None:
+        self._program = program
+
+    def wait(self, tell: Callable[[str], None]) -> None:
+        """Returns when it is through; `tell` is told what is waited for, if anything is."""
+        if self._thread.is_alive():
+            tell(self._program)
         self._thread.join()

@@ -133,7 +133,7 @@ def update(
     with naming_files(task.checkpoint), task.clock.spent_on("solve"), compiled.listening():
         if ahead is not None and state.step:
             with compiled.waiting():
-                ahead.wait()
+                ahead.wait(watcher.compiling)
         # Waited for in here: until it is through, neither its time nor an error of it is known.
         state = jax.block_until_ready(rule.update(state, task.vector, **how))
     task.clock.add("compile", compiled.seconds)  # a part of "solve"

@@ -28,7 +28,7 @@ def compiled(monkeypatch):
 
     def at_once(prepare):
         ahead = begin(prepare)
-        ahead.wait()
+        ahead.wait(lambda program: None)
         return ahead
 
     monkeypatch.setattr(cell, "CompileAhead", at_once)
@@ -90,6 +90,19 @@ def test_what_cannot_be_compiled_ahead_is_compiled_where_it_is_needed(
     rule = methods.find("nufilt")
     monkeypatch.setitem(methods.RULES, "nufilt", dataclasses.replace(rule, prepare=fail))
     assert nufilt(*command(shared_models, tmp_path / "out")).code == 0
+
+
+def test_what_is_waited_for_is_told():
+    go_on, told = threading.Event(), []
+
+    def tell(program):
+        told.append(program)
+        go_on.set()
+
+    ahead = cell.CompileAhead(lambda: go_on.wait(60))
+    ahead.wait(tell)
+    ahead.wait(tell)
+    assert told == ["the solve"]
 
 
 def test_a_run_that_fails_does_not_stay_for_the_compiler(models, tmp_path, finish, command):
