@@ -1,5 +1,6 @@
 """Times and rates, and where they were taken."""
 
+import argparse
 import contextlib
 import datetime
 import importlib.metadata
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from benchmarks.common import records, script
 from benchmarks.common.records import ROOT, Json
 
 GIB = 2**30
@@ -140,6 +142,12 @@ def environment(*packages: str) -> Json:
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in sorted((*PACKAGES, *packages))},
     }
+
+
+def finish(found: Json, options: argparse.Namespace, name: str) -> None:
+    """Stores what a script found, with where and by which options, under its name and the platform's, and prints it."""
+    document = {"environment": environment(), "settings": script.settings(options), **found}
+    records.finish(document, options.json or records.RESULTS / f"{name}_{jax.default_backend()}.json")
 
 
 def checkout() -> Json:

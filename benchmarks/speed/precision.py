@@ -93,13 +93,8 @@ def main() -> None:
     config = NufiltConfig(decomposition=options.decomposition)
     layers = shapes.layer_shapes(options.model, options.layers)
     inputs = shapes.inputs(layers, config.adapter_rank, alpha=options.alpha)
-    document = {
-        "environment": measure.environment(),
-        "layers": shapes.shape_counts(layers.values()),
-        "settings": script.settings(options),
-        "tables": [records.table(TITLE, COLUMNS, run(inputs, config, options.algorithms, options.repeats))],
-    }
-    records.finish(document, options.json or records.RESULTS / f"precision_{jax.default_backend()}.json")
+    table = records.table(TITLE, COLUMNS, run(inputs, config, options.algorithms, options.repeats))
+    measure.finish({"layers": shapes.shape_counts(layers.values()), "tables": [table]}, options, "precision")
 
 
 if __name__ == "__main__":

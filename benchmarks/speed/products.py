@@ -50,12 +50,7 @@ def main() -> None:
     options = parser.parse_args()
     script.prepare_process()
     found = [row(shape, name, options.repeats) for shape in SHAPES for name in (HIGHEST, *PRESETS)]
-    document = {
-        "environment": measure.environment(),
-        "settings": script.settings(options),
-        "tables": [records.table(TITLE, COLUMNS, found)],
-    }
-    records.finish(document, options.json or records.RESULTS / f"products_{jax.default_backend()}.json")
+    measure.finish({"tables": [records.table(TITLE, COLUMNS, found)]}, options, "products")
 
 
 if __name__ == "__main__":

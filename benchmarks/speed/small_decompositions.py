@@ -54,12 +54,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=script.at_least(1), default=20, help="timed runs (default: 20)")
     options = parser.parse_args()
     found = [row(size, *which, options.repeats) for size in SIZES for which in DECOMPOSITIONS]
-    document = {
-        "environment": measure.environment(),
-        "settings": script.settings(options),
-        "tables": [records.table(TITLE, COLUMNS, found)],
-    }
-    records.finish(document, options.json or records.RESULTS / f"small_decompositions_{jax.default_backend()}.json")
+    measure.finish({"tables": [records.table(TITLE, COLUMNS, found)]}, options, "small_decompositions")
 
 
 if __name__ == "__main__":
