@@ -54,7 +54,7 @@ def split(run: Run) -> dict[str, float]:
         "plan": timings["plan"],
         "check files": timings["inspect"],
         "wait for a task": sum(step["timings"]["wait"] for step in steps),
-        "compile": document["compiled"]["seconds"],
+        "compile": commands.compile_seconds(run),
         "solve": commands.solve_seconds(run),
         "write state": timings["write_state"],
         "write model": timings["write_model"],

@@ -107,8 +107,7 @@ def in_factors(folder: Path, tasks: int, solver: str, cap: str, out: Path, *, ou
     timings = [step["timings"] for step in ran.document["steps"][WARM_UP:]]
     return {
         "seconds": [one["solve"] - one.get("compile", 0.0) for one in timings],
-        "compile": ran.document["compiled"]["seconds"],
-        "compile of solves": sum(step["timings"].get("compile", 0.0) for step in ran.document["steps"]),
+        "compile": commands.compile_seconds(ran),
         "peak": ran.peak,
         "wall": ran.wall,
         "timings": ran.document["timings"],

@@ -81,7 +81,7 @@ def measured(case: Case, repeat: int, folder: Path, version: Version) -> Found:
 
 def _worked(run: Run) -> float:
     """Seconds without compiling."""
-    return run.wall - commands.compiled(run, "seconds")
+    return run.wall - commands.compile_seconds(run)
 
 
 def spread_over(n_devices: int, folder: Path, version: Version) -> Run:

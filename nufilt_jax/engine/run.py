@@ -68,8 +68,9 @@ def run(
             recipe = walk.recipe()
             watcher.merged()
             watcher.phase("writing the model")
-            with clock.spent_on("write_model"):
+            with clock.spent_on("write_model"), (writing := CompileLog()).listening():
                 adapter = _write_model(plan, walk, place, hosts)
+            clock.add("compile", writing.seconds)  # a part of "write_model"
             recipe = dataclasses.replace(recipe, adapter=adapter)
             if evaluation is not None:
                 evaluation.finish(place.staging, recipe)

@@ -179,7 +179,7 @@ class Recipe:
       device: where it ran.
       host: what the bits of the numbers depend on beside versions and device.
       files: SHA-256 of the output's own files, by path relative to the folder.
-      timings: seconds by what they were spent on, besides the steps.
+      timings: seconds by what they were spent on, besides the steps; `compile` is a part of `write_model`.
       compiled: the programs.
       memory: allowed, planned and measured.
       adapter: if that is the output.

@@ -67,6 +67,13 @@ def test_another_version_runs_where_it_stands(stub, tmp_path):
     assert commands.solve_seconds(found) == 4.0 and commands.compiled(found, "programs") == 0  # it tells of none
 
 
+def test_what_compiles_in_the_background_is_no_part_of_the_solves():
+    steps = [{"timings": {"solve": 2.0}}, {"timings": {"solve": 3.0, "compile": 0.5}}]
+    found = commands.Run(9.0, 0.0, 0, json.dumps({"steps": steps, "compiled": {"seconds": 6.0}}))
+    assert (commands.compile_seconds(found), commands.solve_seconds(found)) == (0.5, 4.5)
+    assert commands.estimate_cells({}, found)[1:6:2] == [4.0, 4.5, 0.5]
+
+
 def test_a_command_that_fails_says_why(stub, tmp_path):
     before = commands.versions(stub)[0]
     with pytest.raises(commands.FailedError, match=r"--fail --out .*ended with status 1: nufilt: why") as left:

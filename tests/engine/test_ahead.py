@@ -220,7 +220,8 @@ def test_a_second_process_compiles_nothing_however_many_tasks(shared_models, tmp
 
 def test_the_recipe_tells_where_the_time_went(shared_models, tmp_path, nufilt, command):
     recipe = nufilt(*command(shared_models, tmp_path / "out", "--json")).json
-    assert recipe["timings"].keys() == {*("plan", "inspect", "write_state", "write_model")}
+    assert recipe["timings"].keys() == {*("plan", "inspect", "write_state", "write_model", "compile")}
+    assert recipe["timings"]["compile"] <= recipe["timings"]["write_model"]
     for step in recipe["steps"]:
         assert step["timings"].keys() == {"read", "put", "wait", "solve", "compile"}
         assert step["timings"]["solve"] <= step["seconds"]
