@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from nufilt_jax.checkpoints.saving import Source
 from nufilt_jax.errors import ConfigError, Problem, error_of, gathering, in_python, of_kind
+from nufilt_jax.values import model_problems
 
 if TYPE_CHECKING:  # JAX and the engine are loaded by the call
     import numpy as np
@@ -88,7 +89,10 @@ def merge(
     """
     from nufilt_jax.engine.asked import asked_settings, idle_data, idle_settings, task_name_problems
 
-    tasks = tasks if isinstance(tasks, Mapping) else list(tasks)
+    if isinstance(tasks, Iterable) and not isinstance(tasks, Mapping | str):
+        tasks = list(tasks)
+    if wrong := model_problems(base, tasks):
+        raise ConfigError(*wrong)
     named = dict(tasks) if isinstance(tasks, Mapping) else dict(zip(task_names(tasks), tasks, strict=True))
     problems = task_name_problems(named)
     rule, chosen = _rule(method, config, settings, problems)

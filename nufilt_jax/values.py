@@ -3,7 +3,8 @@
 import math
 import numbers
 import operator
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nufilt_jax.errors import Problem
@@ -48,13 +49,17 @@ def array_problem(value: object, where: str, name: str) -> Problem | None:
     # torch has shapes and types too, but types of its own.
     if isinstance(getattr(value, "dtype", None), np.dtype) and isinstance(getattr(value, "shape", None), tuple):
         return None
-    kind, fix = type(value), ""
-    told = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    fix = ""
     if isinstance(value, Mapping):
         fix = "nufilt_jax.canonical makes nested parameters flat"
     elif hasattr(value, "numpy"):
         fix = "call .numpy(), or .float().numpy() of bfloat16"
-    return Problem(where, f"must be an array of NumPy or JAX, got {told}", fix, name)
+    return Problem(where, f"must be an array of NumPy or JAX, got {_type_of(value)}", fix, name)
+
+
+def _type_of(value: object) -> str:
+    kind = type(value)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def array_problems(params: Mapping[Any, object], where: str) -> list[Problem]:
@@ -64,3 +69,26 @@ def array_problems(params: Mapping[Any, object], where: str) -> list[Problem]:
     ]
     found = (array_problem(value, where, str(name)) for name, value in params.items())
     return [*unnamed, *filter(None, found)]
+
+
+def model_problems(base: object, tasks: object) -> list[Problem]:
+    """What of a base and of the tasks to be merged into it is no model."""
+    models = {"base": base}
+    if isinstance(tasks, Mapping):
+        models |= {f"tasks[{name!r}]": model for name, model in tasks.items()}
+    elif isinstance(tasks, Sequence) and not isinstance(tasks, str):
+        models |= {f"tasks[{number}]": model for number, model in enumerate(tasks)}
+    else:
+        return [Problem("tasks", "must be a list of models, or models by name", "one alone in brackets too")]
+    return [*filter(None, (_model_problem(value, where) for where, value in models.items()))]
+
+
+def _model_problem(value: object, where: str) -> Problem | None:
+    if isinstance(value, str | os.PathLike | Mapping):
+        return None
+    fix = ""
+    if hasattr(value, "params"):
+        fix = "nufilt_jax.from_flax takes params and config of a Flax model"
+    elif hasattr(value, "state_dict"):
+        fix = "give its state_dict() as arrays of NumPy"
+    return Problem(where, f"must be a folder, a Hub id or weights by name, got {_type_of(value)}", fix)

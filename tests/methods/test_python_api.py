@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 from typing import Literal
 
 import adapter_builders as adapters
@@ -157,6 +158,24 @@ def test_settings_are_checked_as_the_commands_are(shared_models, tmp_path, setti
     if not settings.keys() & {"output", "format", "dtype", "max_memory"}:
         with pytest.raises(ConfigError, match=re.escape(message)):
             nj.merge(BASE, TASKS, **{"method": "sum"} | settings)
+
+
+def test_what_is_no_model_is_told_at_once(shared_models):
+    base = {"model.layers.0.mlp.up_proj.weight": np.zeros((4, 4), np.float32)}
+    flax, torch = SimpleNamespace(params=base), SimpleNamespace(state_dict=lambda: base)
+    with pytest.raises(ConfigError) as caught:
+        nj.merge(None, {"a": flax, "b": torch, "c": base})  # pyright: ignore[reportArgumentType]
+    told = "must be a folder, a Hub id or weights by name, got "
+    assert str(caught.value).splitlines() == [
+        f"base: {told}NoneType",
+        f"tasks['a']: {told}types.SimpleNamespace (nufilt_jax.from_flax takes params and config of a Flax model)",
+        f"tasks['b']: {told}types.SimpleNamespace (give its state_dict() as arrays of NumPy)",
+    ]
+    for tasks in (str(shared_models / "a"), shared_models / "a", None):
+        with pytest.raises(ConfigError, match="tasks: must be a list of models, or models by name"):
+            nj.merge(base, tasks)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ConfigError, match=r"^tasks\[1\]: must be a folder"):
+        nj.merge(base, [base, (base,)])  # pyright: ignore[reportArgumentType]
 
 
 def test_names_of_tasks_are_texts(shared_models, tmp_path):
