@@ -235,14 +235,14 @@ def _warn_caller(text: str) -> None:
 def _read_and_merged(job: "Job", *, offline: bool) -> "dict[str, np.ndarray]":
     """Models of the disk or the Hub, adapters too, merged in memory."""
     from nufilt_jax.engine.inspection import inspect
-    from nufilt_jax.engine.loaded import merged_one_by_one
+    from nufilt_jax.engine.loaded import merged_one_by_one, rounded
     from nufilt_jax.engine.plan import make_plan
 
     plan = make_plan(job, offline=offline)
     _warn(plan, inspect(plan))
     touched = plan.selection.touched
     tasks = {name: task.unread(touched) for name, task in plan.tasks.items()}
-    return merged_one_by_one(plan.base.read(), tasks, plan.settings, plan.selection)
+    return rounded(merged_one_by_one(plan.base.read(), tasks, plan.settings, plan.selection), plan.base.source)
 
 
 def _merged_in_memory(
@@ -255,8 +255,8 @@ def _merged_in_memory(
     strict: bool,
     offline: bool,
 ) -> "dict[str, np.ndarray]":
-    from nufilt_jax.checkpoints import save
-    from nufilt_jax.engine.loaded import merged_in_memory
+    from nufilt_jax.checkpoints import load, save
+    from nufilt_jax.engine.loaded import merged_in_memory, rounded, unrounded
 
     like = "" if isinstance(base, Mapping) else os.fspath(base)
     if out is not None and not like:
@@ -267,12 +267,11 @@ def _merged_in_memory(
         _warn_caller(in_python(text))
 
     place = None if out is None else Path(os.path.expanduser(out))
-    merged = merged_in_memory(
-        base, tasks, settings, strict=strict, offline=offline, warn=warn, warnings=idle, out=place
-    )
-    if place is not None:
-        save(merged, place, like=like, format=settings.format, dtype=settings.dtype, offline=offline)
-    return merged
+    state = merged_in_memory(base, tasks, settings, strict=strict, offline=offline, warn=warn, warnings=idle, out=place)
+    if place is None:
+        return rounded(state, like or "base")
+    save(unrounded(state), place, like=like, format=settings.format, dtype=settings.dtype, offline=offline)
+    return load(place, offline=True)
 
 
 class _Nobody:

@@ -17,9 +17,10 @@ from nufilt_jax.checkpoints.held import held_base, held_task
 from nufilt_jax.checkpoints.saving import check_place
 from nufilt_jax.checkpoints.survey import squared_change
 from nufilt_jax.engine.coverage import outside_warnings
+from nufilt_jax.engine.merged import merged_tensors
 from nufilt_jax.engine.readable import fitted, selected
 from nufilt_jax.engine.writable import writing_problems
-from nufilt_jax.errors import CheckpointError, NufiltError, Problem, error_of, gathering, of_kind
+from nufilt_jax.errors import CheckpointError, NufiltError, Problem, error_of, gathering, of_kind, raise_all
 from nufilt_jax.methods.selection import Selection
 from nufilt_jax.methods.state import nonfinite
 from nufilt_jax.output.recipe import Settings
@@ -35,8 +36,8 @@ def merged_in_memory(
     warn: Callable[[str], None],
     warnings: Sequence[str] = (),
     out: Path | None = None,
-) -> dict[str, np.ndarray]:
-    """The merged model, of weights by canonical name or of sources, in any mixture.
+) -> methods.MergeState:
+    """The merge after all tasks, of weights by canonical name or of sources, in any mixture.
 
     Args:
       base: the backbone.
@@ -139,8 +140,8 @@ def _changes(
 
 def merged_one_by_one(
     base: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]], settings: Settings, selection: Selection
-) -> dict[str, np.ndarray]:
-    """The merged model, from weights that fit.
+) -> methods.MergeState:
+    """The merge after all tasks, of weights that fit.
 
     Args:
       base: the backbone's, by canonical name.
@@ -157,7 +158,30 @@ def merged_one_by_one(
     for name, task in tasks.items():
         with _naming(name):
             state = rule.update(state, task, donate=True)
-    return {name: np.asarray(value) for name, value in state.merged.items()}
+    return state
+
+
+def rounded(state: methods.MergeState, where: str) -> dict[str, np.ndarray]:
+    """The merged model, in the base's own types.
+
+    Args:
+      state: after all tasks.
+      where: what messages call the base.
+
+    Raises:
+      CheckpointError: these types cannot hold it.
+    """
+    with np.errstate(over="ignore"):  # told with the tensor's name
+        merged = {name: np.asarray(value) for name, value in state.merged.items()}
+    what, fix = "has numbers out of the range of", "give a base of a wider type"
+    over = (name for name in state.touched if not np.isfinite(merged[name]).all())
+    raise_all(CheckpointError, [Problem(where, f"{what} {merged[name].dtype}", fix, name) for name in over])
+    return merged
+
+
+def unrounded(state: methods.MergeState) -> dict[str, Any]:
+    """The merged model for those who write it and round it then, once."""
+    return state.base | merged_tensors({name: state.base[name] for name in state.touched}, state.delta) | state.added
 
 
 @contextlib.contextmanager

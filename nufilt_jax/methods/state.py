@@ -74,7 +74,7 @@ class MergeState:
 
     @property
     def merged(self) -> dict[str, Tensor]:
-        """θ^m: every tensor of the base, in its own dtype, and what the rule added."""
+        """θ^m: every tensor in the base's dtype, infinite where that cannot hold it, and what the rule added."""
         base, delta = self.base, self.delta
         moved = {name: merged_tensor(base[name], _whole(delta, name, base[name])) for name in self.touched}
         return base | moved | self.added
