@@ -8,7 +8,6 @@ import tempfile
 from collections import Counter
 
 import jax
-import optax
 import pytest
 from command_result import Result
 from jaxtyping import install_import_hook
@@ -34,19 +33,6 @@ from nufilt_jax.compile_cache import enable_compile_cache  # noqa: E402  after t
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-
-def _leniently(function):
-    def call(*args, **kwargs):
-        with jax.numpy_dtype_promotion("standard"):
-            return function(*args, **kwargs)
-
-    return call
-
-
-# Adam's bias correction raises a float to an integer power, which strict promotion forbids: optax alone is let off.
-optax.tree.bias_correction = _leniently(optax.tree.bias_correction)
-
 
 # A process may hold so many mapped regions (Linux: 65530), and every compiled program takes some.
 MOST_REGIONS = 25_000

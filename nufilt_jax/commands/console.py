@@ -74,7 +74,7 @@ class ProgressWatcher:
     def stack(self, description: str, report: LayerReport) -> None:
         """A group of layers is solved."""
         text = f"{self._task}: {description}"
-        if report.losses.shape[-1]:
+        if report.has_losses:
             first, last = np.asarray(report.losses).sum(axis=0)[[0, -1]]
             text += f", loss {first:.3g} → {last:.3g}"
         self.progress.update(self._bar, description=text)

@@ -13,7 +13,7 @@ Large weights would overflow it. L is therefore held in a unit of each layer's o
 feel: its steps are those of c L with the same multiple of ε.
 """
 
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -149,7 +149,7 @@ def adapt(
     def step(i: Int[Array, ""], carry: tuple) -> tuple:
         adapter, moments, losses = carry
         loss, gradients = loss_and_gradients(objective, adapter)
-        updates, moments = optimizer.update(gradients, moments)
+        updates, moments = update_of(optimizer, gradients, moments)
         return optax.apply_updates(adapter, updates), moments, losses.at[i].set(loss)
 
     losses = jnp.zeros(room, objective.constant.dtype)
@@ -157,3 +157,9 @@ def adapt(
     # The compiler drops what only the gradients need.
     last, _ = loss_and_gradients(objective, adapter)
     return adapter, losses.at[steps].set(last)
+
+
+def update_of(optimizer: Any, gradients: Any, *state: Any) -> tuple[Any, Any]:
+    """One step of an optax optimiser; it mixes types, which the caller's own settings of JAX may forbid."""
+    with jax.numpy_dtype_promotion("standard"):
+        return optimizer.update(gradients, *state)

@@ -7,7 +7,7 @@ import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -147,7 +147,7 @@ def _opened(name: str, checkpoint: Checkpoint, sha256: Mapping[str, str]) -> Mod
 
 def step_of(task: str, seconds: float, report: Mapping[str, LayerReport], timings: Mapping[str, float]) -> Step:
     """A step. Losses are sums over layers, before each Adam step and after the last."""
-    rows = [np.asarray(row.losses, np.float64) for row in report.values()]
+    rows = [np.asarray(row.losses, np.float64) for row in report.values() if row.has_losses]
     losses = tuple(_number(loss) for loss in np.sum(rows, axis=0)) if rows else ()
     return Step(task=task, seconds=round(seconds, 3), losses=losses, timings=timings)
 
@@ -167,7 +167,7 @@ def _layer_entry(row: LayerReport) -> dict[str, Any]:
         numbers = {field: _number(value) for field, value in row.forecast._asdict().items()}
         told = numbers | {"certified": bool(row.forecast.certified)}
     named = {"captured_share" if field == "captured" else field: value for field, value in told.items()}
-    before, after = (_number(row.losses[i]) if len(row.losses) else None for i in (0, -1))
+    before, after = (_number(cast(Any, row.losses)[i]) if row.has_losses else None for i in (0, -1))
     return {**named, "loss_before": before, "loss_after": after}
 
 

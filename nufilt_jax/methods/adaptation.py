@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from nufilt_jax.config import MethodConfig, number
+from nufilt_jax.core.adapt import update_of
 from nufilt_jax.errors import ConfigError, Problem, SolveError
 from nufilt_jax.methods.data import Batch, Forward, TaskData
 from nufilt_jax.methods.selection import is_float
@@ -108,11 +109,11 @@ def train_by_adam(
         losses.append(loss)
         # Dispatch returns at once: unbounded, it would have every batch on the device.
         losses[-_AHEAD:][0].block_until_ready()
-    report = LayerReport(np.array(jax.device_get(losses), np.float32))
-    if not all(np.isfinite(x).all() for x in (report.losses, *jax.device_get(jax.tree.leaves(variables)))):
+    report = LayerReport(np.array(jax.device_get(losses), np.float32) if losses else None)
+    if not all(np.isfinite(x).all() for x in jax.device_get(jax.tree.leaves((report, variables)))):
         raise SolveError(Problem("data", "the entropy of the model's predictions is not finite", "lower learning_rate"))
     if context.on_stack is not None:
-        context.on_stack(description, report._replace(losses=report.losses[None]))
+        context.on_stack(description, jax.tree.map(lambda x: x[None], report))
     return variables, report
 
 
@@ -144,5 +145,5 @@ def _step(
         return entropy(jnp.asarray(forward(build(variables, frozen), batch)), kind)
 
     loss, gradients = jax.value_and_grad(loss_of)(variables)
-    updates, moments = optax.adam(learning_rate).update(gradients, moments)
+    updates, moments = update_of(optax.adam(learning_rate), gradients, moments)
     return optax.apply_updates(variables, updates), moments, loss

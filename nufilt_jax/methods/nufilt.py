@@ -150,12 +150,13 @@ def _program(delta: tuple[Any, ...], config: SolveConfig) -> Program[..., GroupS
 
 def _unmoved(group: Group, config: SolveConfig) -> dict[str, LayerReport]:
     """The reports of layers that a task did not change: nothing is solved, and nothing is lost."""
-    return {name: LayerReport(np.zeros(_n_told(config), np.float32)) for name in group.names}
+    zeros = np.zeros(config.n_losses, np.float32) if _is_fitted(config) else None
+    return {name: LayerReport(zeros) for name in group.names}
 
 
-def _n_told(config: SolveConfig) -> int:
-    """How many losses are told: an objective that nothing was fitted to has none worth telling."""
-    return config.n_losses if config.trained_rank > 0 or config.closed_form_ridge is not None else 0
+def _is_fitted(config: SolveConfig) -> bool:
+    """Whether anything is: the losses of an objective that nothing was fitted to are not worth telling."""
+    return config.trained_rank > 0 or config.closed_form_ridge is not None
 
 
 class _UnderWay(NamedTuple):
@@ -179,11 +180,14 @@ def _told(
     """The reports of a group's layers, fetched in one go; layers whose solution is not finite have none."""
     told = solution.losses, solution.ok, solution.forecast
     losses, ok, forecast = told if is_traced(told) else jax.device_get(told)
-    whole = LayerReport(losses[:, : _n_told(config)], forecast)
+    whole = LayerReport(losses[:, : config.n_losses] if _is_fitted(config) else None, forecast)
     if on_stack is not None:
         on_stack(f"{len(group.names)} layers of width {group.width}", whole)
+    # With the dots all stay arrays: who saves a state as a pytree knows no numbers of NumPy's.
     return {
-        name: jax.tree.map(lambda x, i=i: x[i], whole) for i, name in enumerate(group.names) if is_traced(ok) or ok[i]
+        name: jax.tree.map(lambda x, i=i: x[i, ...], whole)
+        for i, name in enumerate(group.names)
+        if is_traced(ok) or ok[i]
     }
 
 

@@ -92,7 +92,7 @@ def kth_smallest_magnitude(
     wanted = Count(jnp.uint32(k >> HALF), jnp.uint32(k & (2**HALF - 1)))
 
     def narrow(step: Tensor, found: UInt32[Tensor, ""]) -> UInt32[Tensor, ""]:
-        shift = jnp.uint32(32 - _BITS) - _BITS * step.astype(jnp.uint32)
+        shift = jnp.uint32(32 - _BITS) - _BITS * jnp.asarray(step, jnp.uint32)
         bounds = [found + (jnp.uint32(digit) << shift) for digit in range(1, 2**_BITS)]
         below = count_entries(lambda x: tuple(magnitude_bits(x) < bound for bound in bounds), stacks, weights=weights)
         return found + (jnp.sum(is_less(below, wanted), dtype=jnp.uint32) << shift)

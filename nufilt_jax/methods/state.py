@@ -41,13 +41,18 @@ class LayerReport(NamedTuple):
     """What one step says about one layer, or about several with a leading layer axis.
 
     Attributes:
-      losses: the loss before each Adam step and, where it needs no more examples, after the last; empty for rules
-        without one.
+      losses: the loss before each Adam step and, where it needs no more examples, after the last; None where nothing
+        is fitted.
       forecast: what can be told without data; None for rules that look at no directions.
     """
 
-    losses: Tensor
+    losses: Tensor | None
     forecast: Forecast | None = None
+
+    @property
+    def has_losses(self) -> bool:
+        """Whether there are any."""
+        return self.losses is not None and self.losses.shape[-1] > 0
 
 
 @jax.tree_util.register_dataclass

@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from nufilt_jax.config import MethodConfig, Variant, number
+from nufilt_jax.core.adapt import update_of
 from nufilt_jax.linalg.dense import gram, norm
 from nufilt_jax.linalg.grams import Gram, GramFactor, GramMatrix
 from nufilt_jax.linalg.programs import is_traced
@@ -62,11 +63,11 @@ def advance(state: MergeState, task: TaskVector, context: Context[WudiConfig]) -
         solved = np.array([is_solved(name, shape) for name in members])
         part, losses = each_layer(_layer, d, t, solved, config=config, mesh=context.mesh)
         merged += Stacked((part,), (members,))
-        whole = LayerReport((losses if is_traced(losses) else jax.device_get(losses))[solved])
+        told = (losses if is_traced(losses) else jax.device_get(losses))[solved]
         names = [name for name in members if is_solved(name, shape)]
-        report |= {name: LayerReport(row) for name, row in zip(names, whole.losses, strict=True)}
+        report |= {name: LayerReport(row) for name, row in zip(names, told, strict=True)}
         if context.on_stack is not None:
-            context.on_stack(f"{len(names)} matrices of {shape[0]} x {shape[1]}", whole)
+            context.on_stack(f"{len(names)} matrices of {shape[0]} x {shape[1]}", LayerReport(told))
     require_finite(merged, "lower --learning-rate")
     return Advance(merged, report)
 
@@ -96,7 +97,7 @@ def _layer(
     def step(carry: tuple, _: None) -> tuple[tuple, Float[Array, ""]]:
         e, moments = carry
         loss, gradient = problem.loss_and_gradient(e)
-        update, moments = optimizer.update(gradient, moments)
+        update, moments = update_of(optimizer, gradient, moments)
         return (e + cast(Array, update), moments), loss
 
     start = jnp.zeros_like(problem.r)

@@ -141,7 +141,8 @@ def _run(
         batch = jax.vmap(lambda rows, index: rows[index])(images, chosen)
         answers = jax.vmap(lambda rows, index: rows[index])(labels, chosen)
         loss, slope = jax.value_and_grad(_loss)(params, batch, answers, heads, is_class, tower)
-        change, state = optimiser.update(slope, state, params)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes types
+            change, state = optimiser.update(slope, state, params)
         return (cast(TowerParams, optax.apply_updates(params, change)), state), loss
 
     (params, state), losses = jax.lax.scan(step, (params, state), jax.random.split(key, _STEPS_PER_CALL))

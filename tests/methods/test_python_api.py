@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import model_builders as build
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from merging import BASE, SELECTED, TASKS, rule_for
 from safetensors.numpy import load_file, save_file
@@ -252,6 +253,33 @@ def test_rule_and_state_say_what_they_are():
     assert repr(rule).startswith("Merger(ties, TiesConfig(scale=0.3, density=0.5")
     state = rule.update(rule.init(BASE), TASKS[0])
     assert repr(state).startswith(f"MergeState(step=1, {len(state.touched)} of {len(BASE)} tensors merged, ")
+
+
+def test_ties_runs_without_compiling():
+    """As one debugs in JAX, which then hands numbers of Python to the bodies of loops."""
+    base, *tasks = [{name: params[name] for name in SELECTED[:2]} for params in (BASE, *TASKS[:2])]
+    expected = nj.merge(base, tasks, method="ties")
+    with jax.disable_jit():
+        found = nj.merge(base, tasks, method="ties")
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("name", "settings"), [("null_space", {}), ("nufilt", {"adapter_rank": 0}), ("nufilt", {})])
+def test_a_state_is_saved_as_any_pytree(tmp_path, name, settings):
+    ranks = {"filter_rank": 4} if name == "null_space" else {"filter_rank": 4, "adapter_rank": 2, "task_rank": 2}
+    rule = nj.methods.get(name, nj.methods.config_of(name, None, ranks | settings))
+    state = rule.init(BASE)
+    for task in TASKS[:2]:
+        state = rule.update(state, task)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        again = checkpointer.restore(tmp_path / "state", like)
+    one, other = (rule.update(x, TASKS[2]).merged for x in (state, again))
+    for key, value in one.items():
+        np.testing.assert_array_equal(other[key], value)
 
 
 def test_given_starts_take_the_place_of_the_drawn_ones():
