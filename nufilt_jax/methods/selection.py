@@ -192,7 +192,12 @@ def _nothing_selected(
 ) -> Problem:
     """Says what there is instead, and gives an expression to paste where one can be derived."""
     matrices = [name for name in reach if len(base[name].shape) == 2 and not anatomy.is_lookup(name)]
-    what = f"no matrix matches {layers!r}" if layers is not None else "no matrix of this model is in a numbered block"
+    if layers is not None:
+        what = f"no matrix matches {layers!r}"
+    elif any(anatomy.is_linear(name, base[name].shape) for name in matrices):
+        what = "this model has none of the tensors that the method chooses by itself"
+    else:
+        what = "no matrix of this model is in a numbered block"
     if kernels := patterns(name for name in reach if wanted_flat(name, base[name].shape)):
         shown = ", ".join(f"{group.pattern} ({len(group.names)})" for group in kernels[:6])
         more = f" and {len(kernels) - 6} more" if len(kernels) > 6 else ""
