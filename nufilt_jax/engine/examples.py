@@ -28,7 +28,7 @@ from nufilt_jax.models.clip_names import tower_problems
 from nufilt_jax.models.t5_config import parse_t5_config
 from nufilt_jax.models.t5_names import t5_problems
 
-C = TypeVar("C")
+T = TypeVar("T")
 
 _IMAGES = {"pixel_values": "[n, 3, h, w]", "prototypes": "[classes, d]"}
 _TEXTS = {"input_ids": "[n, tokens]", "attention_mask": "[n, tokens]"}
@@ -58,7 +58,7 @@ def forward_problems(base: Checkpoint) -> list[Problem]:
     return found
 
 
-def _parsed(base: Checkpoint, parse: Callable[[Mapping[str, Any]], C]) -> C:
+def _parsed(base: Checkpoint, parse: Callable[[Mapping[str, Any]], T]) -> T:
     """The numbers of the model; what is wrong with them is told with the file's path."""
     try:
         return parse(base.config)

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from nufilt_jax import anatomy
@@ -149,7 +148,7 @@ def n_copies(name: str, embedding_copies: int) -> int:
 
 def is_float(dtype: np.dtype) -> bool:
     """Whether tensors of this type can be merged: float16, bfloat16, float32 or float64."""
-    return jnp.dtype(dtype) in (jnp.float16, jnp.dtype(ml_dtypes.bfloat16), jnp.float32, jnp.dtype("float64"))
+    return jnp.dtype(dtype).name in ("float16", "bfloat16", "float32", "float64")  # in any order of bytes
 
 
 def reach_of(names: Iterable[str], layers: str | None) -> Callable[[str], bool]:

@@ -9,6 +9,7 @@ from flax import traverse_util
 from jax.typing import ArrayLike, DTypeLike
 
 from nufilt_jax.errors import Problem
+from nufilt_jax.values import native
 
 
 def tensor_problems(
@@ -39,7 +40,7 @@ def linen_tree(
     flat: dict[tuple[str, ...], jax.Array] = {}
     for name, value in params.items():
         *parents, leaf = name.split(".")
-        array = jnp.asarray(value).astype(dtype)
+        array = jnp.asarray(native(value)).astype(dtype)
         if leaf != "weight":
             flat[*parents, leaf] = array
         elif array.ndim == 1:
