@@ -5,9 +5,11 @@ import numbers
 import operator
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from nufilt_jax.errors import Problem
+
+T = TypeVar("T")
 
 
 def whole_number(value: Any) -> int | None:
@@ -34,6 +36,18 @@ def finite_number(value: Any) -> int | float | None:
     if number is not None or isinstance(value, bool) or not isinstance(value, numbers.Real):
         return number
     return float(value) if math.isfinite(value) else None
+
+
+def native(value: T) -> T:
+    """An array in the machine's own order of bytes, since JAX takes no other; all else as it is.
+
+    >>> import numpy as np
+    >>> native(np.ones(2, ">f4")).dtype == np.float32
+    True
+    """
+    array: Any = value
+    dtype: Any = getattr(array, "dtype", None)
+    return value if getattr(dtype, "isnative", True) else array.astype(dtype.newbyteorder("="))
 
 
 def array_problem(value: object, where: str, name: str) -> Problem | None:

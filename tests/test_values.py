@@ -12,6 +12,7 @@ import pytest
 import nufilt_jax as nj
 from nufilt_jax.checkpoints.flax_trees import to_flax
 from nufilt_jax.errors import CheckpointError, ConfigError
+from nufilt_jax.models import canonical_shapes, clip_image_features, parse_vision_config
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 BASE = {NAME: np.zeros((4, 4), np.float32)}
@@ -93,3 +94,37 @@ def test_settings_are_numbers_of_any_library_and_kept_as_pythons():
     ):
         with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
             nj.NufiltConfig(**settings)
+
+
+def swapped(params):
+    """The same numbers in the order of bytes that is not this machine's."""
+    return {name: x.astype(x.dtype.newbyteorder("S")) for name, x in params.items()}
+
+
+@pytest.mark.parametrize("types", [("f8", "f4"), ("f4", "f8"), ("f2", "f2")], ids=str)
+def test_either_order_of_bytes_is_taken(types, tmp_path):
+    """Alike to the bit: from Python in one call and step by step; what comes out is in the machine's own."""
+    rng = np.random.default_rng(0)
+    base = {NAME: rng.normal(size=(8, 8)).astype(types[0]), "norm.weight": np.ones(8, types[0])}
+    task = {name: (x + 1e-3 * rng.normal(size=x.shape)).astype(types[1]) for name, x in base.items()}
+    base["model.position_ids"] = task["model.position_ids"] = np.arange(4)
+    ranks = {"filter_rank": 2, "adapter_rank": 2, "task_rank": 2}
+    for method, settings in (("sum", {}), ("nufilt", ranks)):
+        wanted = nj.merge(base, [task, task], method=method, other_params="average", **settings)
+        found = nj.merge(swapped(base), [swapped(task), task], method=method, other_params="average", **settings)
+        assert all(build.same_bits(found[name], x) for name, x in wanted.items())
+    rule = nj.methods.get("sum", layers="up_proj", other_params="average")
+    ours, theirs = (rule.update(rule.init(b), t).merged for b, t in ((base, task), (swapped(base), swapped(task))))
+    assert all(build.same_bits(np.asarray(theirs[name]), np.asarray(x)) for name, x in ours.items())
+    model = build.write(tmp_path / "model", base)
+    nj.save(swapped(base), tmp_path / "saved", like=model)
+    assert all(build.same_bits(x, base[name]) for name, x in nj.load(tmp_path / "saved").items())
+
+
+def test_a_forward_pass_takes_either_order_of_bytes():
+    config = CLIP | {"hidden_size": 4, "intermediate_size": 6, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config |= {"image_size": 4, "patch_size": 2}
+    params = {n: np.ones(s, np.float32) for n, s in canonical_shapes(parse_vision_config(config)).items()}
+    images = jnp.ones((1, 3, 4, 4))
+    found = clip_image_features(swapped(params), images, config)
+    np.testing.assert_array_equal(found, clip_image_features(params, images, config))

@@ -11,7 +11,7 @@ from nufilt_jax.checkpoints.reader import Checkpoint
 from nufilt_jax.checkpoints.tensors import HeldTensor
 from nufilt_jax.checkpoints.ties import tie
 from nufilt_jax.errors import CheckpointError, raise_all
-from nufilt_jax.values import array_problems
+from nufilt_jax.values import array_problems, native
 
 
 def held_base(params: Mapping[Any, Any], source: str, where: str) -> Checkpoint:
@@ -54,7 +54,7 @@ def _held(params: Mapping[Any, Any], source: str, where: str) -> Checkpoint:
         path=Path(),
         format=SAFETENSORS,
         config={},
-        tensors={name: _tensor(name, value, where) for name, value in params.items()},
+        tensors={name: _tensor(name, native(value), where) for name, value in params.items()},
         weight_files=(),
         metadata={},
     )

@@ -16,7 +16,7 @@ from nufilt_jax.checkpoints.reader import Checkpoint, open_checkpoint
 from nufilt_jax.checkpoints.writer import output_error, write_checkpoint
 from nufilt_jax.durable import make_folder, move
 from nufilt_jax.errors import CheckpointError, OutputError, Problem, raise_all
-from nufilt_jax.values import array_problems
+from nufilt_jax.values import array_problems, native
 
 Source = str | os.PathLike[str]
 
@@ -65,6 +65,7 @@ def save(
     out = Path(os.path.expanduser(out))
     check_place(out)
     raise_all(CheckpointError, array_problems(params, "params"))
+    params = {name: native(x) for name, x in params.items()}
     model = like if isinstance(like, Checkpoint) else _opened(os.fspath(like), offline)
     known = {copy.name for info in model.tensors.values() for copy in info.copies}
     own = {name: x for name, x in params.items() if name in known or not is_added(name)}

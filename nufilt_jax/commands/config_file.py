@@ -27,7 +27,7 @@ TASK_TABLE = "tasks"  # the table; the option is --task
 # Of one run or one process, not of a merge.
 NOT_IN_FILES = ("config", "json", "quiet", "verbose", "plan", "add")
 NOT_IN_FILES += OF_ONE_PROCESS
-_NUMBERS_OR_WORDS = ("order", "devices")
+_NUMBERS_OR_WORDS = {"order": int, "devices": int, "max_memory": float}
 _PLACES = ("out", "data", "tasks_file")
 _MODELS = ("base", "heads_from")
 _SHARED = ("tasks_file", "heads_from", "limit", "offline")  # that mean the same for merge and evaluate
@@ -236,8 +236,8 @@ def _fault(key: str, value: Any, kind: Any) -> str:
         return "" if isinstance(value, bool) else SPELLINGS[bool]
     if kind in (int, float):
         return "" if _reads_as(kind, value) else SPELLINGS[kind]
-    # A number too, where an option is a number or a word: order, devices.
-    is_plain = isinstance(value, str) or (key in _NUMBERS_OR_WORDS and _reads_as(int, value))
+    # A number too, where an option is a number or a word.
+    is_plain = isinstance(value, str) or (key in _NUMBERS_OR_WORDS and _reads_as(_NUMBERS_OR_WORDS[key], value))
     return "" if is_plain else "a text"
 
 

@@ -66,7 +66,7 @@ def solve_stack(
     >>> many.update.shape, many.losses.shape, bool(many.ok.all())
     ((3, 16, 8), (3, 51), True)
     """
-    _check(merged_delta, task_delta, adapter_init, config, ("layers", "m", "n"))
+    _check(merged_delta, task_delta, adapter_init, (config, largest), ("layers", "m", "n"))
     merged, task, start = (jnp.asarray(x, jnp.float32) for x in (merged_delta, task_delta, adapter_init))
     program = functools.partial(_solve_group, config=config)
     if largest is not None:
@@ -114,8 +114,8 @@ def solve_layer(
     >>> one.update.shape
     (16, 8)
     """
-    _check(merged_delta, task_delta, adapter_init, config, ("m", "n"))
-    stacked = [jnp.asarray(x)[None] for x in (merged_delta, task_delta, adapter_init)]
+    _check(merged_delta, task_delta, adapter_init, (config, largest), ("m", "n"))
+    stacked = [jnp.asarray(x, jnp.float32)[None] for x in (merged_delta, task_delta, adapter_init)]
     found = solve_stack(stacked[0], stacked[1], config=config, adapter_init=stacked[2], largest=largest)
     return LayerSolution(*(x[0] for x in found))
 
@@ -134,9 +134,16 @@ def _grown(config: SolveConfig, largest: SolveConfig) -> SolveConfig:
     return dataclasses.replace(config, **ranks)
 
 
-def _check(merged: Array, task: Array, start: Array, config: SolveConfig, axes: tuple[str, ...]) -> None:
-    arrays = {"merged_delta": merged, "task_delta": task, "adapter_init": start}
+def _check(merged: Array, task: Array, start: Array, configs: tuple[object, object], axes: tuple[str, ...]) -> None:
+    config, largest = configs
+    settings = {"config": config} if largest is None else {"config": config, "largest": largest}
     problems = [
+        Problem(name, f"must be the settings of a solve, as NufiltConfig, got {type(value).__name__}")
+        for name, value in settings.items()
+        if not isinstance(value, SolveConfig)
+    ]
+    arrays = {"merged_delta": merged, "task_delta": task, "adapter_init": start}
+    problems += [
         Problem(name, f"must be a floating array, got {x.dtype}")
         for name, x in arrays.items()
         if not jnp.issubdtype(x.dtype, jnp.floating)
@@ -145,6 +152,8 @@ def _check(merged: Array, task: Array, start: Array, config: SolveConfig, axes: 
         problems.append(Problem("merged_delta", f"must be a non-empty [{', '.join(axes)}], got shape {merged.shape}"))
     elif task.shape != merged.shape:
         problems.append(Problem("task_delta", f"is {task.shape}, merged_delta is {merged.shape}"))
-    elif start.shape != (wanted := (*merged.shape[:-2], config.trained_rank, merged.shape[-1])):
-        problems.append(Problem("adapter_init", f"must be {wanted} for this config, got {start.shape}"))
+    elif isinstance(config, SolveConfig):
+        wanted = (*merged.shape[:-2], config.trained_rank, merged.shape[-1])
+        if start.shape != wanted:
+            problems.append(Problem("adapter_init", f"must be {wanted} for this config, got {start.shape}"))
     raise_all(ConfigError, problems)

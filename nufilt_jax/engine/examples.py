@@ -6,23 +6,29 @@ for nothing else. For T5 it holds `input_ids` and `attention_mask`, both [n, tok
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from nufilt_jax.checkpoints import Checkpoint
+from nufilt_jax.checkpoints.dtypes import FLOATS
 from nufilt_jax.checkpoints.safetensors_files import Entry, read_header
 from nufilt_jax.config import problem
 from nufilt_jax.durable import make_folder, replacing
-from nufilt_jax.errors import NotYetError, Problem
+from nufilt_jax.errors import CheckpointError, NotYetError, Problem, gathering, of_kind
 from nufilt_jax.evaluation import Task
 from nufilt_jax.evaluation.learning_data import clip_task_data, t5_task_data
 from nufilt_jax.methods import TaskData
 from nufilt_jax.methods.adaptation import LearningConfig
 from nufilt_jax.models.clip_config import parse_vision_config
+from nufilt_jax.models.clip_names import tower_problems
+from nufilt_jax.models.t5_config import parse_t5_config
+from nufilt_jax.models.t5_names import t5_problems
+
+T = TypeVar("T")
 
 _IMAGES = {"pixel_values": "[n, 3, h, w]", "prototypes": "[classes, d]"}
 _TEXTS = {"input_ids": "[n, tokens]", "attention_mask": "[n, tokens]"}
@@ -31,6 +37,42 @@ _TEXTS = {"input_ids": "[n, tokens]", "attention_mask": "[n, tokens]"}
 def example_files(folder: Path, names: Iterable[str]) -> dict[str, Path]:
     """The file of each task."""
     return {name: folder / f"{name}.safetensors" for name in names}
+
+
+def forward_problems(base: Checkpoint) -> list[Problem]:
+    """What keeps the model's forward pass from running, from its config and headers alone.
+
+    Raises:
+      NotYetError: no forward pass is known for this model.
+    """
+    is_clip, found = _wanted(base) is _IMAGES, list[Problem]()
+    # As the methods have them: what holds no floating numbers is no parameter.
+    given = {name: info.shape for name, info in base.tensors.items() if info.dtype in FLOATS}
+    with gathering(found):
+        if is_clip:
+            vision = _parsed(base, parse_vision_config)
+            unfit = tower_problems(given, vision, whole_model=base.config["model_type"] == "clip")
+        else:
+            unfit = t5_problems(given, _parsed(base, parse_t5_config))
+        found += of_kind(CheckpointError, (_of_model(problem, base) for problem in unfit))
+    return found
+
+
+def _parsed(base: Checkpoint, parse: Callable[[Mapping[str, Any]], T]) -> T:
+    """The numbers of the model; what is wrong with them is told with the file's path."""
+    try:
+        return parse(base.config)
+    except CheckpointError as error:
+        raise CheckpointError(*(p._replace(where=str(base.path / p.where)) for p in error.problems)) from error
+
+
+def _of_model(problem: Problem, base: Checkpoint) -> Problem:
+    """The same, with the file and the name in it."""
+    fix = "choose a data-free method"
+    if problem.tensor not in base.tensors:
+        return Problem(base.source, "is missing, and the model's forward pass needs it", fix, problem.tensor)
+    info = base.tensors[problem.tensor]
+    return Problem(str(info.file), problem.what, fix, info.stored_name)
 
 
 def example_problems(files: Mapping[str, Path], base: Checkpoint) -> Iterator[Problem]:
@@ -73,14 +115,14 @@ def _faults(path: str, entries: Mapping[str, Entry], wanted: Mapping[str, str], 
 
 
 def _image_faults(path: str, entries: Mapping[str, Entry], base: Checkpoint) -> Iterator[Problem]:
-    config = parse_vision_config(base.config)
+    config = _parsed(base, parse_vision_config)
     images, heads = entries["pixel_values"].shape, entries["prototypes"].shape
     side = config.image_size
     if images[1:] != (config.num_channels, side, side):
         what = f"has shape {list(images)}, but the model takes [n, {config.num_channels}, {side}, {side}]"
         yield Problem(path, what, "use the model's preprocessor", "pixel_values")
     projection = base.tensors.get("visual_projection.weight")
-    width = config.hidden_size if projection is None else projection.shape[0]
+    width = projection.shape[0] if projection is not None and projection.shape else config.hidden_size
     if heads[-1] != width:
         what = f"has shape {list(heads)}, but the model's features have {width} dimensions"
         yield Problem(path, what, "use the model's own text tower", "prototypes")

@@ -115,10 +115,11 @@ def make_plan(job: Job, *, offline: bool = False, headers_only: bool = False) ->
     rows, memory = list[Window](), None
     if base is not None:
         notices += base.notices
-        with gathering(problems):
-            selection = selected(base, tasks.values(), job.settings)
-        with gathering(problems):
-            examples = _examples(job, base, tuple(tasks), problems)
+        if _has_forward(job, base, problems):
+            with gathering(problems):
+                selection = selected(base, tasks.values(), job.settings)
+            with gathering(problems):
+                examples = _examples(job, base, tuple(tasks), problems)
         tasks, told = fitted(base, tasks, selection, job.settings, problems, strict=job.strict)
         notices += told
         with gathering(problems):
@@ -209,6 +210,23 @@ def _open_all(
         with gathering(problems):
             tasks[source.name] = open_task(source.source, base, revision=source.revision, **how)
     return base, tasks
+
+
+def _has_forward(job: Job, base: Checkpoint, problems: list[Problem]) -> bool:
+    """Whether a forward pass is known, if the method learns by one: without it nothing else is worth asking for.
+
+    What keeps a known one from running goes to `problems`.
+    """
+    if not find(job.settings.method).needs_data:
+        return True
+    from nufilt_jax.engine.examples import forward_problems  # with models, which no other merge needs
+
+    with gathering(problems):
+        found = forward_problems(base)
+        if getattr(job.settings.config, "steps", None) != 0:  # without a step it is not run
+            problems += found
+        return True
+    return False
 
 
 def _examples(job: Job, base: Checkpoint, names: tuple[str, ...], problems: list[Problem]) -> dict[str, Path]:

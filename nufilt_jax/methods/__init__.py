@@ -50,7 +50,7 @@ from nufilt_jax.methods.state import Context as Context
 from nufilt_jax.methods.state import MergeState as MergeState
 from nufilt_jax.methods.state import Numbers, OnStack, check_task, nonfinite
 from nufilt_jax.methods.state import Rule as Rule
-from nufilt_jax.values import array_problems
+from nufilt_jax.values import array_problems, native
 
 __all__ = [
     "ALIASES",
@@ -245,7 +245,7 @@ def get(
             raise_all(CheckpointError, array_problems(base, "base"))
         mine, others = choose(base)
         shapes = {members[0]: shape_in(base, members[0]) for members in mine + others}
-        return MergeState(dict(base), zeros(shapes, mine + others, ranks))
+        return MergeState({name: native(x) for name, x in base.items()}, zeros(shapes, mine + others, ranks))
 
     def update(
         state: MergeState,

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from nufilt_jax import anatomy
@@ -149,7 +148,7 @@ def n_copies(name: str, embedding_copies: int) -> int:
 
 def is_float(dtype: np.dtype) -> bool:
     """Whether tensors of this type can be merged: float16, bfloat16, float32 or float64."""
-    return jnp.dtype(dtype) in (jnp.float16, jnp.dtype(ml_dtypes.bfloat16), jnp.float32, jnp.dtype("float64"))
+    return jnp.dtype(dtype).name in ("float16", "bfloat16", "float32", "float64")  # in any order of bytes
 
 
 def reach_of(names: Iterable[str], layers: str | None) -> Callable[[str], bool]:
@@ -192,7 +191,12 @@ def _nothing_selected(
 ) -> Problem:
     """Says what there is instead, and gives an expression to paste where one can be derived."""
     matrices = [name for name in reach if len(base[name].shape) == 2 and not anatomy.is_lookup(name)]
-    what = f"no matrix matches {layers!r}" if layers is not None else "no matrix of this model is in a numbered block"
+    if layers is not None:
+        what = f"no matrix matches {layers!r}"
+    elif any(anatomy.is_linear(name, base[name].shape) for name in matrices):
+        what = "this model has none of the tensors that the method chooses by itself"
+    else:
+        what = "no matrix of this model is in a numbered block"
     if kernels := patterns(name for name in reach if wanted_flat(name, base[name].shape)):
         shown = ", ".join(f"{group.pattern} ({len(group.names)})" for group in kernels[:6])
         more = f" and {len(kernels) - 6} more" if len(kernels) > 6 else ""

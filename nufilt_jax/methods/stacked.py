@@ -13,6 +13,7 @@ import numpy as np
 
 from nufilt_jax.anatomy import layer_shape, part_of, tensor_of
 from nufilt_jax.linalg.factored import Factored
+from nufilt_jax.values import native
 
 Tensor = jax.Array | np.ndarray  # of host or device; inside one layer's program it is jaxtyping's, a `jax.Array`
 Params = Mapping[str, Tensor]
@@ -108,8 +109,8 @@ def layer_of(params: Params, layer: str) -> Tensor:
     """A layer of a model, by the names of `anatomy.layers_in`."""
     name, index = part_of(layer)
     if index is not None:
-        return params.part(name, index) if isinstance(params, InParts) else params[name][index]
-    tensor = params[name]
+        return params.part(name, index) if isinstance(params, InParts) else native(params[name][index])
+    tensor = native(params[name])
     return tensor.reshape(layer_shape(layer, tensor.shape)) if layer != name else tensor
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from nufilt_jax.errors import CheckpointError, raise_all
+from nufilt_jax.errors import CheckpointError, Problem, raise_all
 from nufilt_jax.models.clip_config import ClipTowerConfig, ClipVisionConfig
 from nufilt_jax.models.experts import expert_shapes
 from nufilt_jax.models.trees import linen_tree, tensor_problems
@@ -62,15 +62,23 @@ def to_flax_tree(
     Raises:
       CheckpointError: tensors are missing, unknown or of another shape; all of them are listed.
     """
-    tower = {
-        name: value
-        for name, value in params.items()
-        if name != _POSITION_IDS and not (whole_model and name.startswith(_OTHER_HALF))
-    }
-    expected = canonical_shapes(config)
+    tower = {name: value for name, value in params.items() if _is_in_tower(name, whole_model)}
     given = {name: np.shape(value) for name, value in tower.items()}
-    if len(given.get(_PROJECTION, ())) == 2:
-        expected[_PROJECTION] = (given[_PROJECTION][0], config.hidden_size)
-    expected |= expert_shapes(given, expected, config.hidden_size)
-    raise_all(CheckpointError, tensor_problems(tower, expected, "CLIP vision model"))
+    raise_all(CheckpointError, tower_problems(given, config, whole_model=whole_model))
     return linen_tree(tower, lookups=("position_embedding",), norm_leaf="scale", dtype=jnp.float32)
+
+
+def tower_problems(
+    given: Mapping[str, tuple[int, ...]], config: ClipVisionConfig, *, whole_model: bool = False
+) -> list[Problem]:
+    """What of a model's tensors, known by their shapes, keeps `to_flax_tree` from making the tree."""
+    tower = {name: shape for name, shape in given.items() if _is_in_tower(name, whole_model)}
+    expected = canonical_shapes(config)
+    if len(tower.get(_PROJECTION, ())) == 2:
+        expected[_PROJECTION] = (tower[_PROJECTION][0], config.hidden_size)
+    expected |= expert_shapes(tower, expected, config.hidden_size)
+    return tensor_problems(tower, expected, "CLIP vision model")
+
+
+def _is_in_tower(name: str, whole_model: bool) -> bool:
+    return name != _POSITION_IDS and not (whole_model and name.startswith(_OTHER_HALF))

@@ -48,8 +48,9 @@ def to_text_tree(
         if name != _POSITION_IDS and not (whole_model and name.startswith(_OTHER_HALF))
     }
     expected = text_shapes(config)
-    if _PROJECTION in tower and np.ndim(tower[_PROJECTION]) == 2:
-        expected[_PROJECTION] = (np.shape(tower[_PROJECTION])[0], config.hidden_size)
-    raise_all(CheckpointError, tensor_problems(tower, expected, "CLIP text model"))
+    given = {name: np.shape(value) for name, value in tower.items()}
+    if len(given.get(_PROJECTION, ())) == 2:
+        expected[_PROJECTION] = (given[_PROJECTION][0], config.hidden_size)
+    raise_all(CheckpointError, tensor_problems(given, expected, "CLIP text model"))
     lookups = ("token_embedding", "position_embedding")
     return linen_tree(tower, lookups=lookups, norm_leaf="scale", dtype=jnp.float32)

@@ -64,10 +64,15 @@ def to_t5_tree(params: Mapping[str, ArrayLike], config: T5Config, *, dtype: DTyp
         what = f"{jnp.dtype(dtype).name} is not float32 or bfloat16"
         raise ConfigError(Problem("dtype", what, "T5's activations leave float16's range"))
     model = {name: value for name, value in params.items() if name != _UNUSED}
+    raise_all(CheckpointError, t5_problems({name: np.shape(value) for name, value in model.items()}, config))
+    return linen_tree(model, lookups=_LOOKUPS, norm_leaf="weight", dtype=dtype)
+
+
+def t5_problems(given: Mapping[str, tuple[int, ...]], config: T5Config) -> list[Problem]:
+    """What of a model's tensors, known by their shapes, keeps `to_t5_tree` from making the tree."""
+    model = {name: shape for name, shape in given.items() if name != _UNUSED}
     expected = t5_shapes(config)
     if _HEAD in model:
         expected[_HEAD] = (config.vocab_size, config.d_model)
-    given = {name: np.shape(value) for name, value in model.items()}
-    expected |= expert_shapes(given, expected, config.d_model)
-    raise_all(CheckpointError, tensor_problems(model, expected, "T5 model"))
-    return linen_tree(model, lookups=_LOOKUPS, norm_leaf="weight", dtype=dtype)
+    expected |= expert_shapes(model, expected, config.d_model)
+    return tensor_problems(model, expected, "T5 model")

@@ -5,23 +5,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import traverse_util
 from jax.typing import ArrayLike, DTypeLike
 
 from nufilt_jax.errors import Problem
+from nufilt_jax.values import native
 
 
 def tensor_problems(
-    params: Mapping[str, ArrayLike], expected: Mapping[str, tuple[int, ...]], where: str
+    given: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str
 ) -> list[Problem]:
     """Every tensor that is missing, unknown or of another shape than `expected`; `where` names the model."""
-    found = [Problem(where, "missing", tensor=name) for name in expected if name not in params]
-    for name, value in params.items():
+    found = [Problem(where, "missing", tensor=name) for name in expected if name not in given]
+    for name, shape in given.items():
         if name not in expected:
             found.append(Problem(where, "no such tensor in the model that config.json describes", tensor=name))
-        elif np.shape(value) != expected[name]:
-            what = f"shape is {np.shape(value)}, config.json describes {expected[name]}"
+        elif shape != expected[name]:
+            what = f"shape is {shape}, config.json describes {expected[name]}"
             found.append(Problem(where, what, tensor=name))
     return found
 
@@ -40,7 +40,7 @@ def linen_tree(
     flat: dict[tuple[str, ...], jax.Array] = {}
     for name, value in params.items():
         *parents, leaf = name.split(".")
-        array = jnp.asarray(value).astype(dtype)
+        array = jnp.asarray(native(value)).astype(dtype)
         if leaf != "weight":
             flat[*parents, leaf] = array
         elif array.ndim == 1:

@@ -72,6 +72,14 @@ def test_a_list_of_tasks_is_found_from_the_file_too(key, written, models):
     assert read_options(models / "own.toml", "evaluate") == {"task": ["alpha"]}
 
 
+@pytest.mark.parametrize("size", ["2000000000", "2e9", '"2GB"'])
+def test_memory_may_be_a_number_of_bytes(size, written, nufilt):
+    text = f'base = "base"\nmethod = "sum"\nmax_memory = {size}\n[tasks]\nalpha = "alpha"\n'
+    result = nufilt("plan", "--config", written("merge.toml", text), "--json")
+    assert result.code == 0, result.err
+    assert result.json["memory"]["allowed"] == 2_000_000_000
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_is_the_command(name, written, models, tmp_path, nufilt, command, monkeypatch):
     monkeypatch.chdir(tmp_path)

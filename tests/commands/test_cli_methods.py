@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from nufilt_jax.checkpoints import load
 from nufilt_jax.methods import RULES, every_tensor
-from nufilt_jax.models import parse_t5_config, t5_logits, t5_shapes
+from nufilt_jax.models import canonical_shapes, parse_t5_config, parse_vision_config, t5_logits, t5_shapes
 
 DATA_FREE = [name for name, rule in RULES.items() if not rule.needs_data]
 LEARNING = [name for name, rule in RULES.items() if rule.needs_data]
@@ -43,11 +43,8 @@ def test_three_tasks_and_one_added_are_four(method, shared_models, tmp_path, nuf
 @pytest.mark.parametrize("method", RULES)
 def test_a_plan_is_told_as_text(method, tmp_path, nufilt):
     """Rules for all tensors have stacks of biases and norms, whose shape is one number; wemoe has such of biases."""
-    for seed, name in enumerate(("base", "alpha")):
-        build.write(tmp_path / name, build.tower(seed), num_attention_heads=4)
-    images = {"pixel_values": np.zeros((2, 3, 224, 224), np.float32), "prototypes": np.zeros((2, 16), np.float32)}
-    save_file(images, tmp_path / "alpha.safetensors")
-    data = ("--data", tmp_path) if method in LEARNING else ()
+    write_clip(tmp_path)
+    data = ("--data", tmp_path / "data") if method in LEARNING else ()
     result = nufilt("plan", *arguments(tmp_path, method, "alpha"), *data)
     assert result.code == 0, result.err
     shapes = re.findall(r"^ +\d+ of shape (\[[\d, ]+\])$", result.out, re.MULTILINE)
@@ -103,18 +100,84 @@ def test_settings_reach_the_method(shared_models, tmp_path, nufilt):
     assert added.code == 1 and "nufilt: --method-args: mask_diagonal is True in this merge, got False" in added.err
 
 
+CLIP = {
+    "model_type": "clip_vision_model",
+    "hidden_size": build.WIDTH,
+    "intermediate_size": 12,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+
+
+def write_clip(folder, without=""):
+    """A whole vision tower, two models near it, and examples of the first one's task."""
+    shapes = canonical_shapes(parse_vision_config(CLIP))
+    rng = np.random.default_rng(0)
+    base = {name: rng.normal(0, 0.5, shape).astype(np.float32) for name, shape in shapes.items()}
+    base = {name: x for name, x in base.items() if not (without and re.search(without, name))}
+    build.write(folder / "base", base, **CLIP)
+    for seed, name in enumerate(("alpha", "beta"), 1):
+        build.write(folder / name, build.fine_tuned(base, seed), **CLIP)
+    images = {"pixel_values": rng.normal(size=(4, 3, 8, 8)), "prototypes": rng.normal(size=(2, build.WIDTH))}
+    (folder / "data").mkdir()
+    save_file({name: x.astype(np.float32) for name, x in images.items()}, folder / "data" / "alpha.safetensors")
+
+
 @pytest.mark.parametrize("method", LEARNING)
-def test_methods_that_learn_need_examples(method, shared_models, tmp_path, refused):
-    argv = arguments(shared_models, method, "alpha", "beta")
+def test_a_plan_refuses_a_model_whose_forward_pass_lacks_tensors(method, tmp_path, refused, nufilt):
+    write_clip(tmp_path, without="layer_norm1.bias|post_layernorm")
+    argv = (*arguments(tmp_path, method, "alpha"), "--data", tmp_path / "data")
+    lines = refused("plan", *argv)
+    block = "vision_model.encoder.layers.0.layer_norm1.bias"
+    assert [line.split(": ")[1:3] for line in lines] == [
+        [f"{tmp_path}/base", name]
+        for name in (block, "vision_model.post_layernorm.weight", "vision_model.post_layernorm.bias")
+    ]
+    what = "is missing, and the model's forward pass needs it (choose a data-free method)"
+    assert all(line.endswith(what) for line in lines)
+    assert refused("merge", *argv, "--out", tmp_path / "out") == lines
+    # Without a step the forward pass is not run.
+    result = nufilt("merge", *argv, "--out", tmp_path / "out", "--method-args", "steps=0")
+    assert result.code == 0, result.err
+
+
+def test_a_plan_refuses_what_the_forward_pass_does_not_know(tmp_path, refused):
+    write_clip(tmp_path)
+    save_file(build.weights(tmp_path / "base") | {"head": np.ones(2)}, tmp_path / "base" / "model.safetensors")
+    argv = (*arguments(tmp_path, "wemoe", "alpha"), "--data", tmp_path / "data")
+    (line,) = refused("plan", *argv)
+    assert f"{tmp_path}/base/model.safetensors: head: no such tensor in the model that config.json describes" in line
+    config = tmp_path / "base" / "config.json"
+    config.write_text(json.dumps(CLIP | {"num_attention_heads": 3}))
+    (line,) = refused("plan", *argv)
+    assert line == f"nufilt: {config}: hidden_size 16 is no multiple of num_attention_heads 3"
+
+
+@pytest.mark.parametrize("method", LEARNING)
+def test_methods_that_learn_need_examples(method, tmp_path, refused):
+    write_clip(tmp_path)
+    argv = arguments(tmp_path, method, "alpha", "beta")
     (line,) = refused("merge", *argv, "--out", tmp_path / "out")
     assert line.startswith(f"nufilt: --data: is missing: {method} learns from examples of each task")
-    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "alpha.safetensors").unlink()
     lines = refused("merge", *argv, "--out", tmp_path / "out", "--data", tmp_path / "data")
     assert [line.split(": ")[1] for line in lines] == [f"{tmp_path}/data/{n}.safetensors" for n in ("alpha", "beta")]
     assert "alpha.safetensors: is missing: the method learns from examples of alpha" in lines[0]
     save_file({"pixel_values": np.zeros((2, 3, 8), np.float32)}, tmp_path / "data" / "alpha.safetensors")
     lines = refused("merge", *argv, "--out", tmp_path / "out", "--data", tmp_path / "data")
     assert ["pixel_values: has shape [2, 3, 8]" in lines[0], "prototypes: is missing" in lines[1]] == [True, True]
+
+
+@pytest.mark.parametrize("method", LEARNING)
+def test_methods_that_learn_say_first_that_a_model_cannot_be_run(method, tmp_path, refused):
+    layers = {f"model.layers.{i}.self_attn.q_proj.weight": np.ones((4, 4), np.float32) for i in range(2)}
+    for name in ("base", "alpha"):
+        build.write(tmp_path / name, layers, model_type="llama")
+    for data in ((), ("--data", tmp_path)):
+        (line,) = refused("plan", *arguments(tmp_path, method, "alpha"), *data)
+        assert line == "nufilt: --method: 'llama' models have no forward pass here (choose a data-free method)"
 
 
 def test_data_belong_to_the_methods_that_learn(shared_models, tmp_path, nufilt):
@@ -188,3 +251,14 @@ def test_texts_that_do_not_fit_are_refused(t5_models, refused):
     lines = refused("merge", *argv, "--out", t5_models / "out")
     assert "input_ids: has shape [3, 6, 1], and should be [n, tokens]" in lines[0]
     assert "attention_mask: is missing, and should be [n, tokens]" in lines[1]
+
+
+def test_a_t5_without_a_tensor_is_refused(t5_models, refused):
+    norm = "decoder.final_layer_norm.weight"
+    for name in ("base", "alpha"):
+        tensors = build.weights(t5_models / name)
+        del tensors[norm]
+        save_file(tensors, t5_models / name / "model.safetensors")
+    argv = (*arguments(t5_models, "adamerging", "alpha"), "--data", t5_models / "data")
+    (line,) = refused("plan", *argv)
+    assert f"base: {norm}: is missing, and the model's forward pass needs it" in line

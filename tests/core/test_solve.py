@@ -8,7 +8,7 @@ import numpy as np
 import oracle
 import pytest
 
-from nufilt_jax import NufiltConfig, solve_layer, solve_stack
+from nufilt_jax import NufiltConfig, NullSpaceConfig, solve_layer, solve_stack
 from nufilt_jax.core import layers, solve
 from nufilt_jax.errors import ConfigError
 from nufilt_jax.linalg.dispatch import run_alone
@@ -279,3 +279,14 @@ def test_misfits_are_refused(changes, message):
             config=NufiltConfig(adapter_rank=2),
             adapter_init=arrays["start"],
         )
+
+
+@pytest.mark.parametrize("name", ["config", "largest"])
+@pytest.mark.parametrize("solve", [solve_layer, solve_stack])
+def test_settings_of_no_solve_are_refused(solve, name):
+    call = getattr(solve, "__wrapped__", solve)
+    d = jnp.zeros((4, 4) if solve is solve_layer else (1, 4, 4))
+    settings = {"config": NufiltConfig(adapter_rank=2), name: NullSpaceConfig(filter_rank=2)}
+    message = f"{name}: must be the settings of a solve, as NufiltConfig, got NullSpaceConfig"
+    with pytest.raises(ConfigError, match=message):
+        call(d, d, adapter_init=d[..., :2, :], **settings)

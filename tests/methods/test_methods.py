@@ -122,6 +122,15 @@ def test_a_selection_of_nothing_is_refused(options, message):
     assert set(select(heads, layers=expression).layers) == heads.keys()
 
 
+def test_a_method_that_finds_none_of_its_tensors_says_so():
+    """Though matrices stand in numbered blocks: of a model that wemoe is not for, and of a CLIP that is cut short."""
+    names = ("model.layers.0.self_attn.q_proj.weight", "vision_model.encoder.layers.0.mlp.fc2.weight")
+    for name, scope in zip(names, (methods.find("wemoe").scope, methods.find("nufilt").scope), strict=True):
+        with pytest.raises(ConfigError, match="has none of the tensors that the method chooses by itself") as refusal:
+            select({name: np.zeros((2, 2), np.float32)}, scope=scope)
+        assert "numbered block" not in str(refusal.value)
+
+
 def test_starts_depend_on_seed_step_and_name_alone():
     keys = nufilt.adapter_keys(0, 2, ("a", "b"))
     np.testing.assert_array_equal(keys[1], nufilt.adapter_keys(0, 2, ("b",))[0])
