@@ -154,7 +154,15 @@ def _failures(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         what = f"the state of the merge cannot be read: {error.strerror or error}"
-        raise OutputError(Problem(str(error.filename or folder), what, "nothing of it is lost: try again")) from error
+        where = str(error.filename or folder)
+        if _is_gone(error) and folder.is_dir():
+            raise CheckpointError(Problem(where, what, AGAIN)) from error
+        raise OutputError(Problem(where, what, "nothing of it is lost: try again")) from error
     except (ValueError, KeyError, RuntimeError) as error:
         what = f"the state of the merge cannot be read: {error}"
         raise CheckpointError(Problem(str(folder), what, AGAIN)) from error
+
+
+def _is_gone(error: OSError) -> bool:
+    """Whether a file of the state is not there, which no later try mends; orbax tells that in words alone."""
+    return isinstance(error, FileNotFoundError) and (error.filename is not None or error.errno is None)
