@@ -90,6 +90,17 @@ class Stored:
         self._contexts.close()
         self._files.clear()
 
+    def look_into(self, layers: Iterable[str]) -> None:
+        """Reads the header of every window in which some layers are found, but of those spread over processes.
+
+        Raises:
+          CheckpointError: one is missing or damaged.
+        """
+        for window in self.windows_of(layers):
+            if not (window.folder / SPREAD).is_dir():
+                with _failures(window.folder):
+                    self._file(window.folder)
+
     def deltas(self, layers: Iterable[str]) -> dict[str, Any]:
         """D of some layers, in factors where it is kept so.
 
