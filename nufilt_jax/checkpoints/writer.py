@@ -71,7 +71,8 @@ def output_error(out: Path, error: OSError) -> OutputError:
     if isinstance(error, OutputError):
         return error
     what = f"cannot be written: {error.strerror or error}"
-    return OutputError(Problem(str(error.filename or out), what, "free some space or choose another folder"))
+    where = error.filename2 or error.filename or out  # of a copy the first is what was read
+    return OutputError(Problem(str(where), what, "free some space or choose another folder"))
 
 
 def value_problems(params: Mapping[str, AnyArray], like: Checkpoint) -> Iterator[Problem]:

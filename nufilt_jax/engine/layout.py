@@ -45,10 +45,14 @@ def lay_out(
                 is_large = rule.by_products and own is None
                 most, fewest = layers_by_products(math.prod(shape)) if is_large else layers_at_once(), 2
             stacks.append(Stack(members, shape, chunk_size(len(members), most), most, fewest, is_solved, own))
+    # Where every number is treated by itself no program works on whole matrices; factors are multiplied by all.
+    programs = [
+        x for x in stacks if x.is_solved and (x.ranks is not None or (rule.on_matrices and not rule.elementwise))
+    ]
     runs_model = job.evaluation is not None or rule.needs_data
     everything = [info for model in (base, *tasks) for info in model.stored]
     sizes = Sizes(
-        workspace=max((workspace(x.shape, x.chunk, config, x.ranks) for x in stacks if x.is_solved), default=0),
+        workspace=max((workspace(x.shape, x.chunk, config, x.ranks) for x in programs), default=0),
         tensor=max((4 * base.tensors[name].size for name in selection.touched), default=0),
         stored=max((info.nbytes for info in everything), default=0),
         model=sum(4 * info.size for info in base.tensors.values()) if runs_model else 0,
@@ -59,7 +63,7 @@ def lay_out(
     if (there := device_memory()) is not None:
         sharing = job.devices if rule.spreads else 1
         there = sharing * min(there, job.max_memory or there)
-        reach = reach._replace(on_device=largest_on_device(there, stacks, config, reach))
+        reach = reach._replace(on_device=largest_on_device(there, programs, config, reach))
     agreed = job.agreed
     return plan_windows(
         stacks,

@@ -159,13 +159,12 @@ def largest_on_device(there: int, stacks: Iterable[Stack], config: MethodConfig,
 
     Args:
       there: bytes that may be taken.
-      stacks: all layers that the merge touches.
+      stacks: those whose matrices programs work on.
       config: of the method.
       reach: what it keeps and needs.
     """
     # All layers of a stack are solved at once there.
-    solved = [stack for stack in stacks if stack.is_solved]
-    programs = [workspace(stack.shape, 1, config, stack.ranks) / stack.n_bytes for stack in solved]
+    programs = [workspace(stack.shape, 1, config, stack.ranks) / stack.n_bytes for stack in stacks]
     return _OF_DEVICE * there / (reach.states + 2 + reach.workspace + max(programs, default=0.0))
 
 

@@ -14,6 +14,7 @@ from nufilt_jax.engine.grid import Direction, Stack, Window
 from nufilt_jax.engine.job import EvaluationOptions, Job, Recorded, lacking_state, other_merge_problems, recorded_in
 from nufilt_jax.engine.layout import lay_out
 from nufilt_jax.engine.memory import Memory
+from nufilt_jax.engine.placing import place_problems
 from nufilt_jax.engine.readable import fitted, selected
 from nufilt_jax.engine.writable import writing_problems
 from nufilt_jax.errors import ConfigError, OutputError, Problem, error_of, gathering, of_kind
@@ -101,7 +102,7 @@ def make_plan(job: Job, *, offline: bool = False, headers_only: bool = False) ->
     Args:
       job: what is asked for.
       offline: use the local Hub cache alone.
-      headers_only: download no weights.
+      headers_only: download no weights; and look at the output's place, which a merge has locked before.
 
     Raises:
       NufiltError: with every problem of base, tasks, settings and output folder at once.
@@ -131,6 +132,13 @@ def make_plan(job: Job, *, offline: bool = False, headers_only: bool = False) ->
         problems += _process_problems(job)
         with gathering(problems):
             rows, memory = lay_out(job, base, tuple(tasks.values()), selection, stored)
+        is_finished = recorded is not None and recorded.is_written and recorded.done == len(job.sources)
+        # What is kept of a merge under way, and damaged, the merge itself gives up.
+        if recorded is not None and not is_finished and (recorded.is_written or headers_only):
+            with gathering(problems):
+                stored.look_into(selection.touched)
+    if headers_only and place is not None:
+        problems += of_kind(OutputError, place_problems(place, rows, len(job.sources)))
     if problems or base is None or memory is None:
         raise error_of(problems)
     return Plan(

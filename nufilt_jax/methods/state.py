@@ -218,6 +218,8 @@ class Rule(Generic[C]):
       remembers: whether, with these settings, it keeps more from task to task than the merged model.
       workspace: memory that an update takes beside these, τ and what programs need for a few layers, in sizes of D.
       elementwise: whether merging costs no more than moving every number of D.
+      on_matrices: whether its programs work on whole matrices, and need memory for a few of them. Not counted for what
+        is `elementwise`.
       spreads: whether it solves layers one by one, so that several devices can share them.
       by_products: whether it solves layers by `core.solve`, a few at a time that are fewer where they are large.
     """
@@ -240,6 +242,7 @@ class Rule(Generic[C]):
     states: int = 1
     workspace: float = 0.0
     elementwise: bool = False
+    on_matrices: bool = True
     spreads: bool = False
     by_products: bool = False
     in_factors: bool = False

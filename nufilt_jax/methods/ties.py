@@ -259,4 +259,5 @@ RULE = Rule(
     survey=(Look(_count_halves, _narrowed), Look(_count_halves, _narrowed), Look(_vote, _elected)),
     states=2,
     workspace=2.0,
+    on_matrices=False,
 )

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from nufilt_jax.checkpoints.writer import output_error
 from nufilt_jax.durable import atomic_write, make_folder, move, sync, sync_tree
-from nufilt_jax.errors import OutputError, Problem
+from nufilt_jax.errors import OutputError, Problem, raise_all
 from nufilt_jax.output.documents import read_json, write_json
 from nufilt_jax.output.hashes import folder_sha256
 from nufilt_jax.output.links import carry_over, link_tree, remove
@@ -145,9 +145,7 @@ class OutputPlace:
             lock.close()
 
     def _recover(self) -> None:
-        if not self._is_ours():
-            what = "is not of a merge: nothing is overwritten"
-            raise OutputError(Problem(str(self.partial), what, "move it, or choose another --out"))
+        raise_all(OutputError, self.foreign())
         if self._previous.exists() and not self.out.exists():
             move(self._previous, self.out)
         for folder in (self._previous, self.staging):
@@ -156,19 +154,21 @@ class OutputPlace:
 
     def _tidy(self) -> None:
         """Removes a partial folder in which nothing was recorded."""
-        if self.partial.exists() and not (self.partial / RECIPE).exists() and self._is_ours():
+        if self.partial.exists() and not (self.partial / RECIPE).exists() and not self.foreign():
             self.discard()
 
-    def _is_ours(self) -> bool:
-        """Whether what stands in the place of the partial folder is one, as far as names tell, or nothing."""
+    def foreign(self) -> list[Problem]:
+        """What stands in the place of the partial folder and is none, as far as names tell."""
         try:
             names = {path.name for path in self.partial.iterdir()}
         except NotADirectoryError:
-            return False
+            names = {""}  # of no part
         except OSError:  # there is none, or what may be wrong with it is told where it is written
-            return True
+            return []
         parts = {path.name for path in (self.state, self.staging, self._previous)}
-        return RECIPE in names or all(name in parts or name.startswith(f".{RECIPE}.") for name in names)
+        is_ours = RECIPE in names or all(name in parts or name.startswith(f".{RECIPE}.") for name in names)
+        what = "is not of a merge: nothing is overwritten"
+        return [] if is_ours else [Problem(str(self.partial), what, "move it, or choose another --out")]
 
     def discard(self) -> tuple[Problem, ...]:
         """Gives up the merge under way, and says what cannot be removed; what stands in the output folder stays."""

@@ -69,9 +69,16 @@ class SpreadArrays:
 
     @property
     def names(self) -> dict[str, list[str]]:
-        """The names of each group."""
+        """The names of each group.
+
+        Raises:
+          ValueError: they are not told any more.
+        """
         with spelt_plainly(self._folder) as path:
-            tree: Any = self._checkpointer.metadata(path).item_metadata.tree
+            told: Any = self._checkpointer.metadata(path).item_metadata
+        if told is None:  # orbax says no more than that
+            raise ValueError("its metadata is not there or damaged")
+        tree: Any = told.tree
         return {group: list(named) for group, named in tree.items()}
 
     def read(self, group: str, names: Iterable[str]) -> dict[str, NumpyArray]:

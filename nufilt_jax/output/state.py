@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from nufilt_jax.durable import make_folder, move, sync_tree
-from nufilt_jax.errors import OutputError, Problem
+from nufilt_jax.errors import OutputError, Problem, raise_all
 from nufilt_jax.output.arrays import Groups, write_arrays
 from nufilt_jax.output.documents import read_json, write_json
 from nufilt_jax.output.kinds import WINDOW, require
@@ -130,7 +130,7 @@ def _save_arrays(draft: Path, groups: Groups) -> None:
         return
     path = draft / ARRAYS
     try:
-        _require_room(draft, sum(x.nbytes for named in groups.values() for x in named.values()))
+        raise_all(OutputError, room_problems(draft, sum(x.nbytes for named in groups.values() for x in named.values())))
         write_arrays(path, groups)
     except OSError as error:
         if isinstance(error, OutputError):
@@ -139,9 +139,16 @@ def _save_arrays(draft: Path, groups: Groups) -> None:
         raise OutputError(Problem(str(path), what, MAKE_ROOM)) from error
 
 
-def _require_room(folder: Path, n_bytes: int) -> None:
-    """Tells both numbers where the disk has no room; what it does not tell of, as quotas, is met when room is taken."""
+def room_problems(folder: Path, n_bytes: int, leaving: int = 0) -> list[Problem]:
+    """Tells both numbers where the disk has no room; what it does not tell of, as quotas, is met when room is taken.
+
+    Args:
+      folder: on the disk.
+      n_bytes: of a window's arrays.
+      leaving: bytes that are there now, and will be removed first.
+    """
     needed = n_bytes + _SLACK
-    if (free := shutil.disk_usage(folder).free) < needed:
-        what = f"the state needs {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free"
-        raise OutputError(Problem(str(folder), what, MAKE_ROOM))
+    if (free := shutil.disk_usage(folder).free + leaving) >= needed:
+        return []
+    what = f"the state needs {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free"
+    return [Problem(str(folder), what, MAKE_ROOM)]

@@ -90,6 +90,17 @@ class Stored:
         self._contexts.close()
         self._files.clear()
 
+    def look_into(self, layers: Iterable[str]) -> None:
+        """Reads the header of every window in which some layers are found, but of those spread over processes.
+
+        Raises:
+          CheckpointError: one is missing or damaged.
+        """
+        for window in self.windows_of(layers):
+            if not (window.folder / SPREAD).is_dir():
+                with _failures(window.folder):
+                    self._file(window.folder)
+
     def deltas(self, layers: Iterable[str]) -> dict[str, Any]:
         """D of some layers, in factors where it is kept so.
 
@@ -154,7 +165,15 @@ def _failures(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         what = f"the state of the merge cannot be read: {error.strerror or error}"
-        raise OutputError(Problem(str(error.filename or folder), what, "nothing of it is lost: try again")) from error
+        where = str(error.filename or folder)
+        if _is_gone(error) and folder.is_dir():
+            raise CheckpointError(Problem(where, what, AGAIN)) from error
+        raise OutputError(Problem(where, what, "nothing of it is lost: try again")) from error
     except (ValueError, KeyError, RuntimeError) as error:
         what = f"the state of the merge cannot be read: {error}"
         raise CheckpointError(Problem(str(folder), what, AGAIN)) from error
+
+
+def _is_gone(error: OSError) -> bool:
+    """Whether a file of the state is not there, which no later try mends; orbax tells that in words alone."""
+    return isinstance(error, FileNotFoundError) and (error.filename is not None or error.errno is None)

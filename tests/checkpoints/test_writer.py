@@ -279,6 +279,19 @@ def test_a_full_disk_leaves_nothing_and_is_one_line(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
+def test_a_full_disk_is_told_of_the_copy_and_not_of_what_is_copied(tmp_path, monkeypatch):
+    folder = write_safetensors(tmp_path / "m", vision_tower())
+    (folder / "tokenizer.json").write_text("{}")
+
+    def full(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device", str(source), None, str(target))
+
+    monkeypatch.setattr("nufilt_jax.checkpoints.writer.shutil.copyfile", full)
+    with pytest.raises(OutputError, match="cannot be written: No space left on device") as caught:
+        save({}, tmp_path / "out", like=str(folder))
+    assert not str(caught.value).startswith(str(folder))
+
+
 def test_an_interrupt_leaves_nothing(tmp_path, monkeypatch):
     folder = write_safetensors(tmp_path / "m", vision_tower())
 

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from nufilt_jax.commands.text import show_wrapped
 from nufilt_jax.engine import estimate, layout
+from nufilt_jax.engine.memory import RUNTIME, parse_size
 from nufilt_jax.methods import RULES
 
 ANSI = "\x1b["
@@ -236,3 +237,32 @@ def test_the_machine_is_measured_with_and_without_a_backend(monkeypatch, has_bac
     if not has_backend:
         monkeypatch.setattr(estimate.jax, "device_put", failing)
     assert 1e8 < estimate.products_per_second(0.05) < 1e15
+
+
+def write_table(folder, rows, columns):
+    """A model whose only tensor is a large table of zeros, which take no disk."""
+    folder.mkdir()
+    n_bytes = 4 * rows * columns
+    entry = {"dtype": "F32", "shape": [rows, columns], "data_offsets": [0, n_bytes]}
+    header = json.dumps({"model.embed_tokens.weight": entry}).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + n_bytes)
+    (folder / "config.json").write_text("{}")
+    return n_bytes
+
+
+@pytest.mark.parametrize(
+    ("method", "times"), [("task_arithmetic", 5), ("weight_average", 5), ("magmax", 6), ("ties", 7)]
+)
+def test_methods_that_work_number_by_number_take_no_memory_for_solves(tmp_path, nufilt, method, times):
+    """D, what is kept beside it and the table of both models in float32; or what is written of these at a time."""
+    n_bytes = write_table(tmp_path / "base", 60000, 1024)
+    write_table(tmp_path / "task", 60000, 1024)
+    where = ("--base", tmp_path / "base", "--task", f"one={tmp_path / 'task'}", "--out", tmp_path / "out", "--plan")
+    result = nufilt("merge", *where, "--method", method, "--max-memory", "1GB")
+    least = parse_size(re.search(r"at least --max-memory (\w+)\)", result.err)[1])
+    assert least == pytest.approx(RUNTIME + times * n_bytes, abs=2e6)
+    assert nufilt("merge", *where, "--method", method, "--max-memory", f"{least}B").code == 0
+    if method == "ties":  # others decompose what they take, and may need as much again and more
+        assert nufilt("merge", *where, "--method", "iso_c", "--max-memory", f"{least}B").code == 1

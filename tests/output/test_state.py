@@ -1,3 +1,5 @@
+import shutil
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -109,6 +111,25 @@ def test_a_damaged_state_is_refused(tmp_path, damage, what):
     ):
         stored.deltas(DELTA)
     assert what in str(error.value)
+
+
+@pytest.mark.parametrize("is_spread", [False, True], ids=["one file", "orbax"])
+def test_arrays_that_are_gone_are_lost(tmp_path, monkeypatch, is_spread):
+    """While the window's folder stands; where that is gone too, the next run finds what is there."""
+    monkeypatch.setattr(state, "is_spread", lambda _: is_spread)
+    kept = save_window(tmp_path, window(tmp_path, 0, DELTA, "one"), {"delta": DELTA})
+    [arrays] = [path for path in kept.folder.iterdir() if path.name != "window.json"]
+    if is_spread:
+        shutil.rmtree(arrays)
+        arrays.mkdir()
+    else:
+        arrays.unlink()
+    for read in (Stored.deltas, Stored.others):
+        with Stored([kept]) as stored, pytest.raises(CheckpointError, match=r"\(merge again from the start\)"):
+            read(stored, DELTA)
+    shutil.rmtree(kept.folder)
+    with Stored([kept]) as stored, pytest.raises(OutputError, match=r"\(nothing of it is lost: try again\)"):
+        stored.deltas(DELTA)
 
 
 def test_a_state_that_is_written_again_is_read_again(tmp_path):
