@@ -238,9 +238,11 @@ def test_peft_loads_what_was_extracted(tmp_path, base):
 
 
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")  # which peft made itself
-@pytest.mark.parametrize("rank", [3, 12])
-def test_peft_loads_experts_that_were_extracted(tmp_path, rank):
-    """Of which one alone changed, and which have fewer rows than the rank that is asked for."""
+@pytest.mark.parametrize(
+    ("rank", "arrays"), [(3, ("gate_up_proj", "down_proj")), (12, ("gate_up_proj", "down_proj")), (3, ("down_proj",))]
+)
+def test_peft_loads_experts_that_were_extracted(tmp_path, rank, arrays):
+    """Of which one alone changed, maybe in one array, and which have fewer rows than the rank that is asked for."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "moe_intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
     sizes |= {"num_experts": 3, "num_experts_per_tok": 1, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 30}
@@ -248,7 +250,7 @@ def test_peft_loads_experts_that_were_extracted(tmp_path, rank):
     base, full = (Qwen3MoeForCausalLM.from_pretrained(tmp_path / "base") for _ in range(2))
     with torch.no_grad():
         for name, parameter in full.named_parameters():
-            if name.endswith(("q_proj.weight", "experts.gate_up_proj", "experts.down_proj")):
+            if name.endswith(("q_proj.weight", *arrays)):
                 changed = parameter if parameter.dim() == 2 else parameter[1]
                 changed.add_(0.2 * torch.randn(changed.shape[0], rank) @ torch.randn(rank, changed.shape[1]))
     full.save_pretrained(tmp_path / "full")
