@@ -12,8 +12,8 @@ from nufilt_jax.checkpoints.folders import FLAX, PEFT
 from nufilt_jax.checkpoints.newer_names import newer_names
 from nufilt_jax.checkpoints.orientation import stored_axes, with_conv1d
 from nufilt_jax.checkpoints.peft.adapted import AdaptedCheckpoint, LoraFactors, factor_info
-from nufilt_jax.checkpoints.peft.config import CONFIG, LoraConfig
-from nufilt_jax.checkpoints.peft.keys import Key, parse_key
+from nufilt_jax.checkpoints.peft.config import CONFIG, LEAVE, MERGE, LoraConfig
+from nufilt_jax.checkpoints.peft.keys import PROMPTS, Key, parse_key
 from nufilt_jax.checkpoints.peft.spelling import Pairs, canonical_of, is_newer
 from nufilt_jax.checkpoints.prefixes import without_wrappers, wrappers_in
 from nufilt_jax.checkpoints.quantised import is_quantised
@@ -23,7 +23,6 @@ from nufilt_jax.checkpoints.ties import is_copy, is_tied, table_of
 from nufilt_jax.errors import CheckpointError, Problem, raise_all
 from nufilt_jax.patterns import patterns
 
-_MERGE = "load it with peft, call merge_and_unload() and save the whole model"
 _SAVE = "save the adapter again"
 _UNTIE = "train it without this module, or on a base that stores both and says tie_word_embeddings: false"
 
@@ -151,7 +150,8 @@ def _laid_as(info: TensorInfo, name: str, model: Mapping[str, Any]) -> TensorInf
 
 def _foreign(info: TensorInfo, key: Key) -> Iterator[Problem]:
     if key.kind == "foreign":
-        yield Problem(str(info.file), f"belongs to {key.what}, which cannot be merged", _MERGE, info.stored_name)
+        fix = LEAVE if key.what == PROMPTS else MERGE
+        yield Problem(str(info.file), f"belongs to {key.what}, which cannot be merged", fix, info.stored_name)
 
 
 def _rank_problems(pairs: Pairs, ranks: Mapping[str, int], config: LoraConfig) -> Iterator[Problem]:
@@ -165,7 +165,7 @@ def _rank_problems(pairs: Pairs, ranks: Mapping[str, int], config: LoraConfig) -
         a, b = pair["a"], pair["b"]
         if len(a.shape) != 2 or len(b.shape) != 2:
             what = f"has shape {list(a.shape)}: LoRA of a convolution cannot be merged"
-            yield Problem(str(a.file), what, _MERGE, a.stored_name)
+            yield Problem(str(a.file), what, MERGE, a.stored_name)
             continue
         rank = ranks[module]
         for info, found in ((a, a.shape[0]), (b, b.shape[1])):
