@@ -12,6 +12,7 @@ from nufilt_jax.checkpoints.tensors import TensorInfo, stream_bytes
 _TIED = re.compile(r"(?:gemma\d?n?|cohere\d?|lfm\d|ernie4_5)(?:_moe|_text)?")
 # Where a Llama's kin have their blocks and table, `X.layers.0` and `X.embed_tokens`: their configs say what is tied.
 _SAID = ("model", "language_model.model")
+_LLAMAS = (*_SAID, "model.language_model")
 # One module of an encoder and a decoder, which know it under names of their own; behind a prefix but in T5.
 _SHARED = re.compile(r"((?:.+\.)?)(?:shared|(?:encoder|decoder)\.embed_tokens)\.weight")
 _T5_BLOCK = re.compile(r"(?:encoder|decoder)\.block\.")
@@ -76,6 +77,18 @@ def is_tied(config: Mapping[str, Any]) -> bool:
     return by_default or any(part.get("tie_word_embeddings") is True for part in parts)
 
 
+def table_of(head: str, shape: tuple[int, ...], infos: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> str:
+    """The table that stands for a head that is not stored; empty if the head is not tied, or is none."""
+    tables = [name for name, info in infos.items() if is_vocabulary(name) and info.shape == shape]
+    return tables[0] if tables and is_head(head) and head not in infos and not unties(config) else ""
+
+
+def usual_head(table: str) -> str:
+    """What a Llama's kin call the head that is one with a table; empty for other tables."""
+    of = table.removesuffix(".embed_tokens.weight")
+    return _head_beside(of) if of != table and of in _LLAMAS else ""
+
+
 def _groups(names: Collection[str], config: Mapping[str, Any]) -> Iterator[_Group]:
     """Groups of which a member exists, by the names that there are.
 
@@ -107,11 +120,15 @@ def _groups(names: Collection[str], config: Mapping[str, Any]) -> Iterator[_Grou
 
 def _lone_head(names: Collection[str], heads: Collection[str]) -> Iterator[_Group]:
     """A head that stands for the table of a Llama's kin, whose name is known."""
-    for of in (*_SAID, "model.language_model"):
-        head = "language_model.lm_head.weight" if of.startswith("language_model.") else "lm_head.weight"
+    for of in _LLAMAS:
+        head = _head_beside(of)
         if head in heads and any(name.startswith(f"{of}.layers.") for name in names):
             yield _Group(f"{of}.embed_tokens.weight", (head,), is_known=True)
             return
+
+
+def _head_beside(of: str) -> str:
+    return "language_model.lm_head.weight" if of.startswith("language_model.") else "lm_head.weight"
 
 
 def _with_text_config(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from nufilt_jax.anatomy import shape_in, tensor_of
+from nufilt_jax.anatomy import is_head, is_vocabulary, shape_in, tensor_of
 from nufilt_jax.checkpoints import AdaptedCheckpoint, Checkpoint
 from nufilt_jax.checkpoints.folders import FLAX
 from nufilt_jax.checkpoints.orientation import stored_axes
@@ -18,6 +18,7 @@ from nufilt_jax.checkpoints.peft.keys import parse_key
 from nufilt_jax.checkpoints.peft.spelling import in_series_of, is_whole
 from nufilt_jax.checkpoints.peft.writer import NewPair, lacking_head, saved_by_type, write_adapter
 from nufilt_jax.checkpoints.prefixes import without_wrappers
+from nufilt_jax.checkpoints.ties import is_tied, table_of, usual_head
 from nufilt_jax.engine.merged import merged_tensors
 from nufilt_jax.engine.plan import Plan
 from nufilt_jax.linalg.factored import Factored
@@ -34,13 +35,14 @@ def told_of(plan: Plan) -> MergedAdapter:
         if not isinstance(task, AdaptedCheckpoint):
             continue
         theirs = {name: pair.module for name, pair in task.factors.items()}
-        theirs |= {info.name: without_wrappers(parse_key(info.stored_name).name, task.base) for info in _whole(task)}
+        held = [copy for info in _whole(task) for copy in info.copies]  # a head that is one with its table beside that
+        theirs |= {info.name: without_wrappers(parse_key(info.stored_name).name, task.base) for info in held}
         theirs = in_series_of(theirs, modules, task.base.config)
         old, new = _prefixes(theirs, modules)
         renamed = {name: new + module.removeprefix(old) if old or new else module for name, module in theirs.items()}
         # Where one holds whole what others adapt, it goes out whole, and is called as a tensor.
-        held = {n: called for n, called in renamed.items() if is_whole(n, called)}
-        modules = renamed | modules | {n: held[n] for n in held if not is_whole(n, modules.get(n, ""))}
+        whole = {n: called for n, called in renamed.items() if is_whole(n, called)}
+        modules = renamed | modules | {n: whole[n] for n in whole if not is_whole(n, modules.get(n, ""))}
         config = config or {key: task.config[key] for key in _CARRIED if task.config.get(key) is not None}
     if lacking_head(plan.base, config.get("task_type")):
         del config["task_type"]  # peft would not load the adapter; `engine.factors` tells of it
@@ -106,6 +108,7 @@ def write_merged_adapter(plan: Plan, delta: Mapping[str, Any], told: MergedAdapt
         _stored_name((modules | beside)[name], pairs): _as_its_class(value, name, plan.base)
         for name, value in values.items()
     }
+    named |= {head: named[modules[table]] for head, table in _heads(plan.base, told, modules).items()}
     write_adapter(out, pairs, plan.base, whole=named, settings=told.config, dtype=plan.settings.dtype)
     rows = {
         module: {"rank": pair.rank, "energy_lost": round(_lost(*energies.get(module, (0.0, 0.0))), 9)}
@@ -129,6 +132,21 @@ def _beside(plan: Plan, told: MergedAdapter, whole: Mapping[str, str]) -> dict[s
     called = {_module(name): _module(theirs) for name, theirs in saved.items()}
     every = (name for name in plan.base.tensors if _module(name) in called and name not in whole)
     return {name: f"{called[_module(name)]}.{name.rpartition('.')[2]}" for name in every}
+
+
+def _heads(base: Checkpoint, told: MergedAdapter, whole: Mapping[str, str]) -> dict[str, str]:
+    """Heads that are one with a table in `whole`, to which peft gives weights of their own; each with its table."""
+    found = dict[str, str]()
+    for table, called in whole.items():
+        info = base.tensors[table]
+        if not is_vocabulary(table):
+            continue
+        heads = [copy.name for copy in info.aliases if is_head(copy.name)]
+        heads += [name for name in told.modules if table_of(name, info.shape, base.tensors, base.config) == table]
+        if not heads and is_tied(base.config) and not any(map(is_head, base.tensors)):
+            heads = [usual_head(called)]
+        found |= {told.modules.get(head, head): table for head in heads if head}
+    return found
 
 
 def _module(name: str) -> str:

@@ -145,6 +145,33 @@ def test_configs_that_are_refused(tmp_path, base, pairs, case):
     assert message in str(error.value)
 
 
+REMEDIES = {
+    "no change": (
+        "it is no change of the base's weights: leave this task out",
+        *({"peft_type": f"{kind}_TUNING"} for kind in ("PREFIX", "PROMPT", "P", "MULTITASK_PROMPT")),
+        *({"peft_type": kind} for kind in ("ADAPTION_PROMPT", "XLORA")),
+        {"layer_replication": [[0, 2], [0, 2]]},
+        {"alora_invocation_tokens": [1]},
+    ),
+    "change": ("merge_and_unload() and save the whole model", {"peft_type": "IA3"}, {"use_dora": True}),
+}
+
+
+@pytest.mark.parametrize("case", REMEDIES)
+def test_adapters_that_are_refused_are_told_what_peft_can_do(tmp_path, base, pairs, case):
+    """It has no merge_and_unload() for what depends on the input, or adds to it."""
+    fix, *configs = REMEDIES[case]
+    for i, fields in enumerate(configs):
+        with pytest.raises(CheckpointError) as error:
+            open_task(str(adapters.write(tmp_path / str(i), pairs, rank=2, **fields)), base)
+        [problem] = error.value.problems
+        assert problem.fix.endswith(fix), fields
+    key = "prompt_embeddings" if case == "no change" else f"base_model.model.{Q0}.ia3_l"
+    with pytest.raises(CheckpointError) as error:
+        open_task(str(adapters.write(tmp_path / "key", pairs, extra={key: np.zeros((2, 2), np.float32)})), base)
+    assert error.value.problems[0].fix.endswith(fix)
+
+
 @pytest.mark.parametrize("targets", [r".*\.(q_proj|fc1)", "all-linear", ["q_proj", "mlp.fc1"], [Q0, FC1]])
 def test_targets_that_cover(tmp_path, base, pairs, targets):
     folder = adapters.write(tmp_path / "a", pairs, target_modules=targets, layers_to_transform=None)

@@ -199,3 +199,29 @@ def test_experts_come_out_as_peft_joins_them(nufilt, tmp_path, version):
     read = open_task(str(tmp_path / "out"), open_checkpoint(str(tmp_path / "base"), role="base")).read()
     for name in {*base} - {f"{q}.weight", f"{shared}.weight"}:
         np.testing.assert_allclose(read[name], full[name], atol=1e-5)
+
+
+@pytest.mark.parametrize("version", ["4.57.0", "5.1.0"])
+@pytest.mark.parametrize("names", ["w1 w2 w3", "gate_proj down_proj up_proj"])
+def test_experts_of_which_one_module_changed_come_out_with_the_others(nufilt, tmp_path, version, names):
+    """peft drops what a block has if it finds no factors for one of the arrays that experts are joined to."""
+    block, rng = "model.layers.{}.mlp.experts", np.random.default_rng(0)
+    shapes = dict(zip(names.split(), ((6, 16), (16, 6), (6, 16)), strict=True))
+    modules = {f"{block.format(b)}.{i}.{name}": x for b in (0, 1) for i in (0, 1) for name, x in shapes.items()}
+    base = {f"{m}.weight": rng.standard_normal(shape).astype(np.float32) for m, shape in modules.items()}
+    base["model.layers.0.mlp.experts.0.norm.weight"] = np.ones(16, np.float32)
+    changed = f"{block.format(0)}.1.{names.split()[0]}.weight"
+    build.write(tmp_path / "base", base, transformers_version=version)
+    build.write(tmp_path / "full", base | {changed: base[changed] + 1})
+    given = ("extract", tmp_path / "full", "--base", tmp_path / "base", "--rank", 2, "--out", tmp_path / "out")
+    assert nufilt(*given, "--layers", r".*\.w\d\.weight|.*_proj\.weight").code == 0
+    again = ("--base", tmp_path / "base", "--task", f"a={tmp_path / 'out'}", "--out", tmp_path / "merged")
+    assert nufilt("merge", *again, "--method", "sum", "--output", "adapter").code == 0
+    wanted = [m for m in modules if m.startswith(block.format(0))] if version.startswith("5") else [changed[:-7]]
+    for folder in ("out", "merged"):
+        stored = build.weights(tmp_path / folder)
+        assert {name.partition(".lora_")[0] for name in stored} == {adapters.PREFIX + m for m in wanted}
+        for module in wanted:
+            a, b = (stored[f"{adapters.PREFIX}{module}.lora_{letter}.weight"] for letter in "AB")
+            assert (b.shape[0], a.shape[1]) == modules[module]
+            np.testing.assert_allclose(b @ a, np.full(modules[module], module == changed[:-7]), atol=1e-5)

@@ -96,3 +96,45 @@ def test_a_type_of_task_whose_head_the_base_lacks_is_left_out(nufilt, tmp_path):
     assert told in made.err and "the merged adapter is of no type" in made.err
     verified = nufilt("verify", tmp_path / "out")
     assert verified.code == 0, verified.err
+
+
+TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@pytest.mark.parametrize("stored", [(), (HEAD,)], ids=["table", "both"])
+@pytest.mark.parametrize("held", [(TABLE,), (TABLE, HEAD)], ids=["moved", "tied"])
+def test_a_head_that_is_one_with_its_table_goes_out_beside_it(nufilt, tmp_path, stored, held):
+    """peft gives the two weights of their own, and would leave the head as the base has it."""
+    q = "model.layers.0.self_attn.q_proj"
+    rows, base = np.ones((5, 4), np.float32), {f"{q}.weight": np.zeros((4, 4), np.float32)}
+    base |= dict.fromkeys((TABLE, *stored), rows)
+    build.write(tmp_path / "base", base, model_type="qwen2", tie_word_embeddings=True)
+    extra = {f"{adapters.PREFIX}{name}": 3 * rows for name in held}
+    how = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+    adapters.write(tmp_path / "a", adapters.factors(base, 1, 2, (q,)), extra=extra, **how)
+    adapters.write(tmp_path / "b", adapters.factors(base, 2, 2, (q,)), target_modules=["q_proj"])
+    given = ("--base", tmp_path / "base", "--task", f"a={tmp_path / 'a'}", "--out", tmp_path / "out")
+    assert nufilt("merge", *given, "--method", "weight_average", "--output", "adapter").code == 0
+    for average in (3 * rows, 2 * rows):
+        found = build.weights(tmp_path / "out")
+        for name in (TABLE, HEAD):
+            np.testing.assert_allclose(found[adapters.PREFIX + name], average, rtol=1e-6)
+        saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["modules_to_save"]
+        assert saved == ["lm_head", "model.embed_tokens"]
+        added = nufilt("add", tmp_path / "out", "--task", f"b{average[0, 0]:.0f}={tmp_path / 'b'}")
+        assert added.code == 0, added.err
+
+
+def test_a_table_whose_model_has_no_head_goes_out_alone(nufilt, tmp_path):
+    """As that of a classifier, or where the base unties them."""
+    q = "model.layers.0.self_attn.q_proj"
+    rows, base = np.ones((5, 4), np.float32), {f"{q}.weight": np.zeros((4, 4), np.float32)}
+    extra = {f"{adapters.PREFIX}{TABLE}": 3 * rows}
+    how = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "extra": extra}
+    adapters.write(tmp_path / "a", adapters.factors(base, 1, 2, (q,)), **how)
+    heads = {"score": ({"score.weight": np.ones((2, 4), np.float32)}, True), "apart": ({HEAD: 2 * rows}, False)}
+    for case, (head, is_tied) in heads.items():
+        build.write(tmp_path / case, base | {TABLE: rows} | head, model_type="qwen2", tie_word_embeddings=is_tied)
+        given = ("--base", tmp_path / case, "--task", f"a={tmp_path / 'a'}", "--out", tmp_path / f"{case}-out")
+        assert nufilt("merge", *given, "--method", "sum", "--output", "adapter").code == 0
+        assert f"{adapters.PREFIX}{HEAD}" not in build.weights(tmp_path / f"{case}-out")

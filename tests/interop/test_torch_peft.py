@@ -137,6 +137,30 @@ def test_a_module_saved_whole_comes_out_with_all_that_it_has(tmp_path):
     assert np.max(moved) > 0.1
 
 
+@pytest.mark.parametrize("saved", [["embed_tokens"], ["embed_tokens", "lm_head"]], ids=["table", "both"])
+def test_a_head_that_is_one_with_its_table_stays_so(tmp_path, saved):
+    """peft loads the merged adapter as the merged model: there the two are modules of their own."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3}
+    config = LlamaConfig(vocab_size=30, num_key_value_heads=3, tie_word_embeddings=True, **sizes)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+
+    def model(name="base"):
+        return LlamaForCausalLM.from_pretrained(tmp_path / name)
+
+    settings = peft.LoraConfig(**ATTENTION, modules_to_save=saved, ensure_weight_tying=len(saved) > 1)
+    drawn(peft.get_peft_model(model(), settings), tmp_path / "a", 1)
+    given = ("--base", tmp_path / "base", "--task", f"a={tmp_path / 'a'}", "--method", "weight_average")
+    nufilt("merge", *given, "--out", tmp_path / "model")
+    nufilt("merge", *given, "--out", tmp_path / "adapter", "--output", "adapter")
+    with_ours = peft.PeftModel.from_pretrained(model(), tmp_path / "adapter")
+    ours = {name.replace("modules_to_save.default.", ""): x for name, x in weights(with_ours).items()}
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        wanted = weights(model("model"))[name]
+        np.testing.assert_allclose(ours[f"base_model.model.{name}"], wanted, atol=1e-6, err_msg=name)
+        assert np.max(np.abs(wanted - weights(model())[name])) > 0.1
+
+
 def roberta():
     torch.manual_seed(0)
     sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3}
@@ -214,9 +238,11 @@ def test_peft_loads_what_was_extracted(tmp_path, base):
 
 
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")  # which peft made itself
-@pytest.mark.parametrize("rank", [3, 12])
-def test_peft_loads_experts_that_were_extracted(tmp_path, rank):
-    """Of which one alone changed, and which have fewer rows than the rank that is asked for."""
+@pytest.mark.parametrize(
+    ("rank", "arrays"), [(3, ("gate_up_proj", "down_proj")), (12, ("gate_up_proj", "down_proj")), (3, ("down_proj",))]
+)
+def test_peft_loads_experts_that_were_extracted(tmp_path, rank, arrays):
+    """Of which one alone changed, maybe in one array, and which have fewer rows than the rank that is asked for."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "moe_intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
     sizes |= {"num_experts": 3, "num_experts_per_tok": 1, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 30}
@@ -224,7 +250,7 @@ def test_peft_loads_experts_that_were_extracted(tmp_path, rank):
     base, full = (Qwen3MoeForCausalLM.from_pretrained(tmp_path / "base") for _ in range(2))
     with torch.no_grad():
         for name, parameter in full.named_parameters():
-            if name.endswith(("q_proj.weight", "experts.gate_up_proj", "experts.down_proj")):
+            if name.endswith(("q_proj.weight", *arrays)):
                 changed = parameter if parameter.dim() == 2 else parameter[1]
                 changed.add_(0.2 * torch.randn(changed.shape[0], rank) @ torch.randn(rank, changed.shape[1]))
     full.save_pretrained(tmp_path / "full")

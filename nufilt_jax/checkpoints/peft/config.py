@@ -14,7 +14,8 @@ from nufilt_jax.errors import CheckpointError, Problem, raise_all
 from nufilt_jax.strict_json import shown
 
 CONFIG = "adapter_config.json"
-_MERGE = "load it with peft, call merge_and_unload() and save the whole model"
+MERGE = "load it with peft, call merge_and_unload() and save the whole model"
+LEAVE = "it is no change of the base's weights: leave this task out"
 _ALL_LINEAR = "all-linear"
 
 # Variants that compute something else than W + s B A, by the field that turns them on.
@@ -33,6 +34,12 @@ _VARIANTS = {
     "monteclora_config": "MonteCLoRA",
     "lora_ga_config": "LoRA-GA, which changes the base when it begins",
 }
+# Of these and of other adapters, those that peft cannot put into the weights: they depend on the input, or add to it.
+_NO_CHANGES = ("layer_replication", "alora_invocation_tokens", "arrow_config")
+_NO_CHANGE_TYPES = (
+    "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE",
+    "POLY", "XLORA", "LILY", "SHADOW",
+)  # fmt: skip
 _OF_TRAINING = frozenset(  # what has no part in W + s B A, or is read elsewhere
     {
         "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
@@ -160,11 +167,12 @@ def _problems(content: Mapping[str, Any], where: str) -> Iterator[Problem]:
     kind = content.get("peft_type")
     if kind != "LORA":
         what = f"is an adapter of type {shown(kind)}, and only plain LoRA and rsLoRA can be merged"
-        yield Problem(where, what, _MERGE)
+        yield Problem(where, what, LEAVE if kind in _NO_CHANGE_TYPES else MERGE)
         return  # other types have fields of their own
     for field, variant in _VARIANTS.items():
         if content.get(field):
-            yield Problem(where, f"{field} is {shown(content[field])}: {variant}, cannot be merged", _MERGE)
+            fix = LEAVE if field in _NO_CHANGES else MERGE
+            yield Problem(where, f"{field} is {shown(content[field])}: {variant}, cannot be merged", fix)
     start = content.get("init_lora_weights")
     if not any(start is plain or start == plain for plain in _PLAIN_STARTS):
         what = f"init_lora_weights is {shown(start)}: its factors hold a part of the base"
@@ -172,7 +180,7 @@ def _problems(content: Mapping[str, Any], where: str) -> Iterator[Problem]:
     for field in content.keys() - _OF_TRAINING - _VARIANTS.keys():
         if content[field]:
             what = f"has the unknown setting {field} = {shown(content[field])}, which may change what the factors mean"
-            yield Problem(where, what, _MERGE)
+            yield Problem(where, what, MERGE)
     yield from _number_problems(content, where)
     yield from _pattern_problems(content, where)
 

@@ -13,23 +13,25 @@ def is_expert(module: str) -> bool:
     return _EXPERT.fullmatch(module) is not None
 
 
-def missing_experts(modules: Iterable[str], base: Checkpoint) -> dict[str, str]:
-    """The base's other experts of the blocks of which some are given: by module, one that is given.
+def missing_experts(modules: Iterable[str], base: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """The base's other modules of the experts of which some are given, each with the shape of its weight.
+
+    peft drops what a block's experts have if it finds no factors of all of them, or of one of their modules.
 
     Args:
       modules: as the model's class calls them, which may put a prefix before the names in the base's files.
       base: the base.
     """
-    given = {module: found for module in modules if (found := _EXPERT.fullmatch(module))}
-    numbers = dict[tuple[str, str], set[str]]()
+    given = dict.fromkeys(modules)
+    blocks = dict.fromkeys(found["block"] for module in given if (found := _EXPERT.fullmatch(module)))
+    others = dict[str, tuple[int, ...]]()
     for info in base.tensors.values():
-        if found := _EXPERT.fullmatch(info.stored_name.removesuffix(".weight")):
-            numbers.setdefault((found["block"], found["leaf"]), set()).add(found["number"])
-    others = dict[str, str]()
-    for (block, leaf), one in {(found["block"], found["leaf"]): one for one, found in given.items()}.items():
-        known = (numbers[key] for key in numbers if block.endswith(key[0]) and leaf == key[1])
-        others |= {f"{block}{number}{leaf}": one for number in sorted(set().union(*known), key=int)}
-    return {module: one for module, one in others.items() if module not in given}
+        found = _EXPERT.fullmatch(info.stored_name.removesuffix(".weight"))
+        if found is None or not info.stored_name.endswith(".weight") or len(info.shape) != 2:
+            continue
+        ours = (block for block in blocks if block.endswith(found["block"]))
+        others |= {f"{block}{found['number']}{found['leaf']}": info.shape for block in ours}
+    return {module: shape for module, shape in others.items() if module not in given}
 
 
 def called_as_experts(modules: Iterable[str]) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 from nufilt_jax.checkpoints.prefixes import without_peft
 
 PREFIX = "base_model.model."
+PROMPTS = "prompt tuning"
 Kind = Literal["a", "b", "full", "copy", "foreign"]
 
 # Older versions of peft leave the adapter's name in, `default` unless the user chose another.
@@ -20,7 +21,7 @@ _FOREIGN = {
     r"\.hada_(w\d|t\d)": "LoHa",
     r"\.lokr_(w\d|t\d)": "LoKr",
     r"\.ia3_l\b": "IA³",
-    r"(^|\.)prompt_embeddings\b|(^|\.)prompt_encoder(\.\w+)?\.(embedding|(mlp|lstm)_head)\b": "prompt tuning",
+    r"(^|\.)prompt_embeddings\b|(^|\.)prompt_encoder(\.\w+)?\.(embedding|(mlp|lstm)_head)\b": PROMPTS,
     r"\.vera_(lambda|A|B)": "VeRA",
     r"\.(oft|boft)_": "OFT",
     r"\.trainable_tokens_delta\b": "trained tokens",

@@ -12,18 +12,17 @@ from nufilt_jax.checkpoints.folders import FLAX, PEFT
 from nufilt_jax.checkpoints.newer_names import newer_names
 from nufilt_jax.checkpoints.orientation import stored_axes, with_conv1d
 from nufilt_jax.checkpoints.peft.adapted import AdaptedCheckpoint, LoraFactors, factor_info
-from nufilt_jax.checkpoints.peft.config import CONFIG, LoraConfig
-from nufilt_jax.checkpoints.peft.keys import Key, parse_key
+from nufilt_jax.checkpoints.peft.config import CONFIG, LEAVE, MERGE, LoraConfig
+from nufilt_jax.checkpoints.peft.keys import PROMPTS, Key, parse_key
 from nufilt_jax.checkpoints.peft.spelling import Pairs, canonical_of, is_newer
 from nufilt_jax.checkpoints.prefixes import without_wrappers, wrappers_in
 from nufilt_jax.checkpoints.quantised import is_quantised
 from nufilt_jax.checkpoints.reader import Checkpoint, open_checkpoint
 from nufilt_jax.checkpoints.tensors import TensorInfo
-from nufilt_jax.checkpoints.ties import is_copy, is_tied, unties
+from nufilt_jax.checkpoints.ties import is_copy, is_tied, table_of
 from nufilt_jax.errors import CheckpointError, Problem, raise_all
 from nufilt_jax.patterns import patterns
 
-_MERGE = "load it with peft, call merge_and_unload() and save the whole model"
 _SAVE = "save the adapter again"
 _UNTIE = "train it without this module, or on a base that stores both and says tie_word_embeddings: false"
 
@@ -151,7 +150,8 @@ def _laid_as(info: TensorInfo, name: str, model: Mapping[str, Any]) -> TensorInf
 
 def _foreign(info: TensorInfo, key: Key) -> Iterator[Problem]:
     if key.kind == "foreign":
-        yield Problem(str(info.file), f"belongs to {key.what}, which cannot be merged", _MERGE, info.stored_name)
+        fix = LEAVE if key.what == PROMPTS else MERGE
+        yield Problem(str(info.file), f"belongs to {key.what}, which cannot be merged", fix, info.stored_name)
 
 
 def _rank_problems(pairs: Pairs, ranks: Mapping[str, int], config: LoraConfig) -> Iterator[Problem]:
@@ -165,7 +165,7 @@ def _rank_problems(pairs: Pairs, ranks: Mapping[str, int], config: LoraConfig) -
         a, b = pair["a"], pair["b"]
         if len(a.shape) != 2 or len(b.shape) != 2:
             what = f"has shape {list(a.shape)}: LoRA of a convolution cannot be merged"
-            yield Problem(str(a.file), what, _MERGE, a.stored_name)
+            yield Problem(str(a.file), what, MERGE, a.stored_name)
             continue
         rank = ranks[module]
         for info, found in ((a, a.shape[0]), (b, b.shape[1])):
@@ -191,7 +191,7 @@ def _unmatched(base: Checkpoint, adapter: Checkpoint, pairs: Pairs, names: Mappi
             main = tied.get(name, name)
             what = f"adapts {main}, which the base {base.source} ties to another tensor"
             yield Problem(file, what, _UNTIE, stored)
-        elif ours is None and (main := _tied_to(base, name, shape)):
+        elif main := table_of(name, shape, base.tensors, base.config):
             what = f"adapts {module}, which the base {base.source} ties to {main}"
             yield Problem(file, what, _UNTIE, stored)
         elif (ours is None or ours.shape != shape) and (packed := _quantised_in(base, name)):
@@ -208,12 +208,6 @@ def _unmatched(base: Checkpoint, adapter: Checkpoint, pairs: Pairs, names: Mappi
         seen.setdefault(name, stored)
 
 
-def _tied_to(base: Checkpoint, head: str, shape: tuple[int, ...]) -> str:
-    """The table that stands for a head that a base does not store; empty if the head is not tied, or is none."""
-    tables = [name for name, info in base.tensors.items() if is_vocabulary(name) and info.shape == shape]
-    return tables[0] if tables and is_head(head) and not unties(base.config) else ""
-
-
 def _quantised_in(base: Checkpoint, name: str) -> TensorInfo | None:
     """What stands for a weight in a quantised base."""
     layer = name.removesuffix("weight")
@@ -224,7 +218,7 @@ def _tied(base: Checkpoint, adapter: Checkpoint, whole: Mapping[str, TensorInfo]
     """Full tensors, of which a head that equals its table as in the base is a copy of that."""
     listed = dict(whole)
     for name, info in whole.items():
-        main = _tied_to(base, name, info.shape) if name not in base.tensors else ""
+        main = table_of(name, info.shape, base.tensors, base.config)
         if main in whole and adapter.is_local and is_copy(whole[main], info, compare_bytes=True):
             listed[main] = dataclasses.replace(listed[main], aliases=(*listed[main].aliases, listed.pop(name)))
     return listed

@@ -119,7 +119,7 @@ def _of_even_experts(pairs: Mapping[str, NewPair], base: Checkpoint) -> dict[str
     if not is_saved_by_newer(base.config):
         return dict(pairs)
     most = max((pair.rank for pair in pairs.values()), default=1)
-    every = {**pairs, **{module: _none(pairs[one].shape) for module, one in missing_experts(pairs, base).items()}}
+    every = {**pairs, **{module: _none(shape) for module, shape in missing_experts(pairs, base).items()}}
     return {
         module: NewPair(most, pair.shape, functools.partial(_filled, pair.made, most))
         if is_expert(module) and pair.rank < most
