@@ -239,10 +239,12 @@ def _read_and_merged(job: "Job", *, offline: bool) -> "dict[str, np.ndarray]":
     from nufilt_jax.engine.plan import make_plan
 
     plan = make_plan(job, offline=offline)
-    _warn(plan, inspect(plan))
+    inspection = inspect(plan)
+    _warn(plan, inspection)
     touched = plan.selection.touched
     tasks = {name: task.unread(touched) for name, task in plan.tasks.items()}
-    return rounded(merged_one_by_one(plan.base.read(), tasks, plan.settings, plan.selection), plan.base.source)
+    with inspection.files.required(plan.base, *plan.tasks.values()):
+        return rounded(merged_one_by_one(plan.base.read(), tasks, plan.settings, plan.selection), plan.base.source)
 
 
 def _merged_in_memory(

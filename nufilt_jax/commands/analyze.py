@@ -21,7 +21,7 @@ from nufilt_jax.commands.measured import measure
 from nufilt_jax.config import problem
 from nufilt_jax.durable import atomic_write
 from nufilt_jax.engine.evaluation import EVALUATION
-from nufilt_jax.engine.job import read_recipe
+from nufilt_jax.engine.job import finished_recipe
 from nufilt_jax.engine.tiny import built_in_family
 from nufilt_jax.errors import (
     CheckpointError,
@@ -62,7 +62,7 @@ def analyze(folder: Path, arguments: AnalyzeArguments, stdout: Console, stderr: 
         raise OutputError(Problem(str(folder), "holds no finished merge", "give the output folder of a merge"))
     watcher = show.ProgressWatcher(stderr, quiet=arguments.quiet or arguments.json)
     with traceback_kept(traceback_beside(place.out)), place.locked(), watcher.progress:
-        recipe = read_recipe(read_json(place.out / RECIPE), place.out)
+        recipe = finished_recipe(place.out)
         watcher.phase("measuring on images")
         scored = _scored(recipe, place.out)
         document = _document(recipe, place.out, scored, specs, arguments.images)
@@ -183,7 +183,7 @@ def _images(names: Sequence[str], base: Checkpoint, specs: Mapping[str, Spec], n
         drawn = (draw(name, "test", n_images, family.looks[name])[0] for name in names)
         return [TaskImages(images, IMAGE_MEAN, IMAGE_STD) for images in drawn]
     parse_vision_config(base.config)  # any other kind of model is refused before anything is downloaded
-    preprocessor = read_json(base.path / "preprocessor_config.json")
+    preprocessor = read_json(base.path / "preprocessor_config.json", "restore it, or download the base again")
     how: dict[str, Any] = {"model_config": base.config, "preprocessor_config": preprocessor, "limit": n_images}
     return read_task_images(names, specs, **how)
 

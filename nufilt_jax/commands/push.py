@@ -11,7 +11,7 @@ from nufilt_jax.commands import console as show
 from nufilt_jax.commands import text
 from nufilt_jax.commands.arguments import PushArguments
 from nufilt_jax.commands.failures import traceback_beside, traceback_kept
-from nufilt_jax.engine.job import read_recipe
+from nufilt_jax.engine.job import finished_recipe
 from nufilt_jax.errors import OutputError, Problem, UsageError
 from nufilt_jax.output.documents import read_json
 from nufilt_jax.output.place import RECIPE, STATE, OutputPlace
@@ -32,7 +32,7 @@ def push(folder: Path, repo: str, arguments: PushArguments, stdout: Console, std
     place = OutputPlace(folder)
     if not (place.out / RECIPE).is_file():
         raise OutputError(Problem(str(folder), "holds no finished merge", "give the output folder of a merge"))
-    recipe = read_recipe(read_json(place.out / RECIPE), place.out)
+    recipe = finished_recipe(place.out)
     sizes = _files(place.out, with_state=arguments.with_state)
     show.show_warnings(stderr, _warnings(place.out))
     message = arguments.message or f"{recipe.settings.method}: {', '.join(recipe.task_names)}"
@@ -61,7 +61,7 @@ def _warnings(folder: Path) -> tuple[str, ...]:
     """An adapter of a local base names it by its full path, as peft needs it on this machine and on no other."""
     if not (folder / CONFIG).is_file():
         return ()
-    base = read_json(folder / CONFIG).get("base_model_name_or_path")
+    base = read_json(folder / CONFIG, "restore it, or merge again into another folder").get("base_model_name_or_path")
     if not isinstance(base, str) or not Path(base).is_absolute():
         return ()
     what = f"names its base by a folder of this machine, {base}"

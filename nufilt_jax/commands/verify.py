@@ -12,12 +12,11 @@ from rich.console import Console
 
 from nufilt_jax.commands import console as show
 from nufilt_jax.commands.failures import traceback_beside, traceback_kept
-from nufilt_jax.engine.job import read_recipe
+from nufilt_jax.engine.job import finished_recipe
 from nufilt_jax.engine.records import device_entry
 from nufilt_jax.engine.sameness import TOLERANCE, Comparison
 from nufilt_jax.engine.verification import Verification, differences_from, refused, verify_hashes, verify_numbers
 from nufilt_jax.errors import NufiltError, OutputError, Problem
-from nufilt_jax.output.documents import read_json
 from nufilt_jax.output.place import RECIPE, OutputPlace
 from nufilt_jax.output.recipe import Recipe
 
@@ -37,7 +36,7 @@ def finished_merge(folder: Path) -> Iterator[tuple[Path, Recipe]]:
     if not (place.out / RECIPE).is_file():
         raise OutputError(Problem(str(folder), "holds no finished merge", "give the output folder of a merge"))
     with place.read_locked():
-        yield place.out, read_recipe(read_json(place.out / RECIPE), place.out)
+        yield place.out, finished_recipe(place.out)
 
 
 def verify(

@@ -20,6 +20,7 @@ from nufilt_jax.engine.grid import Window
 from nufilt_jax.engine.hosts import Hosts
 from nufilt_jax.engine.plan import Plan
 from nufilt_jax.engine.timing import Clock, CompileLog
+from nufilt_jax.engine.unchanged import HashedFiles
 from nufilt_jax.engine.watching import Watcher
 from nufilt_jax.errors import NufiltError, Problem
 from nufilt_jax.methods.adaptation import LearningConfig
@@ -56,23 +57,28 @@ def rule_of(plan: Plan, window: Window) -> methods.Merger:
     )
 
 
-def load_task(plan: Plan, window: Window, name: str, stop: threading.Event) -> TaskAtHand:
+def load_task(plan: Plan, window: Window, name: str, files: HashedFiles, stop: threading.Event) -> TaskAtHand:
     """Forms a task vector on the device, tensor by tensor from the mapped base and the task's files.
 
     Args:
       plan: of the merge.
       window: whose layers are read.
       name: of the task.
+      files: what was hashed, with which what is read must agree.
       stop: once it is set, reading ends with `CancelledError`.
+
+    Raises:
+      ChangedError: it does not.
     """
     checkpoint, clock, names = plan.tasks[name], Clock(), touched(window)
     theirs = checkpoint.unread(names, stop=stop)
-    with clock.spent_on("read"):
-        base = PassingTensors(plan.base.read(names))
-        ranks = _ranks(plan, window, name)
-        vector = task_vector(base, theirs, tuple(stack.layers for stack in window.stacks), ranks)
-    with clock.spent_on("put"):
-        jax.block_until_ready(vector.stacks)  # copies run on by themselves: else the solve would pay for them
+    with files.required(plan.base, checkpoint):
+        with clock.spent_on("read"):
+            base = PassingTensors(plan.base.read(names))
+            ranks = _ranks(plan, window, name)
+            vector = task_vector(base, theirs, tuple(stack.layers for stack in window.stacks), ranks)
+        with clock.spent_on("put"):
+            jax.block_until_ready(vector.stacks)  # copies run on by themselves: else the solve would pay for them
     return TaskAtHand(name, checkpoint, vector, clock)
 
 

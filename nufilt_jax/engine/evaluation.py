@@ -9,7 +9,7 @@ from typing import Any
 from nufilt_jax.analysis.plots import draw_accuracy_matrix
 from nufilt_jax.checkpoints import Checkpoint, load, open_checkpoint, parse_source
 from nufilt_jax.config import problem
-from nufilt_jax.engine.job import EvaluationOptions, read_recipe
+from nufilt_jax.engine.job import EvaluationOptions, finished_recipe
 from nufilt_jax.engine.scores import ScoreRow, merged_row, plain_row
 from nufilt_jax.engine.tiny import built_in_family, built_in_tasks
 from nufilt_jax.errors import (
@@ -28,7 +28,7 @@ from nufilt_jax.evaluation.ready import OnBatch
 from nufilt_jax.evaluation.specs import Spec, load_specs
 from nufilt_jax.evaluation.suite import EvaluatedModel, Suite, open_tasks, spec_problems
 from nufilt_jax.evaluation.tokenizer import open_tokenizer
-from nufilt_jax.output.documents import read_json, read_scores, write_json
+from nufilt_jax.output.documents import read_scores, write_json
 from nufilt_jax.output.place import RECIPE
 from nufilt_jax.output.recipe import Recipe, Step
 from nufilt_jax.zoo import family_folder
@@ -162,7 +162,7 @@ def evaluate_folder(folder: Path, names: Sequence[str], options: EvaluationOptio
     Raises:
       NufiltError: with everything that is missing or does not fit.
     """
-    recorded = read_recipe(read_json(folder / RECIPE), folder) if (folder / RECIPE).is_file() else None
+    recorded = finished_recipe(folder) if (folder / RECIPE).is_file() else None
     merged = recorded.task_names if recorded else []
     names = list(dict.fromkeys(names)) or merged
     if not names:

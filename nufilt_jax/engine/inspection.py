@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from nufilt_jax.anatomy import tensor_of
 from nufilt_jax.checkpoints import AdaptedCheckpoint, Checkpoint, Findings, TensorInfo, survey_file
@@ -15,6 +16,7 @@ from nufilt_jax.checkpoints.outputs import new_types, range_problem
 from nufilt_jax.checkpoints.peft.adapted import weight_of
 from nufilt_jax.engine.memory import READERS
 from nufilt_jax.engine.plan import Plan
+from nufilt_jax.engine.unchanged import HashedFiles, stamp_of
 from nufilt_jax.errors import CheckpointError, Problem, raise_all
 from nufilt_jax.methods.selection import Selection
 from nufilt_jax.methods.state import nonfinite_problem
@@ -29,6 +31,7 @@ class Inspection:
       base_sha256: of the base's weight files by name.
       task_sha256: the same by task name, for all tasks.
       warnings: non-finite numbers in tensors that the merge does not touch.
+      files: those that were hashed, as they were then.
       changes: by task name, of the tasks whose files were read: Σ (θ_t − θ0)² by canonical name, of the floating
         tensors that the base has in the same shape; those that are not finite are left out. None are known of a merge
         that was finished.
@@ -37,6 +40,7 @@ class Inspection:
     base_sha256: dict[str, str]
     task_sha256: dict[str, dict[str, str]]
     warnings: tuple[str, ...]
+    files: HashedFiles
     changes: dict[str, dict[str, float]]
 
 
@@ -47,7 +51,8 @@ def inspect(plan: Plan) -> Inspection:
       CheckpointError: files that changed since an earlier run, non-finite numbers in tensors that the merge touches,
         and numbers in the others that the type to be written cannot hold, all listed.
     """
-    base, *tasks = _read_all(plan)
+    files = HashedFiles()
+    base, *tasks = _read_all(plan, files)
     hashes = {name: _sha256(findings, plan.tasks[name]) for name, findings in zip(plan.tasks, tasks, strict=True)}
     base_sha256 = plan.base.header_sha256() if _is_unread(plan) else _sha256(base, plan.base)
     problems = [*_replaced(plan, base_sha256, hashes), *_range_problems(plan, base)]
@@ -63,7 +68,7 @@ def inspect(plan: Plan) -> Inspection:
         {} if plan.recorded is None else {task.name: dict(task.sha256 or {}) for task in plan.recorded.recipe.tasks}
     )
     changes = {name: _changes(plan.tasks[name], findings) for name, findings in zip(plan.tasks, tasks, strict=True)}
-    return Inspection(base_sha256, merged | hashes, tuple(warnings), changes)
+    return Inspection(base_sha256, merged | hashes, tuple(warnings), files, changes)
 
 
 def _is_unread(plan: Plan) -> bool:
@@ -71,7 +76,7 @@ def _is_unread(plan: Plan) -> bool:
     return plan.settings.output == "adapter" and plan.base.format == SAFETENSORS
 
 
-def _read_all(plan: Plan) -> list[list[Findings]]:
+def _read_all(plan: Plan, files: HashedFiles) -> list[list[Findings]]:
     """The findings in each weight file of the base, and of each of the plan's tasks."""
     stop = threading.Event()
     code = None if plan.settings.dtype is None else OUTPUT_DTYPES[plan.settings.dtype]
@@ -81,12 +86,13 @@ def _read_all(plan: Plan) -> list[list[Findings]]:
         path = checkpoint.weight_files[index]
         if checkpoint is plan.base and _is_unread(plan):
             return Findings("", frozenset(), frozenset(), {})
-        if plan.is_finished:  # nothing will be merged: hashes alone are compared
-            return survey_file(path, (), stop=stop)
-        tensors = [info for info in checkpoint.stored if info.file == path]
-        if checkpoint is plan.base:
-            return survey_file(path, tensors, new_types=kept, stop=stop)
-        return survey_file(path, tensors, base=plan.base.tensors, stop=stop)
+        # When nothing will be merged, hashes alone are compared.
+        tensors = [info for info in checkpoint.stored if info.file == path and not plan.is_finished]
+        how: dict[str, Any] = {"new_types": kept} if checkpoint is plan.base else {"base": plan.base.tensors}
+        stamp = stamp_of(path)
+        found = survey_file(path, tensors, stop=stop, **how)
+        files.add(path, stamp, found.sha256)
+        return found
 
     with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1), thread_name_prefix="inspect") as pool:
         try:
@@ -94,7 +100,7 @@ def _read_all(plan: Plan) -> list[list[Findings]]:
                 [pool.submit(survey, checkpoint, index) for index in range(len(checkpoint.weight_files))]
                 for checkpoint in (plan.base, *plan.tasks.values())
             ]
-            return [[future.result() for future in files] for files in coming]
+            return [[future.result() for future in futures] for futures in coming]
         finally:
             stop.set()  # after a failure the other threads would read their files to the end
 

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from nufilt_jax.config import ComputeType, differing, problem
 from nufilt_jax.errors import ConfigError, OutputError, Problem
 from nufilt_jax.methods import find
-from nufilt_jax.output.place import STATE, OutputPlace
+from nufilt_jax.output.documents import read_json
+from nufilt_jax.output.place import RECIPE, STATE, OutputPlace
 from nufilt_jax.output.recipe import Model, Recipe, Settings
 from nufilt_jax.output.stored import Stored
 
@@ -71,12 +72,28 @@ def recorded_in(place: OutputPlace) -> Recorded | None:
     document, folder = (finished, place.out) if unfinished is None else (unfinished, place.partial)
     if document is None:
         return None
-    recipe = read_recipe(document, folder)
+    recipe = read_recipe(document, folder, is_finished=unfinished is None)
     return Recorded(folder=folder, recipe=recipe, stored=Stored(place.windows()), is_written=unfinished is None)
 
 
-def read_recipe(document: Mapping[str, Any], folder: Path) -> Recipe:
+def finished_recipe(folder: Path) -> Recipe:
+    """The recipe of the finished merge in a folder.
+
+    Raises:
+      OutputError: as `read_recipe` does, or it cannot be read.
+    """
+    return read_recipe(
+        read_json(folder / RECIPE, "restore it, or merge again into another folder"), folder, is_finished=True
+    )
+
+
+def read_recipe(document: Mapping[str, Any], folder: Path, *, is_finished: bool = False) -> Recipe:
     """The recipe in a folder.
+
+    Args:
+      document: what its file holds.
+      folder: where that stands.
+      is_finished: whether it is of a merge that is done, so that steps that are missing are damage.
 
     Raises:
       OutputError: it is damaged, of another version, or of a rule that nobody has imported.
@@ -89,7 +106,7 @@ def read_recipe(document: Mapping[str, Any], folder: Path) -> Recipe:
             what = f"was merged by {method}, and a recipe imports nothing"
             fix = f"it is a rule of your own: say --method {method}"
             raise OutputError(Problem(str(folder), what, fix)) from error
-    return Recipe.from_json(document, folder, lambda method: find(method).config)
+    return Recipe.from_json(document, folder, lambda method: find(method).config, is_finished=is_finished)
 
 
 def lacking_state(recipe: Recipe, stored: Stored, folder: Path) -> list[Problem]:

@@ -127,7 +127,7 @@ def make_plan(job: Job, *, offline: bool = False, headers_only: bool = False) ->
             problems += of_kind(ConfigError, _evaluation_problems(job, base))
         with gathering(problems):
             problems += output_problems(tasks, job.settings, selection, is_first=recorded is None)
-            problems += writing_problems(base, job.settings, None if place is None else place.out)
+            problems += writing_problems(base, job.settings, None if place is None else place.out, tasks)
         problems += of_kind(OutputError, _state_problems(recorded, selection, len(job.sources)))
         problems += _process_problems(job)
         with gathering(problems):

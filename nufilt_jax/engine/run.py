@@ -14,6 +14,7 @@ from nufilt_jax.engine.merged import merged_tensors
 from nufilt_jax.engine.plan import Plan
 from nufilt_jax.engine.records import device_entry, new_recipe, this_host
 from nufilt_jax.engine.timing import Clock, CompileLog
+from nufilt_jax.engine.unchanged import ChangedError, HashedFiles
 from nufilt_jax.engine.walk import Walk
 from nufilt_jax.engine.watching import Scorer, Watcher
 from nufilt_jax.errors import EvaluationError, NufiltError, OutputError, Problem, SolveError
@@ -50,7 +51,7 @@ def run(
       The recipe. Steps that an earlier run had done are marked as resumed.
 
     Raises:
-      NufiltError: a solution is not finite, the state is damaged, or the disk is full.
+      NufiltError: a solution is not finite, the state is damaged, a model has changed, or the disk is full.
     """
     hosts = hosts or Hosts()
     if plan.recorded is not None and plan.is_finished:
@@ -63,20 +64,22 @@ def run(
     outside = {name: outside_share(plan.base, plan.selection, moved) for name, moved in inspection.changes.items()}
     try:
         with compiled.listening(), plan.recorded.stored if plan.recorded else Stored() as stored:
-            walk = Walk(plan, recipe, place, stored, watcher, clock, evaluation, outside, hosts, ahead)
+            walk = Walk(
+                plan, recipe, place, stored, watcher, clock, evaluation, outside, hosts, ahead, inspection.files
+            )
             walk.go()
             recipe = walk.recipe()
             watcher.merged()
             watcher.phase("writing the model")
             with clock.spent_on("write_model"), (writing := CompileLog()).listening():
-                adapter = _write_model(plan, walk, place, hosts)
+                adapter = _write_model(plan, walk, place, inspection.files, hosts)
             clock.add("compile", writing.seconds)  # a part of "write_model"
             recipe = dataclasses.replace(recipe, adapter=adapter)
             if evaluation is not None:
                 evaluation.finish(place.staging, recipe)
     except (OutputError, EvaluationError):  # what is done can be gone on with, elsewhere or without an evaluation
         raise
-    except SolveError as error:
+    except (SolveError, ChangedError) as error:
         raise (_kept(error, place) if hosts.is_alone else error) from error
     except NufiltError:  # the same command would fail again, and another could not use what is done
         if hosts.is_alone:
@@ -94,7 +97,7 @@ def run(
     return recipe
 
 
-def _write_model(plan: Plan, walk: Walk, place: OutputPlace, hosts: Hosts) -> MergedAdapter | None:
+def _write_model(plan: Plan, walk: Walk, place: OutputPlace, files: HashedFiles, hosts: Hosts) -> MergedAdapter | None:
     """The merged model in the place's staging folder; what cannot be written leaves all steps as they are.
 
     Of several processes each writes some of the weight files, and an adapter the first one alone.
@@ -103,15 +106,16 @@ def _write_model(plan: Plan, walk: Walk, place: OutputPlace, hosts: Hosts) -> Me
       The adapter, if that is the output.
 
     Raises:
-      OutputError: the disk is full, or numbers are out of the range of the type asked for.
+      OutputError: the disk is full, numbers are out of the range of the type asked for, or the base has changed.
     """
     settings = plan.settings
     try:
         adapter = told_of(plan) if settings.output == "adapter" else None
-        if adapter is None:
-            _write_whole(plan, walk, place, hosts)
-        elif hosts.is_first:
-            adapter = write_merged_adapter(plan, walk.delta, adapter, place.staging)
+        with files.required(plan.base):
+            if adapter is None:
+                _write_whole(plan, walk, place, hosts)
+            elif hosts.is_first:
+                adapter = write_merged_adapter(plan, walk.delta, adapter, place.staging)
         hosts.meet("written")
         return adapter
     except StoppedError:
@@ -123,12 +127,12 @@ def _write_model(plan: Plan, walk: Walk, place: OutputPlace, hosts: Hosts) -> Me
         raise OutputError(*_with_kept(error, place)) from error
 
 
-def _kept(error: SolveError, place: OutputPlace) -> SolveError:
+def _kept(error: NufiltError, place: OutputPlace) -> NufiltError:
     """The same refusal, which says that the steps before it stand; nothing is left behind where there are none."""
     if not place.has_state:
         place.discard()
         return error
-    return SolveError(*_with_kept(error, place))
+    return type(error)(*_with_kept(error, place))
 
 
 def _with_kept(error: NufiltError, place: OutputPlace) -> list[Problem]:

@@ -1,9 +1,10 @@
 """Two outputs of one recipe compared, tensor by tensor: bit for bit, or within what another machine may change."""
 
 import dataclasses
+import itertools
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from nufilt_jax.checkpoints.tensors import TensorInfo, stream_bytes
 from nufilt_jax.errors import Problem
 from nufilt_jax.methods.stacked import whole
 from nufilt_jax.output.documents import read_forecast
-from nufilt_jax.output.place import FORECAST, STATE
+from nufilt_jax.output.place import FORECAST, RECIPE, STATE
+from nufilt_jax.output.recipe import Step
 from nufilt_jax.output.state import stored_windows
 from nufilt_jax.output.stored import Stored
 
@@ -29,6 +31,7 @@ from nufilt_jax.output.stored import Stored
 TOLERANCE = 2e-5
 TOLERANCE_AT_NEAR_EQUAL_CUTS = 1e-3
 
+_ORDER = 1e-9  # of a step's largest loss: windows add their layers' losses in another order
 _AGAIN = "merge again, or restore the output"
 _ELEMENTS = 1 << 20  # compared at once
 
@@ -107,6 +110,27 @@ def compare(
         for group in sorted({*ours, *theirs} - {"numbers"}):  # which merges in one window have no need of
             _compare_arrays(found, where, f"state: {group}", ours.get(group, {}), theirs.get(group, {}), tolerance)
     return found
+
+
+def loss_problems(folder: Path, then: Sequence[Step], now: Sequence[Step], *, is_exact: bool) -> Iterator[Problem]:
+    """The steps whose losses are not those of merging again.
+
+    Args:
+      folder: the output to be verified.
+      then: the steps that its recipe tells of.
+      now: those of merging again.
+      is_exact: whether the layers' losses must be the same in every bit.
+    """
+    # Which layers have near-equal cuts, a sum over all of them does not tell.
+    tolerance = _ORDER if is_exact else len(then) * TOLERANCE_AT_NEAR_EQUAL_CUTS
+    for old, new in zip(then, now, strict=True):
+        most = tolerance * max((abs(loss) for loss in new.losses if loss is not None), default=0.0)
+        for number, (mine, theirs) in enumerate(itertools.zip_longest(old.losses, new.losses), 1):
+            is_near = mine is not None and theirs is not None and abs(mine - theirs) <= most
+            if mine != theirs and not is_near:
+                what = f"loss {number} of {old.task} is not what the recipe gives: it is {mine}, and should be {theirs}"
+                yield Problem(str(folder / RECIPE), what, _AGAIN)
+                break  # where one was changed all may have been
 
 
 def has_state(folder: Path) -> bool:

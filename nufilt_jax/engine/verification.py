@@ -13,7 +13,7 @@ from nufilt_jax.engine.job import Job
 from nufilt_jax.engine.plan import make_plan
 from nufilt_jax.engine.records import layers_then, this_host, version_entry
 from nufilt_jax.engine.run import run
-from nufilt_jax.engine.sameness import Comparison, compare, has_state
+from nufilt_jax.engine.sameness import Comparison, compare, has_state, loss_problems
 from nufilt_jax.engine.timing import Clock
 from nufilt_jax.engine.watching import Watcher
 from nufilt_jax.errors import NufiltError, Problem, gathering
@@ -129,7 +129,7 @@ def _knew_of_fewer(recipe: Recipe) -> bool:
 def verify_numbers(
     recipe: Recipe, folder: Path, scratch: Path, watcher: Watcher, *, is_exact: bool, offline: bool = False
 ) -> Comparison:
-    """Merges again, and compares every tensor of the model and of its state.
+    """Merges again, and compares every tensor of the model and of its state, and the losses of every step.
 
     Args:
       recipe: of the merge, whose inputs are what they were.
@@ -152,8 +152,10 @@ def verify_numbers(
     place = OutputPlace(scratch / "again")
     with at_once(layers_then(recipe.host)), place.locked():
         plan = make_plan(job, offline=offline)
-        run(plan, inspect(plan), place, watcher, Clock())
-    return compare(folder, place.out, plan.base, len(recipe.tasks), watcher.phase, is_exact=is_exact)
+        again = run(plan, inspect(plan), place, watcher, Clock())
+    found = compare(folder, place.out, plan.base, len(recipe.tasks), watcher.phase, is_exact=is_exact)
+    found.problems += loss_problems(folder, recipe.steps, again.steps, is_exact=is_exact)
+    return found
 
 
 def _plain(model: Model) -> Model:

@@ -18,6 +18,7 @@ from nufilt_jax.engine.records import forecast_entry, step_of
 from nufilt_jax.engine.row import Row
 from nufilt_jax.engine.survey import Survey
 from nufilt_jax.engine.timing import Clock
+from nufilt_jax.engine.unchanged import ChangedError, HashedFiles
 from nufilt_jax.engine.uninterrupted import uninterrupted
 from nufilt_jax.engine.watching import Scorer, Watcher
 from nufilt_jax.errors import EvaluationError, NufiltError
@@ -53,8 +54,9 @@ class Walk:
         outside: Mapping[str, float],
         hosts: Hosts,
         ahead: CompileAhead | None,
+        files: HashedFiles,
     ) -> None:
-        self._outside, self._hosts, self._ahead = outside, hosts, ahead
+        self._outside, self._hosts, self._ahead, self._files = outside, hosts, ahead, files
         self._plan, self._recipe, self._place, self._stored = plan, recipe, place, stored
         self._watcher, self._clock, self._evaluation = watcher, clock, evaluation
         self._names = [source.name for source in plan.sources]
@@ -105,7 +107,7 @@ class Walk:
                     self._keep_if_due(is_last=following is not cell.window)
         except BaseException as error:
             # What is merged is kept however a run ends, unless the same command would only fail again.
-            if not isinstance(error, NufiltError) or isinstance(error, EvaluationError | StoppedError):
+            if not isinstance(error, NufiltError) or isinstance(error, EvaluationError | StoppedError | ChangedError):
                 self._keep()
             raise
         if not hosts.is_alone:
@@ -224,7 +226,7 @@ class Walk:
     # A cell.
 
     def _load(self, cell: Cell, stop: threading.Event) -> TaskAtHand:
-        return load_task(self._plan, cell.window, self._names[cell.task], stop)
+        return load_task(self._plan, cell.window, self._names[cell.task], self._files, stop)
 
     def _merge(self, cell: Cell, tasks: ReadAhead[Cell, TaskAtHand], number: int, total: int) -> None:
         row, name = cast(Row, self._row), self._names[cell.task]
@@ -283,7 +285,9 @@ class Walk:
         if len(self.rows) > 1:
             self._keep()  # the model is read window by window, from disk
         with self._clock.spent_on("evaluate"):
-            self._tell(name, **self._evaluation.entry(self._whole(), name))
+            with self._files.required(self._plan.base):
+                entry = self._evaluation.entry(self._whole(), name)
+            self._tell(name, **entry)
         if len(self.rows) > 1:
             self._place.record(self.recipe())
 

@@ -10,8 +10,12 @@ from nufilt_jax.output.kinds import EVALUATION_DOCUMENT, FORECAST_DOCUMENT, requ
 from nufilt_jax.strict_json import JsonError, read_object, shown
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, fix: str = "remove the folder to start over") -> dict[str, Any]:
     """Reads a JSON object.
+
+    Args:
+      path: of the file.
+      fix: what to do about one that cannot be read, or is damaged.
 
     Raises:
       OutputError: it cannot be read, or is none.
@@ -20,10 +24,10 @@ def read_json(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             return read_object(file)
     except JsonError as error:
-        raise OutputError(Problem(str(path), str(error), error.fix or "remove the folder to start over")) from error
+        raise OutputError(Problem(str(path), str(error), error.fix or fix)) from error
     except OSError as error:
         what = f"cannot be read: {error.strerror or error}"
-        raise OutputError(Problem(str(path), what, "remove the folder to start over")) from error
+        raise OutputError(Problem(str(path), what, fix)) from error
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -59,7 +63,7 @@ def read_scores(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path, kind: Any, fix: str) -> dict[str, Any]:
-    document = read_json(path)
+    document = read_json(path, fix)
     try:
         require(document, kind)
     except ValueError as error:

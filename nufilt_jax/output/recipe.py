@@ -204,13 +204,16 @@ class Recipe:
     version: int = VERSION
 
     @classmethod
-    def from_json(cls, document: Mapping[str, Any], folder: Path, config_of: ConfigOf) -> Self:
+    def from_json(
+        cls, document: Mapping[str, Any], folder: Path, config_of: ConfigOf, *, is_finished: bool = False
+    ) -> Self:
         """Checks that a recipe holds what going on needs.
 
         Args:
           document: content of `nufilt.json`.
           folder: where it stands.
           config_of: gives the class of a method's settings.
+          is_finished: whether every task needs its step.
 
         Raises:
           OutputError: it is damaged, or from a version with other settings.
@@ -225,7 +228,8 @@ class Recipe:
                 version=document.get("recipe_version", 1),
                 **_told(document),
             )
-            if [step.task for step in recipe.steps] != recipe.task_names[: len(recipe.steps)]:
+            merged = recipe.task_names if is_finished else recipe.task_names[: len(recipe.steps)]
+            if [step.task for step in recipe.steps] != merged:
                 raise ValueError("its steps are not those of its tasks")
             if recipe.version not in (1, VERSION):
                 raise ValueError(f"it is of version {recipe.version!r}, and this program knows up to {VERSION}")

@@ -80,7 +80,7 @@ def stored_windows(root: Path) -> list[StoredWindow]:
         name = _FOLDER.fullmatch(folder.name)
         if name is None or not (folder / _TOLD).is_file():
             continue
-        told = read_json(folder / _TOLD)
+        told = read_json(folder / _TOLD, AGAIN)
         try:
             require(told, WINDOW)
             cells = tuple(CellRecord(Step.from_json(cell), dict(cell["forecast"])) for cell in told["cells"])

@@ -286,6 +286,26 @@ def test_changed_weights_are_refused(models, tmp_path, nufilt, command, name):
         assert build.snapshot(out) == before
 
 
+def test_an_output_is_no_source_of_itself(shared_models, tmp_path, nufilt, command):
+    out, link = tmp_path / "out", tmp_path / "link"
+    assert nufilt(*command(shared_models, out, "--method", "sum", n=2)).code == 0
+    link.symlink_to(out)
+    before = build.snapshot(out)
+    what = "is the output folder itself, which the merge would replace (give a copy of it)"
+    for source in (out, link):
+        for options in ((), ("--plan",)):
+            result = nufilt("merge", "--add", out, "--task", f"gamma={source}", *options)
+            assert (result.code, result.lines) == (1, [f"nufilt: --task: gamma {what}"])
+    assert build.snapshot(out) == before
+    copy = shutil.copytree(out, tmp_path / "copy")
+    assert nufilt("add", out, "--task", f"gamma={copy}").code == 0
+    assert nufilt("verify", out, "--quick").code == 0
+    recipe = json.loads((copy / "nufilt.json").read_text())
+    (copy / "nufilt.json").write_text(json.dumps({**recipe, "base": {**recipe["base"], "source": "."}}))
+    result = nufilt(*add(shared_models, copy, "gamma"))
+    assert (result.code, result.lines) == (1, [f"nufilt: --base: {copy} {what}"])
+
+
 def test_vanished_base(models, tmp_path, nufilt, command):
     out = tmp_path / "out"
     assert nufilt(*command(models, out, n=2)).code == 0

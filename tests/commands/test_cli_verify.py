@@ -207,6 +207,82 @@ def test_other_versions_may_change_bits_and_little_more(merged, nufilt):
     assert result.code == 1 and "where 4e-05 is allowed" in result.err
 
 
+@pytest.fixture(scope="module")
+def with_losses(shared_models, tmp_path_factory, command):
+    """A merge of two models by the method, whose steps have losses; tests change copies of it."""
+    from nufilt_jax.cli import main
+
+    out = tmp_path_factory.mktemp("losses") / "out"
+    assert main(command(shared_models, out, "--quiet", n=2)) == 0
+    return out
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda losses: [losses[0] * 1.0001, *losses[1:]], "loss 1 of beta is not what the recipe gives: it is 1."),
+        (lambda losses: [losses[0] * 1.01, *losses[1:]], "loss 1 of beta is not what the recipe gives: it is 1."),
+        (lambda losses: [], "loss 1 of beta is not what the recipe gives: it is None, and should be "),
+        (lambda losses: [*losses[:-1], None], " of beta is not what the recipe gives: it is None, and should be "),
+        (lambda losses: [*losses, 1.0], " of beta is not what the recipe gives: it is 1.0, and should be None"),
+    ],
+    ids=["changed a little", "changed", "left out", "not finite", "one more"],
+)
+def test_losses_are_those_of_merging_again(with_losses, nufilt, request, edit, said):
+    recipe = recipe_of(with_losses)
+    text = (with_losses / "nufilt.json").read_text()
+    recipe["steps"][1]["losses"] = edit(recipe["steps"][1]["losses"])
+    try:
+        for versions in (recipe["versions"], recipe["versions"] | {"jax": "0.1"}):
+            (with_losses / "nufilt.json").write_text(json.dumps(recipe | {"versions": versions}))
+            result = nufilt("verify", with_losses)
+            is_found = versions == recipe["versions"] or "a little" not in request.node.name
+            assert (result.code, len(result.lines)) == ((1, 1) if is_found else (0, 0)), result.err
+            assert not is_found or (said in result.err and f"nufilt: {with_losses / 'nufilt.json'}: " in result.err)
+    finally:
+        (with_losses / "nufilt.json").write_text(text)
+
+
+def test_losses_of_windows_add_up_in_another_order(shared_models, tmp_path, nufilt, command, in_windows, monkeypatch):
+    in_windows(5000)
+    assert nufilt(*command(shared_models, tmp_path / "out", n=2)).code == 0
+    monkeypatch.undo()
+    result = nufilt("verify", tmp_path / "out", "--json")
+    assert (result.code, result.json["holds"]) == (0, True), result.err
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_steps_that_are_missing_of_a_finished_merge_are_damage(merged, models, nufilt, tmp_path, kept):
+    recipe = recipe_of(merged)
+    (merged / "nufilt.json").write_text(json.dumps(recipe | {"steps": recipe["steps"][:kept]}))
+    before = build.snapshot(tmp_path)
+    for argv in (
+        ("verify", merged),
+        ("verify", merged, "--quick"),
+        ("analyze", merged),
+        ("push", merged, "me/model", "--dry-run"),
+        ("evaluate", merged),
+        ("export", merged, "--what", "delta", "--out", tmp_path / "delta"),
+        ("add", merged, "--task", f"gamma={models / 'gamma'}"),
+    ):
+        result = nufilt(*argv)
+        assert (result.code, len(result.lines)) == (1, 1), (argv, result.err)
+        assert f"{merged}: the recipe nufilt.json is damaged or of another version: its steps are not" in result.err
+    assert build.snapshot(tmp_path) == before
+
+
+def test_no_damaged_document_costs_the_model(merged, nufilt, tmp_path):
+    forecast, recipe = merged / "forecast.json", merged / "nufilt.json"
+    export = ("export", merged, "--what", "forecast", "--out", tmp_path / "rows")
+    forecast.write_text("{")
+    assert nufilt(*export).lines[0].endswith(" (merge again)")
+    forecast.unlink()
+    assert nufilt(*export).lines == [f"nufilt: {forecast}: cannot be read: No such file or directory (merge again)"]
+    recipe.write_text("{")
+    (line,) = nufilt("verify", merged).lines
+    assert line.endswith("(restore it, or merge again into another folder)")
+
+
 def test_a_state_of_another_merge_is_found(merged, models, tmp_path, nufilt, command):
     other = tmp_path / "other"
     assert nufilt(*command(models, other, *SUM, tasks=("alpha", "gamma"))).code == 0
