@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 
 from nufilt_jax.anatomy import in_block
+from nufilt_jax.checkpoints.names import respelt
 from nufilt_jax.checkpoints.reader import Checkpoint
 from nufilt_jax.checkpoints.wrappers import around, bare, no_wrappers, within
 
@@ -24,6 +25,7 @@ class Matched:
       apart: tensors of the task that stand beside what the removed prefix is of, by canonical name.
       wrappers: of modules within, as `_orig_mod.`, that only one of the two models has in its names.
       unwrapped: how many tensors these were.
+      is_holder: whether names of the base begin with the removed prefix too: then it is of what held the whole model.
     """
 
     task: Checkpoint
@@ -33,11 +35,12 @@ class Matched:
     apart: frozenset[str] = frozenset()
     wrappers: tuple[str, ...] = ()
     unwrapped: int = 0
+    is_holder: bool = False
 
     @property
     def class_prefix(self) -> str:
         """The removed prefix without wrappers: what the task's class puts before the base's names."""
-        return "" if self.added else no_wrappers(self.removed)
+        return "" if self.added or self.is_holder else no_wrappers(self.removed)
 
 
 def match_names(base: Checkpoint, task: Checkpoint, wanted: Collection[str]) -> Matched:
@@ -69,6 +72,7 @@ def match_names(base: Checkpoint, task: Checkpoint, wanted: Collection[str]) -> 
         names = new
     spelt = {short: name for name, short in ours.items()}
     new = {old: spelt.get(name, name) for old, name in names.items()}
+    inner = no_wrappers(removed) or removed
     wrappers = [found for old in new if (found := {*within(old)[1]} ^ {*within(new[old])[1]})]
     return Matched(
         dataclasses.replace(task, tensors={new[x]: dataclasses.replace(task.tensors[x], name=new[x]) for x in new}),
@@ -78,6 +82,7 @@ def match_names(base: Checkpoint, task: Checkpoint, wanted: Collection[str]) -> 
         apart=frozenset(new[old] for old in new if removed and not theirs[old].startswith(removed)),
         wrappers=tuple(sorted(frozenset().union(*wrappers))),
         unwrapped=len(wrappers),
+        is_holder=bool(inner) and any(name.startswith(inner) for name in base.tensors),
     )
 
 
@@ -102,11 +107,18 @@ def without_wrappers(name: str, base: Checkpoint) -> str:
 
 
 def _attempts(base: Checkpoint, names: Mapping[str, str]) -> list[tuple[str, str, dict[str, str]]]:
-    """Renamings by one prefix: taken away where the base has none of it, put before where the task has none."""
+    """Renamings by one prefix: put before where the task has none of it, taken away where the base has none.
+
+    Or where all of the task's names have it, as what holds a model puts `model.` before `model.layers` and `lm_head`.
+    """
     attempts = []
     for prefix in _prefixes(names.values()):
-        if not any(name.startswith(prefix) for name in base.tensors):
-            attempts.append(("remove", prefix, {old: new.removeprefix(prefix) for old, new in names.items()}))
+        is_whole = all(name.startswith(prefix) for name in names.values())
+        if is_whole or not any(name.startswith(prefix) for name in base.tensors):
+            bared = {old: new.removeprefix(prefix) for old, new in names.items()}
+            canonical = respelt(bared.values())
+            attempts.append(("remove", prefix, bared))
+            attempts.append(("remove", prefix, {old: canonical[new] for old, new in bared.items()}))
     for prefix in _prefixes(base.tensors):
         if not any(name.startswith(prefix) for name in names.values()):
             new = {old: prefix + name if prefix + name in base.tensors else name for old, name in names.items()}
