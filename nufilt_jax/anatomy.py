@@ -18,8 +18,8 @@ _BLOCK = re.compile(
 )
 # What is looked up and not multiplied with: embeddings, tables of relative positions.
 _LOOKUP = re.compile(
-    r"(?:.*\.)?(?:shared|wte|wpe|\w*embed(?:ding|dings)?|embed_\w+|rel_embeddings|rel_attn_embed"
-    r"|rel_pos_\w+|relative_attention_bias|relative_position_bias_table|relative_position_index)(?:\.weights?)?"
+    r"(?:.*\.)?(?:shared|wte|wpe|\w*embed(?:ding|dings)?|embed_\w+|\w*embeds?_layers\.\d+|rel_embeddings|rel_attn_embed"
+    r"|rel_pos_\w+|(?:\w+_)?ape|relative_attention_bias|relative_position_bias_table|relative_position_index)(?:\.weights?)?"
 )
 _VOCABULARY = re.compile(
     r"(?:.*\.)?(?:shared|wte|\w*embed_tokens|tokens_embed|embed_in|\w*word_embeddings?|tok_embeddings|\w*token_embedding"

@@ -48,6 +48,8 @@ NOT_LINEAR = [
     "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
     "swin.encoder.layers.0.blocks.0.attention.self.relative_position_bias_table",
     "vision_encoder.layers.0.attn.rel_pos_h",
+    "fine_acoustics.input_embeds_layers.3.weight",
+    "model.layers.0.self_attn.compressor.ape",
     "layer.0.rel_attn.r_w_bias",
     "backbone.layers.0.mixer.A_log",
     "model.layers.0.self_attn.q_proj.weight_scale_inv",
