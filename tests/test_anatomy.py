@@ -124,10 +124,14 @@ def test_families_are_told_by_names(names, family):
     assert anatomy.family_of(names) == family
 
 
-@pytest.mark.parametrize("name", ["gpt_neox.embed_in", "backbone.embeddings", "embeddings", "model.embed_tokens"])
+TABLES = ["gpt_neox.embed_in", "backbone.embeddings", "embeddings", "model.embed_tokens", "w", "transformer.w"]
+
+
+@pytest.mark.parametrize("name", [*TABLES, "luke.entity_embeddings.entity_embeddings"])
 def test_tables_with_a_row_for_each_token(name):
     assert anatomy.is_vocabulary(f"{name}.weight")
     assert not anatomy.is_vocabulary(f"{name}.position_embeddings.weight")
+    assert not anatomy.is_vocabulary("h.0.gate.w.weight")
 
 
 def test_patterns_keep_the_usual_order_and_fused_names_whole():
