@@ -17,7 +17,7 @@ from typing import Any
 
 from nufilt_jax.checkpoints.wrappers import around
 
-_VISION_PARTS = r"(embeddings|encoder|pre_layrnorm|post_layernorm)\."
+_VISION_PARTS = r"(embeddings\.|encoder\.|pre_layrnorm\.|post_layernorm\.|class_pos_emb$)"
 _TEXT_PARTS = r"(embeddings|encoder|final_layer_norm)\."
 
 # (pattern, replacement), tried in this order; every one that matches is applied.
@@ -25,9 +25,9 @@ _LLAVA_RULES = (
     (r"^model\.(language_model|vision_tower|multi_modal_projector|image_newline)\b", r"\1"),
     (r"^lm_head\.", "language_model.lm_head."),
     (r"^language_model\.(layers|embed_tokens|norm)\.", r"language_model.model.\1."),
-    (rf"^vision_tower\.{_VISION_PARTS}", r"vision_tower.vision_model.\1."),
+    (rf"^vision_tower\.{_VISION_PARTS}", r"vision_tower.vision_model.\1"),
 )
-_VISION_RULES = ((rf"^{_VISION_PARTS}", r"vision_model.\1."),)
+_VISION_RULES = ((rf"^{_VISION_PARTS}", r"vision_model.\1"),)
 _TEXT_RULES = ((rf"^{_TEXT_PARTS}", r"text_model.\1."),)
 # Of any model. A `gamma` elsewhere is a parameter of its own: the scale of a layer in ConvNeXt, BEiT and DINO.
 _RULES = (

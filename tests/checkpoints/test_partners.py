@@ -11,6 +11,7 @@ from checkpoint_builders import (
 
 import nufilt_jax as nj
 from nufilt_jax.checkpoints import fit, open_checkpoint
+from nufilt_jax.methods.selection import select
 
 Q = "vision_model.encoder.layers.0.self_attn.q_proj.weight"
 FC1 = "vision_model.encoder.layers.0.mlp.fc1.weight"
@@ -136,7 +137,10 @@ def test_blocks_for_further_tokens_that_saving_drops_stay_the_bases(tmp_path, na
     assert "is missing" in line
 
 
-@pytest.mark.parametrize("name", ["gpt_neox.embed_in.weight", "backbone.embeddings.weight"])
+GROWN = ("gpt_neox.embed_in", "backbone.embeddings", "transformer.w", "w", "entity_embeddings.entity_embeddings")
+
+
+@pytest.mark.parametrize("name", [f"{table}.weight" for table in GROWN])
 def test_a_grown_vocabulary_stays_the_bases_whatever_it_is_called(tmp_path, name):
     base, task = ({LAYER: np.ones((3, 2), "f"), name: np.ones((rows, 2), "f")} for rows in (5, 6))
     [line] = lines(tmp_path, base, task, (LAYER, name), notices=True)
@@ -195,6 +199,13 @@ def test_a_tower_is_known_behind_a_prefix(tmp_path, prefix, base_form):
         f"task: {len(task)} names begin with '{prefix.removesuffix('_orig_mod.') or prefix}', which"
     )
     assert lines(tmp_path, vision_tower(prefix=base_form), task) == []
+
+
+def test_a_class_position_is_of_its_tower():
+    tower = {"class_pos_emb": np.ones((1, 2), "f"), **vision_tower(prefix="")}
+    assert {name.partition(".")[0] for name in nj.canonical(tower)} == {"vision_model"}
+    chosen = select(nj.canonical(tower), other_params="average")
+    assert "vision_model.class_pos_emb" in chosen.other
 
 
 def test_a_wrapped_base_is_a_tower_too(tmp_path):
