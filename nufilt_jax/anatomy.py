@@ -18,12 +18,12 @@ _BLOCK = re.compile(
 )
 # What is looked up and not multiplied with: embeddings, tables of relative positions.
 _LOOKUP = re.compile(
-    r"(?:.*\.)?(?:shared|wte|wpe|\w*embed(?:ding|dings)?|embed_\w+|rel_embeddings|rel_attn_embed"
-    r"|rel_pos_\w+|relative_attention_bias|relative_position_bias_table|relative_position_index)(?:\.weights?)?"
+    r"(?:.*\.)?(?:shared|wte|wpe|\w*embed(?:ding|dings)?|embed_\w+|\w*embeds?_layers\.\d+|rel_embeddings|rel_attn_embed"
+    r"|rel_pos_\w+|(?:\w+_)?ape|relative_attention_bias|relative_position_bias_table|relative_position_index)(?:\.weights?)?"
 )
 _VOCABULARY = re.compile(
-    r"(?:.*\.)?(?:shared|wte|\w*embed_tokens|tokens_embed|embed_in|\w*word_embeddings?|tok_embeddings|\w*token_embedding"
-    r"|embeddings?|lm_head|shared_head\.head)\.weight"
+    r"(?:w|(?:.*\.)?(?:transformer\.w|shared|wte|\w*embed_tokens|tokens_embed|embed_in|\w*word_embeddings?|tok_embeddings"
+    r"|\w*token_embedding|entity_embeddings|embeddings?|lm_head|shared_head\.head))\.weight"
 )
 _NORM = re.compile(
     r"(?:.*\.)?(?:\w*norm\w*|ln_?\w*|\w*_ln|layer_?norm\w*)(?:\.\d+)?\.(?:weight|scale|gamma|beta)", re.I

@@ -48,6 +48,8 @@ NOT_LINEAR = [
     "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
     "swin.encoder.layers.0.blocks.0.attention.self.relative_position_bias_table",
     "vision_encoder.layers.0.attn.rel_pos_h",
+    "fine_acoustics.input_embeds_layers.3.weight",
+    "model.layers.0.self_attn.compressor.ape",
     "layer.0.rel_attn.r_w_bias",
     "backbone.layers.0.mixer.A_log",
     "model.layers.0.self_attn.q_proj.weight_scale_inv",
@@ -122,10 +124,14 @@ def test_families_are_told_by_names(names, family):
     assert anatomy.family_of(names) == family
 
 
-@pytest.mark.parametrize("name", ["gpt_neox.embed_in", "backbone.embeddings", "embeddings", "model.embed_tokens"])
+TABLES = ["gpt_neox.embed_in", "backbone.embeddings", "embeddings", "model.embed_tokens", "w", "transformer.w"]
+
+
+@pytest.mark.parametrize("name", [*TABLES, "luke.entity_embeddings.entity_embeddings"])
 def test_tables_with_a_row_for_each_token(name):
     assert anatomy.is_vocabulary(f"{name}.weight")
     assert not anatomy.is_vocabulary(f"{name}.position_embeddings.weight")
+    assert not anatomy.is_vocabulary("h.0.gate.w.weight")
 
 
 def test_patterns_keep_the_usual_order_and_fused_names_whole():

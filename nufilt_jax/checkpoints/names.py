@@ -15,7 +15,9 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-_VISION_PARTS = r"(embeddings|encoder|pre_layrnorm|post_layernorm)\."
+from nufilt_jax.checkpoints.wrappers import around
+
+_VISION_PARTS = r"(embeddings\.|encoder\.|pre_layrnorm\.|post_layernorm\.|class_pos_emb$)"
 _TEXT_PARTS = r"(embeddings|encoder|final_layer_norm)\."
 
 # (pattern, replacement), tried in this order; every one that matches is applied.
@@ -23,9 +25,9 @@ _LLAVA_RULES = (
     (r"^model\.(language_model|vision_tower|multi_modal_projector|image_newline)\b", r"\1"),
     (r"^lm_head\.", "language_model.lm_head."),
     (r"^language_model\.(layers|embed_tokens|norm)\.", r"language_model.model.\1."),
-    (rf"^vision_tower\.{_VISION_PARTS}", r"vision_tower.vision_model.\1."),
+    (rf"^vision_tower\.{_VISION_PARTS}", r"vision_tower.vision_model.\1"),
 )
-_VISION_RULES = ((rf"^{_VISION_PARTS}", r"vision_model.\1."),)
+_VISION_RULES = ((rf"^{_VISION_PARTS}", r"vision_model.\1"),)
 _TEXT_RULES = ((rf"^{_TEXT_PARTS}", r"text_model.\1."),)
 # Of any model. A `gamma` elsewhere is a parameter of its own: the scale of a layer in ConvNeXt, BEiT and DINO.
 _RULES = (
@@ -46,8 +48,15 @@ def canonical_names(stored_names: Collection[str]) -> dict[str, str]:
     >>> canonical_names(["model.multi_modal_projector.linear_1.bias", "lm_head.weight"])["lm_head.weight"]
     'language_model.lm_head.weight'
     """
-    rules = _rules_for(stored_names)
-    return {name: _apply(rules, name) for name in stored_names}
+    start = _around_all(stored_names)
+    rules = _rules_for({name.removeprefix(start) for name in stored_names})
+    return {name: start + _apply(rules, name.removeprefix(start)) for name in stored_names}
+
+
+def respelt(names: Collection[str]) -> dict[str, str]:
+    """Canonical names of tensors that were read already, now that a prefix is gone that hid what model they are of."""
+    rules = _rules_for(names)
+    return {name: _apply(rules, name) if rules else name for name in names}
 
 
 def names_like(names: Collection[str], base: Collection[str]) -> dict[str, str]:
@@ -57,12 +66,20 @@ def names_like(names: Collection[str], base: Collection[str]) -> dict[str, str]:
       names: stored names, torch spelling.
       base: canonical names of the base.
     """
+    start = _around_all(base)
+    base = {name.removeprefix(start) for name in base}
     rules = _rules_for(base)
     for prefix, more in (("vision_model.", _VISION_RULES), ("text_model.", _TEXT_RULES)):
         # Of a model with both towers, names without a tower's could be either's.
         if not rules and base and all(name.startswith(prefix) for name in base):
             rules = more
     return {name: _apply(rules, name) for name in names}
+
+
+def _around_all(names: Collection[str]) -> str:
+    """The wrappers of a whole model, that all its names begin with."""
+    starts = {around(name) for name in names}
+    return starts.pop() if len(starts) == 1 else ""
 
 
 def _rules_for(names: Collection[str]) -> tuple[tuple[str, str], ...]:

@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from nufilt_jax.checkpoints.wrappers import bare
+
 # Models made of `Conv1D`, which computes x W, and the weights that are; the code of the last two is on the Hub.
 _CONV1D = {
     model: re.compile(r"(?:.*\.)?h\.\d+\.(?:attn|mlp|crossattention)\.(?:c_attn|c_proj|c_fc2?|q_attn|kv_attn)\.weight")
@@ -15,7 +17,7 @@ _CONV1D = {
 }
 # Its outputs are three times its inputs, or fewer if queries share keys, and never fewer than its inputs.
 _FUSED_ATTENTION = re.compile(r"(?:.*\.)?h\.\d+\.attn\.c_attn\.weight")
-_CONV1D["clvp"] = re.compile(r"speech_decoder_model\..*\.mlp\.(?:c_fc|c_proj)\.weight")
+_CONV1D["clvp"] = re.compile(r"(?:.*\.)?speech_decoder_model\..*\.mlp\.(?:c_fc|c_proj)\.weight")
 _CONV1D["dbrx"] = re.compile(r"(?:.*\.)?ffn\.experts\.mlp\.w2")
 # Models whose experts are multiplied as x W_e, their stacks `[e, d_in, d_out]`.
 _EXPERTS = re.compile(r"(?:.*\.)?experts\.(?:gate_up_proj|down_proj|fc1\.weight|fc2\.weight)")
@@ -35,7 +37,7 @@ def stored_axes(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) ->
     >>> stored_axes("h.0.attn.c_attn.weight", (8, 24), {"model_type": "gpt2"})
     (1, 0)
     """
-    as_stored = tuple(range(len(shape)))
+    name, as_stored = bare(name), tuple(range(len(shape)))
     for part in _parts(config):
         model = str(part.get("model_type", ""))
         if len(shape) == 2 and model in _CONV1D and _CONV1D[model].fullmatch(name):
@@ -58,7 +60,7 @@ def with_conv1d(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
     >>> with_conv1d({"model_type": "own"}, {"h.0.attn.c_attn.weight": (24, 8)})
     {'model_type': 'own'}
     """
-    fused = [shape for name, shape in shapes.items() if _FUSED_ATTENTION.fullmatch(name) and len(shape) == 2]
+    fused = [shape for name, shape in shapes.items() if _FUSED_ATTENTION.fullmatch(bare(name)) and len(shape) == 2]
     width = config.get("n_embd", config.get("hidden_size"))
     is_turned = any(3 * n_in == n_out or width == n_in < n_out for n_in, n_out in fused)
     if not is_turned or any(part.get("model_type") in _CONV1D for part in _parts(config)):

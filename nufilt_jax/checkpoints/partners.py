@@ -151,7 +151,8 @@ def _extra(base: Checkpoint, task: Checkpoint) -> list[str]:
 
 def _renamed(matched: Matched) -> Iterator[str]:
     if matched.removed:
-        yield f"{matched.renamed} names begin with {matched.removed!r}, which the base's do not: read without it"
+        where = " before the base's own names" if matched.is_holder else ", which the base's do not"
+        yield f"{matched.renamed} names begin with {matched.removed!r}{where}: read without it"
     if matched.wrappers:
         shown = ", ".join(map(repr, matched.wrappers))
         yield f"{matched.unwrapped} names differ from the base's by {shown} of a wrapper: read as the base's"

@@ -1,21 +1,16 @@
 """Names of a task that begin otherwise than the base's: wrappers, and backbones with and without a head."""
 
 import dataclasses
-import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 
 from nufilt_jax.anatomy import in_block
+from nufilt_jax.checkpoints.names import respelt
 from nufilt_jax.checkpoints.reader import Checkpoint
+from nufilt_jax.checkpoints.wrappers import around, bare, no_wrappers, within
 
 _MOST = 3  # components of a prefix, and rounds: `module.` around `bert.`
 _CANDIDATES = 8
-# What torch's own ways to run a model put before the names of each module that they are used on, and of models alone.
-_ANYWHERE = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-_WRAPPING = (*_ANYWHERE, "module", "_forward_module")
-_WITHIN = re.compile(rf"(?<![^.])(?:{'|'.join(_ANYWHERE)})\.")
-_PEFT = re.compile(rf"(?:(?:{'|'.join(_WRAPPING)})\.)*base_model\.model\.")
-_WRAPPERS = re.compile(rf"(?<![^.])(?:(?:{'|'.join(_WRAPPING)}|base_model\.model)\.)+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +25,7 @@ class Matched:
       apart: tensors of the task that stand beside what the removed prefix is of, by canonical name.
       wrappers: of modules within, as `_orig_mod.`, that only one of the two models has in its names.
       unwrapped: how many tensors these were.
+      is_holder: whether names of the base begin with the removed prefix too: then it is of what held the whole model.
     """
 
     task: Checkpoint
@@ -39,11 +35,12 @@ class Matched:
     apart: frozenset[str] = frozenset()
     wrappers: tuple[str, ...] = ()
     unwrapped: int = 0
+    is_holder: bool = False
 
     @property
     def class_prefix(self) -> str:
         """The removed prefix without wrappers: what the task's class puts before the base's names."""
-        return "" if self.added else _WRAPPERS.sub("", self.removed)
+        return "" if self.added or self.is_holder else no_wrappers(self.removed)
 
 
 def match_names(base: Checkpoint, task: Checkpoint, wanted: Collection[str]) -> Matched:
@@ -75,7 +72,8 @@ def match_names(base: Checkpoint, task: Checkpoint, wanted: Collection[str]) -> 
         names = new
     spelt = {short: name for name, short in ours.items()}
     new = {old: spelt.get(name, name) for old, name in names.items()}
-    wrappers = [found for old in new if (found := {*_within(old)[1]} ^ {*_within(new[old])[1]})]
+    inner = no_wrappers(removed) or removed
+    wrappers = [found for old in new if (found := {*within(old)[1]} ^ {*within(new[old])[1]})]
     return Matched(
         dataclasses.replace(task, tensors={new[x]: dataclasses.replace(task.tensors[x], name=new[x]) for x in new}),
         removed,
@@ -84,26 +82,15 @@ def match_names(base: Checkpoint, task: Checkpoint, wanted: Collection[str]) -> 
         apart=frozenset(new[old] for old in new if removed and not theirs[old].startswith(removed)),
         wrappers=tuple(sorted(frozenset().union(*wrappers))),
         unwrapped=len(wrappers),
+        is_holder=bool(inner) and any(name.startswith(inner) for name in base.tensors),
     )
 
 
 def _plain(*models: Checkpoint) -> list[dict[str, str]]:
     """The names of models without wrappers within, or as they are if two of a model would then be one."""
-    plain = [{name: _within(name)[0] for name in model.tensors} for model in models]
+    plain = [{name: within(name)[0] for name in model.tensors} for model in models]
     is_clear = all(len({*names.values()}) == len(names) for names in plain)
     return plain if is_clear else [{name: name for name in model.tensors} for model in models]
-
-
-def _within(name: str) -> tuple[str, list[str]]:
-    """A name without wrappers of modules within the model, and these; one of the whole model is a prefix."""
-    start = found[0] if (found := _WRAPPERS.match(name)) else ""
-    rest = name[len(start) :]
-    return start + _WITHIN.sub("", rest), _WITHIN.findall(rest)
-
-
-def without_peft(stored: str) -> str:
-    """A name in an adapter's file without peft's own prefix, and what stands before that."""
-    return stored[found.end() :] if (found := _PEFT.match(stored)) else stored
 
 
 def without_wrappers(name: str, base: Checkpoint) -> str:
@@ -113,23 +100,25 @@ def without_wrappers(name: str, base: Checkpoint) -> str:
       name: of a module or a tensor, as it was called when the model ran.
       base: the model; what its names begin with is taken for its class's.
     """
-    start = _WRAPPERS.match(name)
-    if start and not any(ours.startswith(start[0]) for ours in base.tensors):
-        name = name[start.end() :]
-    return _WITHIN.sub("", name)
-
-
-def wrappers_in(name: str) -> tuple[str, ...]:
-    """The wrappers that a name tells of, as `module.`."""
-    return tuple(f"{part}." for part in name.split(".") if part in _WRAPPING)
+    start = around(name)
+    if start and not any(ours.startswith(start) for ours in base.tensors):
+        name = name[len(start) :]
+    return bare(name)
 
 
 def _attempts(base: Checkpoint, names: Mapping[str, str]) -> list[tuple[str, str, dict[str, str]]]:
-    """Renamings by one prefix: taken away where the base has none of it, put before where the task has none."""
+    """Renamings by one prefix: put before where the task has none of it, taken away where the base has none.
+
+    Or where all of the task's names have it, as what holds a model puts `model.` before `model.layers` and `lm_head`.
+    """
     attempts = []
     for prefix in _prefixes(names.values()):
-        if not any(name.startswith(prefix) for name in base.tensors):
-            attempts.append(("remove", prefix, {old: new.removeprefix(prefix) for old, new in names.items()}))
+        is_whole = all(name.startswith(prefix) for name in names.values())
+        if is_whole or not any(name.startswith(prefix) for name in base.tensors):
+            bared = {old: new.removeprefix(prefix) for old, new in names.items()}
+            canonical = respelt(bared.values())
+            attempts.append(("remove", prefix, bared))
+            attempts.append(("remove", prefix, {old: canonical[new] for old, new in bared.items()}))
     for prefix in _prefixes(base.tensors):
         if not any(name.startswith(prefix) for name in names.values()):
             new = {old: prefix + name if prefix + name in base.tensors else name for old, name in names.items()}
@@ -158,5 +147,4 @@ def _is_of_model(prefix: str, fits: frozenset[str], before: frozenset[str], name
     The norm of a pooler is no last norm of the base, though it would be called like that without its prefix.
     """
     gained = fits - before
-    is_wrapper = _WRAPPERS.fullmatch(prefix) is not None
-    return is_wrapper or len(gained) > len(before) or any(in_block(names[old]) for old in gained)
+    return around(prefix) == prefix or len(gained) > len(before) or any(in_block(names[old]) for old in gained)

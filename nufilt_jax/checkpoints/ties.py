@@ -15,6 +15,8 @@ _SAID = ("model", "language_model.model")
 _LLAMAS = (*_SAID, "model.language_model")
 # One module of an encoder and a decoder, which know it under names of their own; behind a prefix but in T5.
 _SHARED = re.compile(r"((?:.+\.)?)(?:shared|(?:encoder|decoder)\.embed_tokens)\.weight")
+# A second vocabulary, beside that of words: no head of words is tied to it.
+_ENTITIES = re.compile(r"(?:^|\.)entity_embeddings\.weight$")
 _T5_BLOCK = re.compile(r"(?:encoder|decoder)\.block\.")
 
 
@@ -107,7 +109,7 @@ def _groups(names: Collection[str], config: Mapping[str, Any]) -> Iterator[_Grou
         if is_known:
             return
     tied = is_tied(config)
-    tables = [name for name in outside if is_vocabulary(name) and name not in heads]
+    tables = [name for name in outside if is_vocabulary(name) and name not in heads and not _ENTITIES.search(name)]
     if len(tables) > 1:  # then the head is of the decoder
         tables = [name for name in tables if re.search(r"(?:^|\.)decoder\.", name)]
     if len(tables) == 1 and heads:

@@ -1,5 +1,7 @@
 """Weights that lie in the file as `[d_in, d_out]`: of which models, and how that is known."""
 
+import re
+
 import model_builders as build
 import numpy as np
 import pytest
@@ -48,6 +50,25 @@ def test_conv1d_is_known_by_its_type_or_shape(tmp_path, config):
         wanted = x.T if ".c_" in name else x
         np.testing.assert_array_equal(found[name], wanted)
         np.testing.assert_array_equal(live[name], wanted)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "own"])
+@pytest.mark.parametrize("wrapped", [r"_orig_mod.\g<0>", r"\g<0>_orig_mod.", r"\g<0>_checkpoint_wrapped_module."])
+def test_wrappers_of_modules_turn_nothing(tmp_path, model_type, wrapped):
+    stored = {re.sub(r"h\.\d+\.(?:attn\.|mlp\.)?", wrapped, name): x for name, x in model().items()}
+    found = open_checkpoint(written(tmp_path / "m", stored, model_type=model_type), role="base").read()
+    live = nj.canonical(stored, {"model_type": model_type})
+    for name, x in stored.items():
+        wanted = x.T if ".c_" in name else x
+        np.testing.assert_array_equal(found[name], wanted)
+        np.testing.assert_array_equal(live[name], wanted)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "speech._orig_mod."])
+def test_a_part_of_conv1d_is_known_behind_a_prefix(prefix):
+    name = f"{prefix}speech_decoder_model.model.decoder.layers.0.mlp.c_fc.weight"
+    stored = {name: np.ones((WIDTH, 2 * WIDTH), np.float32)}
+    assert nj.canonical(stored, {"model_type": "clvp"})[name].shape == (2 * WIDTH, WIDTH)
 
 
 @pytest.mark.parametrize("field", ["n_embd", "hidden_size"])

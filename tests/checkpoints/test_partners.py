@@ -9,7 +9,9 @@ from checkpoint_builders import (
     write_safetensors,
 )
 
+import nufilt_jax as nj
 from nufilt_jax.checkpoints import fit, open_checkpoint
+from nufilt_jax.methods.selection import select
 
 Q = "vision_model.encoder.layers.0.self_attn.q_proj.weight"
 FC1 = "vision_model.encoder.layers.0.mlp.fc1.weight"
@@ -135,7 +137,10 @@ def test_blocks_for_further_tokens_that_saving_drops_stay_the_bases(tmp_path, na
     assert "is missing" in line
 
 
-@pytest.mark.parametrize("name", ["gpt_neox.embed_in.weight", "backbone.embeddings.weight"])
+GROWN = ("gpt_neox.embed_in", "backbone.embeddings", "transformer.w", "w", "entity_embeddings.entity_embeddings")
+
+
+@pytest.mark.parametrize("name", [f"{table}.weight" for table in GROWN])
 def test_a_grown_vocabulary_stays_the_bases_whatever_it_is_called(tmp_path, name):
     base, task = ({LAYER: np.ones((3, 2), "f"), name: np.ones((rows, 2), "f")} for rows in (5, 6))
     [line] = lines(tmp_path, base, task, (LAYER, name), notices=True)
@@ -179,6 +184,71 @@ def test_a_prefix_of_a_part_with_blocks_is_taken_off_though_the_rest_fits(tmp_pa
     task = {prefix + name if name.startswith("blocks") else name: x for name, x in base.items()}
     [line] = lines(tmp_path, base, task, tuple(base), notices=True)
     assert line.startswith(f"task: 2 names begin with '{prefix}', which the base's do not: read without it")
+
+
+def held(tensors, prefix):
+    return {prefix + name: x for name, x in tensors.items()}
+
+
+@pytest.mark.parametrize("base_form", ["vision_model.", ""])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "model._orig_mod."])
+def test_a_tower_is_known_behind_a_prefix(tmp_path, prefix, base_form):
+    task = held(vision_tower(prefix=""), prefix)
+    first, *_ = lines(tmp_path, vision_tower(prefix=base_form), task, notices=True)
+    assert first.startswith(
+        f"task: {len(task)} names begin with '{prefix.removesuffix('_orig_mod.') or prefix}', which"
+    )
+    assert lines(tmp_path, vision_tower(prefix=base_form), task) == []
+
+
+def test_a_class_position_is_of_its_tower():
+    tower = {"class_pos_emb": np.ones((1, 2), "f"), **vision_tower(prefix="")}
+    assert {name.partition(".")[0] for name in nj.canonical(tower)} == {"vision_model"}
+    chosen = select(nj.canonical(tower), other_params="average")
+    assert "vision_model.class_pos_emb" in chosen.other
+
+
+def test_a_wrapped_base_is_a_tower_too(tmp_path):
+    base = held(vision_tower(prefix=""), "module.")
+    assert lines(tmp_path, base, vision_tower(), [f"module.{name}" for name in TOUCHED]) == []
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module._orig_mod."])
+def test_wrappers_of_a_whole_model_hide_no_other_series(prefix):
+    names = ("model.multi_modal_projector.linear_1.bias", "model.vision_tower.post_layernorm.bias", "lm_head.weight")
+    found = nj.canonical({prefix + name: np.ones(2, "f") for name in names})
+    assert {*found} == {
+        f"{prefix}multi_modal_projector.linear_1.bias",
+        f"{prefix}vision_tower.vision_model.post_layernorm.bias",
+        f"{prefix}language_model.lm_head.weight",
+    }
+
+
+HELD = {
+    "llama": ("model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight", "lm_head.weight"),
+    "qwen2-vl": ("model.layers.0.mlp.up_proj.weight", "visual.blocks.0.mlp.fc1.weight", "lm_head.weight"),
+    "bart": ("model.encoder.layers.0.fc1.weight", "model.shared.weight", "classification_head.dense.weight"),
+}
+
+
+@pytest.mark.parametrize("prefix", ["model.", "module.model."])
+@pytest.mark.parametrize("kind", HELD)
+def test_what_holds_a_model_may_be_called_as_a_part_of_it(tmp_path, kind, prefix):
+    base = {name: np.full((3, 2), i, "f") for i, name in enumerate(HELD[kind])}
+    [line] = lines(tmp_path, base, held(base, prefix), HELD[kind], notices=True)
+    assert line.startswith(f"task: 3 names begin with '{prefix}' before the base's own names: read without it")
+    models = open_checkpoint(str(tmp_path / "base"), role="base"), open_checkpoint(str(tmp_path / "task"))
+    assert fit(*models, HELD[kind]).class_prefix == ""  # which an adapter taken from it has in its names
+
+
+def test_a_body_keeps_the_prefix_that_belongs(tmp_path):
+    base = {name: np.ones((3, 2), "f") for name in HELD["llama"]}
+    body = {name: x for name, x in base.items() if name.startswith("model.")}
+    found = lines(tmp_path, base, body, tuple(body))
+    assert found == []
+    del body["model.layers.1.mlp.up_proj.weight"]
+    [line] = lines(tmp_path, base, body, HELD["llama"][:2])
+    assert line.startswith("task: model.layers.1.mlp.up_proj.weight: is missing, but the base base has it")
 
 
 def test_what_pretraining_alone_needs_stays_the_bases(tmp_path):

@@ -100,3 +100,15 @@ def test_a_llama_s_head_alone_stands_for_its_table(tmp_path):
     tensors = {f"{LLAMA[0]}.weight": np.ones((2, 2), "f"), "lm_head.weight": np.ones((3, 2), "f")}
     found = opened(tmp_path, tensors, model_type="llama", tie_word_embeddings=True)
     assert found["model.embed_tokens.weight"].stored_name == "lm_head.weight"
+
+
+def test_a_table_of_entities_keeps_no_head_from_that_of_words(tmp_path):
+    words = np.arange(8, dtype=np.float32).reshape(4, 2)
+    stored = {
+        "luke.embeddings.word_embeddings.weight": words,
+        "luke.entity_embeddings.entity_embeddings.weight": np.ones((3, 2), np.float32),
+        "lm_head.decoder.weight": words,
+    }
+    found = open_checkpoint(str(build.write(tmp_path / "m", stored, model_type="luke")), role="base").tensors
+    [copy] = found["luke.embeddings.word_embeddings.weight"].aliases
+    assert copy.name == "lm_head.decoder.weight"

@@ -3,7 +3,7 @@
 import re
 from typing import Literal, NamedTuple
 
-from nufilt_jax.checkpoints.prefixes import without_peft
+from nufilt_jax.checkpoints.wrappers import without_peft
 
 PREFIX = "base_model.model."
 PROMPTS = "prompt tuning"

@@ -15,11 +15,12 @@ from nufilt_jax.checkpoints.peft.adapted import AdaptedCheckpoint, LoraFactors, 
 from nufilt_jax.checkpoints.peft.config import CONFIG, LEAVE, MERGE, LoraConfig
 from nufilt_jax.checkpoints.peft.keys import PROMPTS, Key, parse_key
 from nufilt_jax.checkpoints.peft.spelling import Pairs, canonical_of, is_newer
-from nufilt_jax.checkpoints.prefixes import without_wrappers, wrappers_in
+from nufilt_jax.checkpoints.prefixes import without_wrappers
 from nufilt_jax.checkpoints.quantised import is_quantised
 from nufilt_jax.checkpoints.reader import Checkpoint, open_checkpoint
 from nufilt_jax.checkpoints.tensors import TensorInfo
 from nufilt_jax.checkpoints.ties import is_copy, is_tied, table_of
+from nufilt_jax.checkpoints.wrappers import wrappers_in
 from nufilt_jax.errors import CheckpointError, Problem, raise_all
 from nufilt_jax.patterns import patterns
 
