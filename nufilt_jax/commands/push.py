@@ -61,7 +61,7 @@ def _warnings(folder: Path) -> tuple[str, ...]:
     """An adapter of a local base names it by its full path, as peft needs it on this machine and on no other."""
     if not (folder / CONFIG).is_file():
         return ()
-    base = read_json(folder / CONFIG, "restore it, or merge again into another folder").get("base_model_name_or_path")
+    base = read_json(folder / CONFIG).get("base_model_name_or_path")
     if not isinstance(base, str) or not Path(base).is_absolute():
         return ()
     what = f"names its base by a folder of this machine, {base}"

@@ -82,9 +82,7 @@ def finished_recipe(folder: Path) -> Recipe:
     Raises:
       OutputError: as `read_recipe` does, or it cannot be read.
     """
-    return read_recipe(
-        read_json(folder / RECIPE, "restore it, or merge again into another folder"), folder, is_finished=True
-    )
+    return read_recipe(read_json(folder / RECIPE), folder, is_finished=True)
 
 
 def read_recipe(document: Mapping[str, Any], folder: Path, *, is_finished: bool = False) -> Recipe:

@@ -10,7 +10,7 @@ from nufilt_jax.output.kinds import EVALUATION_DOCUMENT, FORECAST_DOCUMENT, requ
 from nufilt_jax.strict_json import JsonError, read_object, shown
 
 
-def read_json(path: Path, fix: str = "remove the folder to start over") -> dict[str, Any]:
+def read_json(path: Path, fix: str = "restore it, or merge again into another folder") -> dict[str, Any]:
     """Reads a JSON object.
 
     Args:

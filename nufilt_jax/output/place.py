@@ -197,7 +197,7 @@ class OutputPlace:
     def unfinished(self) -> dict[str, Any] | None:
         """The recipe of the merge under way beside the folder; None if there is none."""
         path = self.partial / RECIPE
-        return read_json(path) if path.is_file() else None
+        return read_json(path, "remove the folder to start over") if path.is_file() else None
 
     def windows(self) -> list[StoredWindow]:
         """The windows of the merge under way, and of the finished one that it continues.
