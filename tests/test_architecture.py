@@ -8,6 +8,7 @@ import sys
 import traceback
 from pathlib import Path
 
+import jax
 import pytest
 
 import nufilt_jax
@@ -228,6 +229,7 @@ def test_the_walk_of_a_setting_is_short(shared_models, tmp_path, nufilt, command
 
     monkeypatch.setattr(settings, "_config", noting(settings._config))
     monkeypatch.setattr(subspace, "leading", noting(subspace.leading))
+    jax.clear_caches()  # a program that an earlier test has traced is not traced again
     assert nufilt(*command(shared_models, tmp_path / "out", n=2)).code == 0
     walked -= {"cli.py", "merge.py"}  # before any option is read
     assert {"commands/settings.py", "methods/nufilt.py", "linalg/subspace.py"} < walked
