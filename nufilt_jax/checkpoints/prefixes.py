@@ -117,8 +117,8 @@ def _attempts(base: Checkpoint, names: Mapping[str, str]) -> list[tuple[str, str
         if is_whole or not any(name.startswith(prefix) for name in base.tensors):
             bared = {old: new.removeprefix(prefix) for old, new in names.items()}
             canonical = respelt(bared.values())
-            attempts.append(("remove", prefix, bared))
-            attempts.append(("remove", prefix, {old: canonical[new] for old, new in bared.items()}))
+            spelt = {old: canonical[new] for old, new in bared.items()}
+            attempts += [("remove", prefix, new) for new in ([bared] if spelt == bared else [bared, spelt])]
     for prefix in _prefixes(base.tensors):
         if not any(name.startswith(prefix) for name in names.values()):
             new = {old: prefix + name if prefix + name in base.tensors else name for old, name in names.items()}

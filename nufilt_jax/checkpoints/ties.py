@@ -81,8 +81,9 @@ def is_tied(config: Mapping[str, Any]) -> bool:
 
 def table_of(head: str, shape: tuple[int, ...], infos: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> str:
     """The table that stands for a head that is not stored; empty if the head is not tied, or is none."""
-    tables = [name for name, info in infos.items() if is_vocabulary(name) and info.shape == shape]
-    return tables[0] if tables and is_head(head) and head not in infos and not unties(config) else ""
+    if head in infos or not is_head(head) or unties(config):
+        return ""
+    return next((name for name, info in infos.items() if is_vocabulary(name) and info.shape == shape), "")
 
 
 def usual_head(table: str) -> str:
